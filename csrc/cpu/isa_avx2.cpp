@@ -1,0 +1,2 @@
+#define MMFAST_ISA avx2
+#include "table.h"

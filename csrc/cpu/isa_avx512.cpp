@@ -1,0 +1,2 @@
+#define MMFAST_ISA avx512
+#include "table.h"

@@ -1,0 +1,2 @@
+#define MMFAST_ISA portable
+#include "table.h"

@@ -1,0 +1,44 @@
+// What the CPU kernels take, and the table through which ops.cpp reaches the instruction set chosen at run time.
+// Nothing here names torch.
+#pragma once
+
+#include <cstdint>
+
+namespace mmfast {
+
+enum class Dtype { f16, bf16, f32, f64 };
+
+// Runs body(begin, end, ctx) over disjoint ranges that cover 0..n-1, in torch's own thread pool.
+struct Pool {
+  int threads;
+  void (*run)(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* ctx);
+};
+
+// K x K problems: G [batch, K, K] -> w [batch, K]; state [batch, S] is updated in place.
+struct SolveArgs {
+  int64_t batch;
+  int K;
+  const double* G;
+  int64_t G_stride;      // from one problem to the next
+  const bool* mask;      // [K] of each problem, or null
+  int64_t mask_stride;   // 0 when all problems share one mask
+  const int64_t* steps;  // (rule id, number of parameters) pairs
+  int n_steps;
+  const double* params;
+  bool preserve_norm;
+  double* state;         // or null
+  int64_t state_stride;
+  uint64_t seed;
+  uint32_t counter;
+  double* w;
+  int64_t w_stride;
+};
+
+struct CpuKernels {
+  const char* isa;
+  void (*solve)(const Pool&, const SolveArgs&);
+};
+
+extern const CpuKernels kernels_avx512, kernels_avx2, kernels_portable;
+
+}  // namespace mmfast

@@ -1,0 +1,44 @@
+// Batches of K x K problems over the thread pool; each is solved by one thread, so threads never change a bit.
+#pragma once
+
+#include <cstdlib>
+
+#include "../solvers/solve.h"
+#include "kernels.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+
+// Scratch on the stack for small problems, on the heap for others.
+template <class T, int kOnStack>
+struct Scratch {
+  T small[kOnStack];
+  T* data;
+  explicit Scratch(int64_t n) : data(n <= kOnStack ? small : static_cast<T*>(std::malloc(n * sizeof(T)))) {}
+  ~Scratch() {
+    if (data != small) std::free(data);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+inline void solve_range(const SolveArgs& a, int64_t begin, int64_t end) {
+  Scratch<double, 1024> work(solve_work_size(a.K));
+  Scratch<int, 256> iwork(solve_iwork_size(a.K));
+  const Chain chain{a.steps, a.n_steps, a.params, a.preserve_norm};
+  for (int64_t b = begin; b < end; ++b) {
+    const Io io{a.G + b * a.G_stride, a.mask ? a.mask + b * a.mask_stride : nullptr, a.state ? a.state + b * a.state_stride : nullptr,
+                a.seed, a.counter, static_cast<uint32_t>(b), a.w + b * a.w_stride};
+    solve(Serial{}, chain, a.K, io, work.data, iwork.data);
+  }
+}
+
+inline void solve_batch(const Pool& pool, const SolveArgs& a) {
+  if (a.batch == 1) return solve_range(a, 0, 1);
+  const int64_t grain = 1 + 4096 / (static_cast<int64_t>(a.K) * a.K * a.K + 64);
+  pool.run(a.batch, grain, [](int64_t begin, int64_t end, void* ctx) { solve_range(*static_cast<const SolveArgs*>(ctx), begin, end); },
+           const_cast<SolveArgs*>(&a));
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

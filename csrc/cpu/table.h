@@ -1,0 +1,11 @@
+// The kernels of one instruction set; each isa_*.cpp compiles this file with its own flags and namespace.
+#include "solve_batch.h"
+
+#define MMFAST_TABLE_(isa) kernels_##isa
+#define MMFAST_TABLE(isa) MMFAST_TABLE_(isa)
+#define MMFAST_NAME_(isa) #isa
+#define MMFAST_NAME(isa) MMFAST_NAME_(isa)
+
+namespace mmfast {
+const CpuKernels MMFAST_TABLE(MMFAST_ISA) = {MMFAST_NAME(MMFAST_ISA), MMFAST_ISA::solve_batch};
+}

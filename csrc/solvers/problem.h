@@ -1,0 +1,50 @@
+// One K x K problem as a rule sees it, and what every rule declares about itself.
+//
+// The driver (solve.h) leaves out missing rows, divides the Gramian by a power of four and hands a rule
+// the dense rest: a rule never meets a zero row, a non-finite number, or an extreme overall scale.
+#pragma once
+
+#include "team.h"
+#include "philox.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+
+struct Problem {
+  int k;                 // rows that take part, >= 1
+  int K;                 // rows of the whole problem
+  const int* rows;       // [k] their places in the whole problem, ascending
+  const double* G;       // [k, k] Gramian / scale; its trace lies in [1, 4)
+  double scale;          // a power of four, so that sqrt(scale) is exact
+  const double* params;  // [n_params] hyper-parameters, in the order of the Python rule's params()
+  int n_params;
+  double* state;         // [Rule::state_size(K)] in and out, laid out for the whole problem; zeros at first
+  Draw draw;             // the random stream of this problem and step
+  double* w;             // [k] out: the weights
+  double* map;           // [k, k] out, only for rules that map rows: row i becomes sum_j map[i, j] g_j
+  double* work;          // [work_size(k)] scratch, contents undefined
+  int* iwork;            // [iwork_size(k)] scratch, contents undefined
+};
+
+MMFAST_HD inline long work_size(int k) { return 8L * k * k + 64L * k + 64; }
+MMFAST_HD inline long iwork_size(int k) { return 8L * k + 64; }
+
+// A rule is a specialisation of this template in its family's header:
+//   exists = true; name = the Python class; maps_rows = whether it fills map (then w is summed by the driver);
+//   smooths = whether it changes the weights of the step before instead of making its own (CRMOGM);
+//   state_size(K); solve(team, problem).
+template <int id>
+struct Rule {
+  static constexpr bool exists = false;
+  static constexpr bool maps_rows = false;
+  static constexpr bool smooths = false;
+  static constexpr const char* name = "";
+  MMFAST_HD static int state_size(int) { return 0; }
+  template <class Team>
+  MMFAST_HD static void solve(const Team&, Problem&) {}
+};
+
+constexpr int kMaxRules = 32;
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

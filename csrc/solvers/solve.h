@@ -1,0 +1,195 @@
+// From a K x K Gramian to K weights: leaves out missing rows, scales, runs a chain of rules, preserves the norm.
+#pragma once
+
+#include "rules.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+
+// A chain of rules; steps holds (rule id, number of parameters) pairs, params their parameters one after the other.
+struct Chain {
+  const int64_t* steps;
+  int n_steps;
+  const double* params;
+  bool preserve_norm;
+};
+
+MMFAST_HD inline int chain_state_size(const Chain& chain, int K) {
+  int size = 0;
+  for (int s = 0; s < chain.n_steps; ++s)
+    with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) { size += decltype(rule)::state_size(K); });
+  return size;
+}
+
+MMFAST_HD inline long solve_work_size(int K) { return 4L * K * K + 3L * K + work_size(K); }
+MMFAST_HD inline long solve_iwork_size(int K) { return K + iwork_size(K); }
+
+// What one problem reads and writes. G is [K, K]; mask is [K] or null; state may be null when the chain keeps none.
+struct Io {
+  const double* G;
+  const bool* mask;
+  double* state;
+  uint64_t seed;
+  uint32_t counter;
+  uint32_t problem;
+  double* w;
+};
+
+// Copies the rows of G (leading dimension K) that take part to dense[k, k], divided by a power of four; returns false if one is not finite.
+template <class Team>
+MMFAST_HD inline bool compact(const Team& team, const double* G, int K, const bool* mask, int* rows, double* dense, int* k_out, double* scale_out) {
+  int k = 0;
+  for (int i = 0; i < K; ++i)
+    if ((!mask || mask[i]) && G[static_cast<long>(i) * K + i] != 0.0) rows[k++] = i;
+  team.sync();
+  *k_out = k;
+  double trace = 0.0;
+  bool finite = true;
+  for (int i = 0; i < k; ++i) {
+    trace += G[static_cast<long>(rows[i]) * K + rows[i]];
+    for (int j = 0; j < k; ++j) finite = finite && std::isfinite(G[static_cast<long>(rows[i]) * K + rows[j]]);
+  }
+  if (!finite || !std::isfinite(trace)) return false;
+  const int exponent = k ? ilogb(trace) : 0;
+  const int even = exponent - (exponent & 1);
+  *scale_out = ldexp(1.0, even);
+  each(team, k, [&](int i) {
+    for (int j = 0; j < k; ++j) dense[i * k + j] = ldexp(1.0, -even) * G[static_cast<long>(rows[i]) * K + rows[j]];
+  });
+  return true;
+}
+
+// The factor that gives sum_i w_i g_i the norm of sum_i g_i (impartial-optimisation paper, released code).
+template <class Team>
+MMFAST_HD inline double norm_factor(const Team& team, int k, const double* G, const double* w) {
+  const double plain = team.sum(k * k, [&](int e) { return G[e]; });
+  const double ours = team.sum(k * k, [&](int e) { return w[e / k] * G[e] * w[e % k]; });
+  const double reach = team.sum(k, [&](int i) { return fabs(w[i]) * sqrt(G[i * k + i]); });
+  const double floor = 1e-20 * reach * reach;  // below it d is rounding noise of its own summands
+  return reach > 0.0 ? sqrt(fmax(plain, 0.0) / fmax(ours, floor)) : 0.0;
+}
+
+template <class Team>
+MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const Io& io, double* work, int* iwork) {
+  double* dense = work;               // [k, k] the problem of this step
+  double* map = dense + static_cast<long>(K) * K;    // [k, k] its row map
+  double* current = map + static_cast<long>(K) * K;  // [K, K] the Gramian after the steps so far
+  double* total = current + static_cast<long>(K) * K;  // [K, K] the row map of the steps so far
+  double* w = total + static_cast<long>(K) * K;
+  double* sum = w + K;
+  double* spare = sum + K;
+  int* rows = iwork;
+  int k = 0;
+  double scale = 1.0;
+  if (!compact(team, io.G, K, io.mask, rows, dense, &k, &scale)) {
+    each(team, K, [&](int i) { io.w[i] = !io.mask || io.mask[i] ? NAN : 0.0; });
+    each(team, K, [&](int i) {
+      if (io.G[static_cast<long>(i) * K + i] == 0.0) io.w[i] = 0.0;
+    });
+    return;
+  }
+  each(team, K, [&](int i) { io.w[i] = 0.0; });
+  if (k == 0) return;
+
+  const int first_k = k;
+  bool single = true;  // so far one step only: no product of maps to keep
+  const double* params = chain.params;
+  double* state = io.state;
+  for (int s = 0; s < chain.n_steps; ++s) {
+    Problem p{k, K, rows, dense, scale, params, static_cast<int>(chain.steps[2 * s + 1]), state,
+              Draw{io.seed, io.counter, io.problem, static_cast<uint32_t>(s)}, w, map, spare, iwork + K};
+    bool maps = false;
+    with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) {
+      using R = decltype(rule);
+      R::solve(team, p);
+      maps = R::maps_rows;
+      if (state) state += R::state_size(K);
+    });
+    params += chain.steps[2 * s + 1];
+    team.sync();
+    if (maps)
+      each(team, k, [&](int j) {
+        double column = 0.0;
+        for (int i = 0; i < k; ++i) column += map[i * k + j];
+        w[j] = column;
+      });
+    if (s + 1 < chain.n_steps) {
+      bool smooths = false;
+      with_rule(static_cast<int>(chain.steps[2 * s + 2]), [&](auto rule) { smooths = decltype(rule)::smooths; });
+      if (smooths) {
+        ++s;
+        Problem q = p;
+        q.params = params;
+        q.n_params = static_cast<int>(chain.steps[2 * s + 1]);
+        q.state = state;
+        with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) {
+          using R = decltype(rule);
+          R::solve(team, q);
+          if (state) state += R::state_size(K);
+        });
+        params += chain.steps[2 * s + 1];
+        team.sync();
+        maps = false;
+      }
+    }
+    const bool last = s + 1 >= chain.n_steps;
+    if (last && single) {
+      each(team, k, [&](int i) { io.w[rows[i]] = w[i]; });
+      break;
+    }
+    // total <- map * total, current <- map * current * map', over the rows that took part; the others become zero.
+    if (single) {
+      each(team, K * K, [&](int e) { total[e] = e / K == e % K ? 1.0 : 0.0; });
+      each(team, K * K, [&](int e) { current[e] = io.G[e]; });
+      single = false;
+    }
+    if (!maps) each(team, k * k, [&](int e) { map[e] = e / k == e % k ? w[e / k] : 0.0; });
+    for (int column = 0; column < K; ++column) {  // one column at a time: k spare numbers suffice
+      each(team, k, [&](int i) {
+        double t = 0.0;
+        for (int j = 0; j < k; ++j) t += map[i * k + j] * total[static_cast<long>(rows[j]) * K + column];
+        sum[i] = t;
+      });
+      each(team, K, [&](int i) { total[static_cast<long>(i) * K + column] = 0.0; });
+      each(team, k, [&](int i) { total[static_cast<long>(rows[i]) * K + column] = sum[i]; });
+    }
+    if (last) {
+      each(team, K, [&](int j) {
+        double column = 0.0;
+        for (int i = 0; i < K; ++i) column += total[static_cast<long>(i) * K + j];
+        io.w[j] = column;
+      });
+      break;
+    }
+    each(team, k, [&](int i) {  // spare <- map * dense
+      for (int j = 0; j < k; ++j) {
+        double t = 0.0;
+        for (int l = 0; l < k; ++l) t += map[i * k + l] * dense[l * k + j];
+        spare[i * k + j] = t;
+      }
+    });
+    each(team, K * K, [&](int e) { current[e] = 0.0; });
+    each(team, k, [&](int i) {
+      for (int j = 0; j <= i; ++j) {
+        double t = 0.0;
+        for (int l = 0; l < k; ++l) t += spare[i * k + l] * map[j * k + l];
+        current[static_cast<long>(rows[i]) * K + rows[j]] = current[static_cast<long>(rows[j]) * K + rows[i]] = t * scale;
+      }
+    });
+    if (!compact(team, current, K, nullptr, rows, dense, &k, &scale) || k == 0) {
+      const double value = k ? NAN : 0.0;
+      each(team, K, [&](int i) { io.w[i] = io.G[static_cast<long>(i) * K + i] != 0.0 && (!io.mask || io.mask[i]) ? value : 0.0; });
+      return;
+    }
+  }
+
+  if (chain.preserve_norm) {
+    if (!single || k != first_k) compact(team, io.G, K, io.mask, rows, dense, &k, &scale);
+    each(team, k, [&](int i) { w[i] = io.w[rows[i]]; });
+    const double factor = norm_factor(team, k, dense, w);
+    each(team, k, [&](int i) { io.w[rows[i]] = factor * w[i]; });
+  }
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

@@ -1,0 +1,111 @@
+"""What a resolver is: a module from a K x K Gramian to K weights."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.resolvers.philox import Draw
+
+
+@dataclass
+class Problem:
+    """A batch of K x K problems as the plain-torch form of a rule sees it.
+
+    Rows that do not take part have 1 on the diagonal and 0 elsewhere; whatever a rule returns for them is ignored.
+    """
+
+    G: Tensor  # [B, K, K] float64 Gramian / scale, trace over the active rows in [1, 4)
+    active: Tensor  # [B, K] bool
+    scale: Tensor  # [B] a power of four
+    state: Tensor | None  # [B, S] float64; zeros at first
+    draw: Draw | None  # random streams, for rules with random = True
+    next_state: Tensor | None = None  # [B, S], to be set by rules that keep state
+
+    @property
+    def count(self) -> Tensor:
+        """Number of active rows [B], float64."""
+        return self.active.sum(-1).double()
+
+
+class Resolver(nn.Module):
+    """Maps the Gramian of K gradients to K weights; subclass it and write `forward` for a rule of your own.
+
+    `forward(G, mask=None)` takes float64 [..., K, K] (and a bool mask [K] or [..., K], False where a row is missing)
+    and returns the weights [..., K] in float64: the resolved gradient is sum_i w_i g_i.
+
+        >>> class Shortest(mf.Resolver):
+        ...     def forward(self, G, mask=None):
+        ...         return torch.nn.functional.one_hot(G.diagonal(dim1=-2, dim2=-1).argmin(-1), G.shape[-1]).double()
+    """
+
+    def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define forward(G, mask=None) -> weights")
+
+    def reset(self) -> None:
+        """Forgets what was kept from earlier calls."""
+
+
+class Rule(Resolver):
+    """A built-in rule: hyper-parameters, a plain-torch form (`rule` or `rows`), and the number of its C++ solver."""
+
+    method: ClassVar[int]  # id of its Rule<> in csrc/solvers
+    random: ClassVar[bool] = False
+    needs_gram: ClassVar[bool] = True  # False where the weights do not depend on the Gramian
+    smooths: ClassVar[bool] = False  # True where it changes the weights of the step before (CRMOGM)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Tensor | None
+        self.rng: Tensor | None
+        self.register_buffer("state", None)
+        # one stream per resolver, drawn from torch's generator so that torch.manual_seed governs it
+        self.register_buffer("rng", torch.stack([torch.randint(2**53, ()), torch.zeros((), dtype=torch.int64)]) if self.random else None)
+
+    def params(self) -> list[float]:
+        """Hyper-parameters in the order in which the C++ solver reads them."""
+        return []
+
+    def state_size(self, k: int) -> int:
+        """Number of float64 values kept per problem of k rows."""
+        return 0
+
+    def rows(self, p: Problem) -> Tensor:
+        """Row map A [B, K, K]: row i becomes sum_j A[i, j] g_j. Only rules that map rows define it."""
+        raise NotImplementedError
+
+    def rule(self, p: Problem) -> Tensor:
+        """Weights [B, K] in plain torch: the reference of the C++ solver."""
+        return self.rows(p).sum(-2)
+
+    @property
+    def maps_rows(self) -> bool:
+        return type(self).rows is not Rule.rows
+
+    def chain(self) -> "list[Rule] | None":
+        """The rules whose steps the compiled solver runs for this resolver, or None when it can't."""
+        return [self]
+
+    def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
+        from mmfast import ops
+
+        return ops.weights(G, self, mask)
+
+    def reset(self) -> None:
+        self.state = None
+        if self.rng is not None:
+            self.rng[1] = 0
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # the state takes its shape from the first problem it meets, so a saved one may be larger than ours
+        saved = state_dict.get(prefix + "state")
+        if saved is not None:
+            self.state = torch.empty_like(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"

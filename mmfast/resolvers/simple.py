@@ -1,0 +1,65 @@
+"""Rules that do not look at the Gramian: Sum, Mean, Constant, Random. Mirrors csrc/solvers/simple.h."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmfast.resolvers.base import Problem, Rule
+
+
+class Sum(Rule):
+    """The plain sum of the gradients: what autograd does without a block."""
+
+    method = 0
+    needs_gram = False
+
+    def rule(self, p: Problem) -> Tensor:
+        return torch.ones_like(p.G[..., 0])
+
+
+class Mean(Rule):
+    """The mean of the gradients that are present."""
+
+    method = 1
+    needs_gram = False
+
+    def rule(self, p: Problem) -> Tensor:
+        return torch.ones_like(p.G[..., 0]) / p.count.unsqueeze(-1)
+
+
+class Constant(Rule):
+    """Fixed weights, one per gradient.
+
+    Args:
+        weights: K finite numbers.
+    """
+
+    method = 2
+    needs_gram = False
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__()
+        self.weights = tuple(float(w) for w in weights)
+
+    def params(self) -> list[float]:
+        return list(self.weights)
+
+    def rule(self, p: Problem) -> Tensor:
+        return p.G.new_tensor(self.weights).expand(p.G.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
+
+
+class Random(Rule):
+    """Random weights at every call, the softmax of standard normal draws (Lin et al., "Reasonable effectiveness of random weighting", 2022)."""
+
+    method = 3
+    random = True
+    needs_gram = False
+
+    def rule(self, p: Problem) -> Tensor:
+        assert p.draw is not None
+        e = p.draw.normal(torch.arange(p.G.shape[-1], device=p.G.device)).exp() * p.active
+        return e / e.sum(-1, keepdim=True)
