@@ -43,6 +43,13 @@ class Resolver(nn.Module):
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(G, mask=None) -> weights")
 
+    def check(self, k: int) -> None:
+        """Raises ValueError where the hyper-parameters do not fit k gradients."""
+
+    def chain(self) -> "list[Rule] | None":
+        """The rules whose steps the compiled solver runs for this resolver, or None where only its `forward` can."""
+        return None
+
     def reset(self) -> None:
         """Forgets what was kept from earlier calls."""
 
