@@ -122,6 +122,7 @@ def _states(chain: list[Rule], problems: tuple[int, ...], k: int, device: torch.
     """Each rule's state [*problems, S], made on first use."""
     states: list[Tensor | None] = []
     for rule in chain:
+        rule.check(k)
         size = rule.state_size(k)
         if size and rule.state is None:
             rule.state = torch.zeros(*problems, size, dtype=torch.float64, device=device)
@@ -184,10 +185,10 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
         if mask.dtype != torch.bool or mask.shape not in ((k,), (*problems, k)):
             raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {(k,)} or {(*problems, k)}")
         mask = mask.contiguous()
-    resolver.check(k)
     G = G.detach().double().contiguous()
     chain = resolver.chain()
     if chain is None:
+        resolver.check(k)
         w = resolver(G, mask)
         return w if not preserve_norm else reference.preserve_norm(G, mask, w)
     states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain)
@@ -273,9 +274,9 @@ def _resolve(
     use_native = _use_native(first.device, backend)
     if not use_native:
         contract.check(grads, per, mask, k)
-    resolver.check(k)
     chain = resolver.chain()
     if chain is None:
+        resolver.check(k)
         contract.check(grads, per, mask, k)
         return _resolve_general(grads, resolver, k, missing, per, mask, preserve_norm, use_native)
     problems = (first.shape[0],) if code == 1 and first.dim() else ()
