@@ -1,5 +1,4 @@
 // Operator schemas, the checks that memory safety needs, and the CPU registration. Messages for people come from Python.
-#include <cstdlib>
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -8,21 +7,7 @@
 namespace mmfast {
 namespace {
 
-const CpuKernels* pick() {
-  const char* forced = std::getenv("MMFAST_CPU_ISA");
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-  if (avx512 && (!forced || !std::strcmp(forced, "avx512"))) return &kernels_avx512;
-  if (avx2 && (!forced || std::strcmp(forced, "portable"))) return &kernels_avx2;
-#endif
-  (void)forced;
-  return &kernels_portable;
-}
-
-const CpuKernels* kernels = pick();
+const CpuKernels* kernels = choose_kernels();
 
 Pool torch_pool() {
   return {static_cast<int>(torch::stable::get_num_threads()),

@@ -35,7 +35,7 @@ def solve(
     mask is bool [B, K] or None. A missing row (masked, or all zero) is left out and gets weight 0; a problem with a
     non-finite number gets NaN weights and keeps its state.
     """
-    batch, k = G.shape[:2]
+    batch = G.shape[0]
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     first = diagonal != 0 if mask is None else mask & (diagonal != 0)
     pair = first.unsqueeze(-1) & first.unsqueeze(-2)
