@@ -14,33 +14,31 @@ PATH = Path(os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "
 OPERATORS = ["weights"]
 
 
-def _read_facts() -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
+    """What the build of the library at `path` wrote down about itself: version, git, torch, compiler, flags, ..."""
     try:
-        return json.loads(PATH.with_name("_build.json").read_text())
+        return json.loads(path.with_name("_build.json").read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _load() -> str | None:
-    """Loads the library; returns None, or the reason why its operators are not there."""
-    if not PATH.exists():
-        return f"{PATH} does not exist: mmfast was installed without compiled code; build it with: {BUILD_LINE}"
+def load(path: Path) -> str | None:
+    """Loads the library at `path`; returns None, or the reason why its operators are not there."""
+    if not path.exists():
+        return f"{path} does not exist, mmfast was installed without compiled code; build it with: {BUILD_LINE}"
+    facts = ", ".join(f"{name}: {value}" for name, value in read_facts(path).items() if value) or "without _build.json"
     try:
-        torch.ops.load_library(str(PATH))
-        missing = [name for name in OPERATORS if not hasattr(torch.ops.mmfast, name)]
+        torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{PATH} does not load with torch {torch.__version__}: {error} ({_facts_line()}); build it again with: {BUILD_LINE}"
+        return f"{path} ({facts}) does not load with torch {torch.__version__}: {error}; build it again with: {BUILD_LINE}"
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.mmfast, name)]
     if missing:
-        return f"{PATH} lacks the operators {missing} ({_facts_line()}); build it again with: {BUILD_LINE}"
+        return f"{path} ({facts}) has no operator {', '.join(missing)}; build it again with: {BUILD_LINE}"
     return None
 
 
-def _facts_line() -> str:
-    return "built as " + ", ".join(f"{name}={value}" for name, value in facts.items() if value) if facts else "its _build.json is missing"
-
-
 def cpu_isa() -> str | None:
-    """The instruction set that the compiled CPU kernels use here, or None without them."""
+    """The instruction set that the compiled CPU kernels run here, or None without them."""
     if not available:
         return None
     name = ctypes.CDLL(str(PATH)).mmfast_cpu_isa
@@ -48,8 +46,7 @@ def cpu_isa() -> str | None:
     return name().decode()
 
 
-facts = _read_facts()  # what the build wrote down about itself: version, git, torch, compiler, flags, ...
-missing_reason = _load()
+missing_reason = load(PATH)
 available = missing_reason is None
 
 if available:
