@@ -43,14 +43,15 @@ def test_library_needs_only_the_stable_abi():
     """No Python, no C++ symbol of torch: one binary serves every Python and every torch from 2.10 on."""
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
+    if "-fsanitize" in native.read_facts(native.PATH).get("flags", ""):
+        pytest.skip("a sanitized library takes malloc and others from its sanitizer")
     lines = subprocess.check_output(["nm", "-D", native.PATH], text=True).splitlines()
     symbols = [line.split()[-2:] for line in lines]
     needed = {name for kind, name in symbols if kind == "U"}
     system = {name for name in needed if re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_Z(T[ISV])?N?K?S[a-z]", name)}  # libc, std::
     torchs = {name for name in needed if re.match(r"(aoti_torch|torch)_[a-z0-9_]+$", name)}
-    sanitizers = {name for name in needed if re.match(r"__(asan|ubsan)_", name)}
     assert torchs
-    assert needed - system - torchs - sanitizers == set()
+    assert needed - system - torchs == set()
     ours = {name for kind, name in symbols if kind == "T"}
     assert ours - {"_init", "_fini"} == {"mmfast_cpu_isa"}
 
