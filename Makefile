@@ -31,7 +31,7 @@ lint: .venv/installed-dev
 sanitize: .venv/installed-dev
 	MMFAST_SANITIZE=1 MMFAST_HOST=0 MMFAST_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
-	UBSAN_OPTIONS=print_stacktrace=1 MMFAST_LIBRARY=$(CURDIR)/build/sanitize/lib/mmfast/_C.so $(BIN)/python -m pytest $(PYTEST)
+	UBSAN_OPTIONS=print_stacktrace=1 MMFAST_LIBRARY=$(CURDIR)/build/sanitize/lib/mmfast/_C.so $(BIN)/python -m pytest --capture=sys $(PYTEST)
 
 clean:
 	rm -rf .venv build dist *.egg-info mmfast/_*.so mmfast/_build.json
