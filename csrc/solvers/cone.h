@@ -91,11 +91,12 @@ struct Rule<10> : Rule<-1> {
     double* norms = C + static_cast<long>(k) * k;
     double* length = norms + k;  // |g_i| over its average
     double* others = length + k;  // [m, m] cosines of the secondary gradients
-    const double total = beta * p.state[p.K] + (1.0 - beta);
+    const double kept = beta * p.state[p.K], total = kept + (1.0 - beta);
+    team.sync();
     each(team, k, [&](int i) {
       double& average = p.state[p.rows[i]];
       const double square = p.G[static_cast<long>(i) * k + i] * p.scale;
-      average = average > 0.0 ? average + (1.0 - beta) / total * (square - average) : square;
+      average = average > 0.0 ? (kept * average + (1.0 - beta) * square) / total : square;
       length[i] = sqrt(square / average);
     });
     if (team.rank() == 0) p.state[p.K] = total;

@@ -20,8 +20,8 @@ MMFAST_HD inline void subtract_rows(const Team& team, int n, double* __restrict_
 
 template <class Team>
 struct NonNegative {
-  // A row whose squared distance to the span of the set is below this share of its own counts as dependent: the rounding of a Gramian.
-  static constexpr double kPivot = 1e-14;
+  static constexpr double kRounding = 1e-15;  // of a pivot, the square of a vector that is a sum of unit vectors: times the square of their weights
+  static constexpr double kSafePivot = 1e-10;  // a guess takes only rows clearly independent of those before
   static constexpr double kSlack = 1e-13;  // a slack counts as violated beyond this share of the sums it is made of
   static constexpr int kSweeps = 4;
   enum Place { kFree = 0, kInSet = 1, kRejected = 2 };
@@ -98,7 +98,7 @@ struct NonNegative {
       if (keep(c)) {
         double rhs;
         const double pivot = column(j, &rhs);
-        join(j, fmax(pivot, kPivot), rhs);  // fewer rows before it: its pivot can shrink by rounding alone
+        join(j, fmax(pivot, kRounding), rhs);  // fewer rows before it: its pivot can shrink by rounding alone
       } else {
         place[j] = kFree;
         team.sync();
@@ -166,7 +166,7 @@ struct NonNegative {
       if (!(x[j] > 0.0)) continue;
       double rhs;
       const double pivot = column(j, &rhs);
-      if (pivot > kPivot) join(j, pivot, rhs);
+      if (pivot > kSafePivot) join(j, pivot, rhs);
     }
     while (minimise() > 0) filter([&](int c) { return z[c] > 0.0; });
     each(team, p, [&](int c) { l[c] = z[c]; });
@@ -192,13 +192,15 @@ struct NonNegative {
         each(team, p, [&](int c) { y[c] = L[p * k + c]; });
         substitute();
         int first = -1;
-        double partial = INFINITY;
-        for (int c = 0; c < p; ++c)
+        double partial = INFINITY, weights = 1.0;
+        for (int c = 0; c < p; ++c) {
+          weights += fabs(z[c]);
           if (z[c] > 0.0 && l[c] < partial * z[c]) {
             first = c;
             partial = l[c] / z[c];
           }
-        const double full = pivot > kPivot ? -slack / pivot : INFINITY;
+        }
+        const double full = pivot > kRounding * weights * weights ? -slack / pivot : INFINITY;
         if (first < 0 && !(full < INFINITY)) {
           bounded = in_range;
           place[j] = kRejected;
