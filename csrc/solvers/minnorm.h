@@ -289,6 +289,7 @@ template <>
 struct Rule<6> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "MGDA";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const bool unit = p.params[0] != 0.0;
@@ -314,6 +315,7 @@ template <>
 struct Rule<7> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "CAGrad";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 2; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     using minnorm::kCancelled;
