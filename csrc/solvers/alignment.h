@@ -81,6 +81,7 @@ template <>
 struct Rule<14> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "AlignedMTL";
+  MMFAST_HD static bool takes(int K, int n_params) { return n_params == 1 || n_params == 1 + K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k;
@@ -130,6 +131,7 @@ template <>
 struct Rule<15> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "ConFIG";
+  MMFAST_HD static bool takes(int K, int n_params) { return n_params == 1 || n_params == 1 + K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k, kind = static_cast<int>(p.params[0]);

@@ -97,6 +97,7 @@ template <>
 struct Rule<11> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "NashMTL";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k;
@@ -116,6 +117,7 @@ template <>
 struct Rule<12> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "FairGrad";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const double alpha = p.params[0];

@@ -103,7 +103,7 @@ def _present(grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     """Gradients [K, B, M] in accumulator precision, masked entries zero; mask is [K] or [B, K] over these gradients."""
     first = grads[0]
     batch = first.shape[0] if first.dim() else 1
-    x = torch.stack([g.reshape(batch, -1) for g in grads])
+    x = torch.stack([g.reshape(batch, first.numel() // max(batch, 1)) for g in grads])
     x = x.to(torch.float64 if first.dtype == torch.float64 else torch.float32)
     if mask is None:
         return x

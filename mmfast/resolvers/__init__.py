@@ -2,6 +2,8 @@
 
 import difflib
 
+from mmfast.resolvers.alignment import IMTLG, AlignedMTL, ConFIG
+from mmfast.resolvers.bargaining import FairGrad, NashMTL
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.compose import CRMOGM, Compose
 from mmfast.resolvers.cone import PCD, DualProj, UPGrad
@@ -13,16 +15,21 @@ from mmfast.resolvers.robust import Krum
 from mmfast.resolvers.simple import Constant, Mean, Random, Sum
 
 _RULES: list[type[Resolver]] = [
+    AlignedMTL,
     CAGrad,
+    ConFIG,
     Constant,
     CRMOGM,
     DualProj,
+    FairGrad,
     GradDrop,
     GradNorm,
     GradVac,
+    IMTLG,
     Krum,
-    MGDA,
     Mean,
+    MGDA,
+    NashMTL,
     NSGD,
     PCD,
     PCGrad,
