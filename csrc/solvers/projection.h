@@ -84,7 +84,6 @@ struct Rule<5> : Rule<-1> {
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     constexpr double kCloseTo1 = 1.0 - 1e-12;  // cosines carry rounding errors of some 1e-16: closer to 1 is the same direction
-    constexpr double kCancelled = 1e-14;       // a squared norm below this part of its summands' is their rounding error
     const int k = p.k;
     const double beta = p.params[0];
     double* length = p.work;

@@ -56,9 +56,7 @@ class Compose(Resolver):
         for part in self.parts:
             A = _only(_row_map(current, part, active), active)
             total = A if total is None else A @ total
-            current = A @ current @ A.mT
-            current = (current + current.mT) / 2
-            active = active & (current.diagonal(dim1=-2, dim2=-1) != 0)
+            current, active = ops.reference.apply(A, current, active)
         assert total is not None
         return torch.where(present & ~finite.unsqueeze(-1), torch.nan, total.sum(-2))
 
