@@ -3,35 +3,44 @@
 import difflib
 from typing import Any
 
-# from mmfast.resolvers.alignment import IMTLG, AlignedMTL, ConFIG
-# from mmfast.resolvers.bargaining import FairGrad, NashMTL
+from mmfast.resolvers.alignment import IMTLG, AlignedMTL, ConFIG
+from mmfast.resolvers.bargaining import FairGrad, NashMTL
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.compose import CRMOGM, Compose
-
-# from mmfast.resolvers.cone import PCD, DualProj, UPGrad
-# from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
+from mmfast.resolvers.cone import PCD, DualProj, UPGrad
+from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
 from mmfast.resolvers.magnitude import NSGD, GradNorm
-
-# from mmfast.resolvers.minnorm import MGDA, CAGrad
+from mmfast.resolvers.minnorm import MGDA, CAGrad
 from mmfast.resolvers.projection import GradVac, PCGrad
 from mmfast.resolvers.robust import Krum
 from mmfast.resolvers.simple import Constant, Mean, Random, Sum
 
 __all__ = [
-    # "AlignedMTL", "CAGrad", "ConFIG", "DualProj", "FairGrad", "GradDrop", "IMTLG", "MGDA", "NashMTL", "PCD", "TrimmedMean", "UPGrad",
     "CRMOGM",
+    "IMTLG",
+    "MGDA",
     "NSGD",
+    "PCD",
+    "AlignedMTL",
+    "CAGrad",
     "Compose",
+    "ConFIG",
     "Constant",
+    "DualProj",
+    "FairGrad",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "Krum",
     "Mean",
+    "NashMTL",
     "PCGrad",
     "Random",
     "Resolver",
     "Rule",
     "Sum",
+    "TrimmedMean",
+    "UPGrad",
     "resolver",
 ]
 
@@ -47,8 +56,10 @@ _BY_NAME: dict[str, Any] = {_plain(name): globals()[name] for name in __all__ if
 def resolver(name: str, **kwargs: Any) -> Resolver:
     """Makes a resolver by its name, with its hyper-parameters as keyword arguments; case, dashes and underscores don't matter.
 
-    >>> mf.resolver("grad-vac", beta=0.1)
-    GradVac(beta=0.1)
+    >>> mf.resolver("imtl-g")
+    IMTLG()
+    >>> mf.resolver("cagrad", c=0.4)
+    CAGrad(c=0.4)
     """
     rule = _BY_NAME.get(_plain(name))
     if rule is None:
