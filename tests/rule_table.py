@@ -156,7 +156,8 @@ RULES: dict[str, Row] = {
     "NSGD": Row(lambda k: magnitude.NSGD(update_at=2), residual=_nsgd, golden=(1.268309, 0.872905)),
     "CRMOGM": Row(lambda k: compose.CRMOGM(projection.PCGrad()), equivariant=False, golden=(20 / 9, 30 / 19)),
     "Compose": Row(
-        lambda k: compose.Compose(projection.GradVac(), compose.CRMOGM(magnitude.NSGD()), simple.Random(), projection.PCGrad()), equivariant=False
+        lambda k: compose.Compose(projection.GradVac(), compose.CRMOGM(magnitude.NSGD()), simple.Random(), projection.PCGrad()),
+        equivariant=False,
     ),
     "Krum": Row(lambda k: robust.Krum(1), residual=_krum(1, 1, 2), min_k=4),
     "Krum plain": Row(lambda k: robust.Krum(1, distance="plain"), residual=_krum(1, 1, 1), min_k=4, torchjd=_torchjd_krum),
