@@ -22,7 +22,9 @@ template <class Team>
 struct NonNegative {
   static constexpr double kRounding = 1e-15;  // of a pivot, the square of a vector that is a sum of unit vectors: times the square of their weights
   static constexpr double kSafePivot = 1e-10;  // a guess takes only rows clearly independent of those before
-  static constexpr double kSlack = 1e-13;  // a slack counts as violated beyond this share of the sums it is made of
+  static constexpr double kSlack = 1e-13;  // a slack counts as violated beyond this share of the sums it is made of,
+  static constexpr double kDependentSlack = 1e-10;  // that of a row dependent on the set beyond this: near-opposite rows amplify rounding
+  static constexpr double kZero = 1e-12;  // a weight below this share of all is rounding and never reaches a bound
   static constexpr int kSweeps = 4;
   enum Place { kFree = 0, kInSet = 1, kRejected = 2 };
 
@@ -193,16 +195,16 @@ struct NonNegative {
         substitute();
         int first = -1;
         double partial = INFINITY, weights = 1.0;
-        for (int c = 0; c < p; ++c) {
-          weights += fabs(z[c]);
-          if (z[c] > 0.0 && l[c] < partial * z[c]) {
+        for (int c = 0; c < p; ++c) weights += fabs(z[c]);
+        for (int c = 0; c < p; ++c)
+          if (z[c] > kZero * weights && l[c] < partial * z[c]) {
             first = c;
             partial = l[c] / z[c];
           }
-        }
         const double full = pivot > kRounding * weights * weights ? -slack / pivot : INFINITY;
-        if (first < 0 && !(full < INFINITY)) {
-          bounded = in_range;
+        const bool dependent = !(full < INFINITY), noise = dependent && slack >= -kDependentSlack * size;
+        if (noise || (dependent && first < 0)) {
+          bounded = noise || in_range;
           place[j] = kRejected;
           team.sync();
           break;
