@@ -110,7 +110,8 @@ struct Rule<10> : Rule<-1> {
     const double reach = team.sum(k, [&](int i) { return i == 0 ? length[0] : tau * length[i]; });
     bool feasible = qp.solve(reach, false);
 
-    // |d|^2 of d = length_1 c_1 + sum_j x_j c_j. Below the rounding of its own summands it is zero, which a constraint with tau > 0 does not allow.
+    // |d|^2 of d = length_1 c_1 + sum_j x_j c_j. Below the rounding of its own summands it is zero, which no constraint with
+    // tau > 0 allows: then the constraints contradict each other after all.
     each(team, m, [&](int i) { length[i + 1] = qp.x[i]; });
     const double square = team.sum(k * k, [&](int e) { return length[e / k] * C[e] * length[e % k]; });
     const double sum = team.sum(k, [&](int i) { return length[i]; });

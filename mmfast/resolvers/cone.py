@@ -95,10 +95,11 @@ class _Preferring(Rule):
 
 
 class UPGrad(_Preferring):
-    """The sum of the gradients' projections on the cone where none conflicts (Quinton & Rey, "Jacobian descent for multi-objective optimization", 2024).
+    """The sum of the gradients' projections on the cone where none conflicts (Quinton & Rey, "Jacobian descent for
+    multi-objective optimization", 2024).
 
     Args:
-        pref: K non-negative weights of the projections; None weighs all that are present alike, 1 in sum. The weight of a missing gradient is lost.
+        pref: K non-negative weights of the projections, that of a missing gradient being lost; None gives 1 / (number present) to each.
     """
 
     method = 8
@@ -113,10 +114,11 @@ class UPGrad(_Preferring):
 
 
 class DualProj(_Preferring):
-    """The projection of the weighted sum of the gradients on the cone where none conflicts (Lopez-Paz & Ranzato, "Gradient episodic memory", 2017).
+    """The projection of the weighted sum of the gradients on the cone where none conflicts (Lopez-Paz & Ranzato, "Gradient
+    episodic memory", 2017).
 
     Args:
-        pref: K non-negative weights of the sum; None weighs all that are present alike, 1 in sum. The weight of a missing gradient is lost.
+        pref: K non-negative weights of the sum, that of a missing gradient being lost; None gives 1 / (number present) to each.
     """
 
     method = 9
