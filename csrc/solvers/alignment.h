@@ -17,29 +17,19 @@ struct Multiples {
   double square;   // |sum_i a_i g_i|^2; 0 where the rows admit no such direction
 };
 
-template <class Team>
-MMFAST_HD inline void cosines(const Team& team, const Problem& p, const double* norm, double* C) {
-  const int k = p.k;
-  each(team, k, [&](int i) {
-    for (int j = 0; j < k; ++j) C[i * k + j] = p.G[i * k + j] / (norm[i] * norm[j]);
-    C[i * k + i] = 1.0;
-  });
-}
-
 template <class Team, class F>
 MMFAST_HD inline Multiples multiples(const Team& team, Problem& p, F b) {
   const int k = p.k;
   double* C = p.work + Spectrum::work_size(k);
   Multiples out{C + k * k, C + k * k + k, C + k * k + 2 * k, 0.0};
-  each(team, k, [&](int i) { out.norm[i] = sqrt(p.G[i * k + i]); });
   each(team, k, [&](int i) { out.a[i] = out.cosine[i] = b(i); });
-  cosines(team, p, out.norm, C);
+  cosines(team, k, p.G, out.norm, C);
   const double least = cholesky(team, k, C, [](int) { return DBL_EPSILON; });
   if (least > 1e-8) {
     cholesky_solve(team, k, C, out.a);
     out.square = team.sum(k, [&](int i) { return out.a[i] * b(i); });
   } else {
-    cosines(team, p, out.norm, C);
+    cosines(team, k, p.G, out.norm, C);
     const Spectrum spectrum(team, k, C, out.a, p.work, p.iwork);
     const double* values = spectrum.values;
     double largest = 0.0;
