@@ -17,6 +17,12 @@ struct Multiples {
   double square;   // |sum_i a_i g_i|^2; 0 where the rows admit no such direction
 };
 
+// The preference of row i: what follows the first parameter, if anything does.
+MMFAST_HD inline double preference(const Problem& p, int i, double otherwise) {
+  if (p.n_params == 1) return otherwise;
+  return 1 + p.rows[i] < p.n_params ? p.params[1 + p.rows[i]] : NAN;
+}
+
 template <class Team, class F>
 MMFAST_HD inline Multiples multiples(const Team& team, Problem& p, F b) {
   const int k = p.k;
@@ -84,7 +90,7 @@ struct Rule<14> : Rule<-1> {
     });
     each(team, k, [&](int i) {
       for (int j = 0; j < k; ++j) A[i * k + j] = p.G[order[i] * k + order[j]];
-      x[i] = p.n_params > 1 ? p.params[1 + p.rows[order[i]]] : 1.0 / k;
+      x[i] = alignment::preference(p, order[i], 1.0 / k);
     });
     const Spectrum spectrum(team, k, A, x, p.work, p.iwork);
     double* values = spectrum.values;
@@ -123,8 +129,7 @@ struct Rule<15> : Rule<-1> {
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k, kind = static_cast<int>(p.params[0]);
-    const alignment::Multiples m =
-        alignment::multiples(team, p, [&](int i) { return p.n_params > 1 ? p.params[1 + p.rows[i]] : 1.0; });
+    const alignment::Multiples m = alignment::multiples(team, p, [&](int i) { return alignment::preference(p, i, 1.0); });
     const double along = kind == 0 ? team.sum(k, [&](int i) { return m.norm[i] * m.cosine[i]; })
                                    : tracked(team, k, m.norm, kind) * team.sum(k, [&](int i) { return m.cosine[i]; });
     const double factor = m.square > 0.0 ? along / m.square : 0.0;

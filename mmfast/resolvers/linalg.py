@@ -41,7 +41,7 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
         gap = q - p
         still = (off == 0) | (torch.maximum(p, q) <= rounding)
         # tangent of the angle, at most pi/4, that makes off zero
-        t = torch.where(still, 0, torch.copysign(off, off * torch.copysign(torch.ones_like(gap), gap)) / (gap.abs() + torch.hypot(gap, off)))
+        t = torch.where(still, 0, off / (gap + torch.copysign(torch.hypot(gap, off), gap)))
         c = (1 + t * t).rsqrt()
         s = t * c
         columns = torch.cat([A, V], -2)
