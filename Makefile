@@ -41,7 +41,7 @@ clean:
 	touch $@
 
 .venv/installed-%: .venv/created pyproject.toml constraints.txt
-	$(PIP) setuptools ninja pybind11 torch
+	$(PIP) 'setuptools>=77' ninja pybind11 torch
 	$(PIP) --no-build-isolation -e '.[$*]'
 	touch $@
 
