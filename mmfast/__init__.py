@@ -1,8 +1,8 @@
 """mmfast: impartial multimodal training, in one fused pass over the shared representation."""
 
+from mmfast import resolvers
 from mmfast.ops import backends, combine, gram, resolve, weights
-from mmfast.resolvers import *  # noqa: F403  (the rules: names in mmfast.resolvers.__all__)
-from mmfast.resolvers import __all__ as _rules
+from mmfast.resolvers import *
 
 __version__ = "0.1.0"
-__all__ = ["backends", "combine", "gram", "resolve", "weights", *_rules]
+__all__ = ["backends", "combine", "gram", "resolve", "weights", *resolvers.__all__]  # noqa: PLE0604

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from problems import gramian, kinds
-from rule_table import fair_residual
+from residuals import fair_residual
 
 from mmfast import ops
 from mmfast.resolvers.bargaining import FairGrad, NashMTL

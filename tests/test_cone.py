@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from problems import gramian, kinds
-from rule_table import RULES, dual_cone_residual
+from residuals import dual_cone_residual
+from rule_table import RULES
 
 from mmfast import ops
 from mmfast.resolvers import cone
