@@ -4,6 +4,7 @@ csrc/solvers/minnorm.h solves them by an active set; the plain-torch forms here 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def _longest_step(*moves: tuple[Tensor, Tensor]) -> Tensor:
     return (0.995 * limits.amin(-1, keepdim=True)).clamp(max=1)
 
 
-def _solver(C: Tensor, diagonal: Tensor):
+def _solver(C: Tensor, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
     """r -> (C + diag(diagonal))^-1 r for r [B, K]; a small ridge keeps the factor of a singular C finite."""
     ridge = (C.shape[-1] + 8) * 1e-15
     L, _ = torch.linalg.cholesky_ex(C + torch.diag_embed(diagonal + ridge), check_errors=False)
@@ -80,7 +81,7 @@ def _ball(C: Tensor, b: Tensor, a: Tensor, active: Tensor, c: float) -> Tensor:
     x = torch.where(active, 1 / a.sum(-1, keepdim=True), 1)
     z, nu = torch.zeros_like(x), torch.zeros_like(x[..., :1])
     s = torch.full_like(x, 1 + c)
-    sigma = 1.0
+    sigma: float | Tensor = 1.0
     for _ in range(ITERATIONS):
         xa = torch.where(active, x, 0)
         Cx, Cz = _times(C, xa), _times(C, z)
