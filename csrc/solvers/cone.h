@@ -3,24 +3,12 @@
 // All are solved on the cosines C of the gradients, so that a constraint weighs the same whatever its gradient's norm.
 #pragma once
 
+#include "linalg.h"
 #include "nnls.h"
 #include "problem.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
-
-// norms[i] = |g_i|, C = the cosines of all pairs
-template <class Team>
-MMFAST_HD inline void cosines(const Team& team, int k, const double* G, double* norms, double* C) {
-  each(team, k, [&](int i) { norms[i] = sqrt(G[static_cast<long>(i) * k + i]); });
-  each(team, k, [&](int i) {
-    const double* g = G + static_cast<long>(i) * k;
-    double* c = C + static_cast<long>(i) * k;
-    const double own = norms[i];
-    for (int j = 0; j < k; ++j) c[j] = g[j] / (own * norms[j]);
-    c[i] = 1.0;
-  });
-}
 
 MMFAST_HD inline double preference(const Problem& p, int i) { return p.n_params ? p.params[p.rows[i]] : 1.0 / p.k; }
 
