@@ -97,6 +97,16 @@ class Inputs {
   int places_[kMaxRows];
 };
 
+// Values of state per problem.
+int64_t state_width(const char* op, const std::optional<Tensor>& state, int64_t problems) {
+  if (!state) return 0;
+  const auto sizes = state->sizes();
+  STD_TORCH_CHECK(is_cpu(*state) && state->is_contiguous() && dtype_of(*state) == aoti_torch_dtype_float64() && sizes.size() >= 1 &&
+                      state->numel() == problems * sizes[sizes.size() - 1],
+                  op, ": state must be a contiguous float64 tensor [..., S], S values for each problem");
+  return sizes[sizes.size() - 1];
+}
+
 void set_chain(SolveArgs& args, const char* op, const std::vector<int64_t>& steps, const std::vector<double>& params, int64_t state_size,
                const std::optional<Tensor>& rng) {
   STD_TORCH_CHECK(steps.size() % 2 == 0 && !steps.empty(), op, ": steps must be pairs of rule and number of parameters");
@@ -128,10 +138,7 @@ std::tuple<Tensor, Tensor> resolve_cpu(Tensors grads, std::vector<int64_t> missi
   SolveArgs args{};
   args.batch = problems;
   args.K = static_cast<int>(K);
-  STD_TORCH_CHECK(!state || (is_cpu(*state) && state->is_contiguous() && dtype_of(*state) == aoti_torch_dtype_float64() && problems &&
-                             state->numel() % problems == 0),
-                  op, ": state must be a contiguous float64 tensor [..., S]");
-  const int64_t S = state ? state->numel() / problems : 0, width = K + K * K + S;
+  const int64_t S = state_width(op, state, problems), width = K + K * K + S;
   set_chain(args, op, steps, params, S, rng);
   args.precision = in.grads().dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
   STD_TORCH_CHECK(with_gram || !preserve_norm, op, ": preserve_norm needs the Gramian");
@@ -196,13 +203,12 @@ std::tuple<Tensor, Tensor> weights_cpu(Tensor gram, std::optional<Tensor> mask, 
   args.preserve_norm = preserve_norm;
   args.precision = precision;
   if (batch == 0) return {w, next};
-  STD_TORCH_CHECK(!state || (is_cpu(*state) && state->is_contiguous() && dtype_of(*state) == aoti_torch_dtype_float64() && state->numel() % batch == 0),
-                  op, ": state must be a contiguous float64 tensor [..., S]");
-  set_chain(args, op, steps, params, state ? state->numel() / batch : 0, rng);
+  const int64_t S = state_width(op, state, batch);
+  set_chain(args, op, steps, params, S, rng);
   if (state) {
     std::memcpy(next.mutable_data_ptr(), state->const_data_ptr(), state->numel() * sizeof(double));
     args.state = static_cast<double*>(next.mutable_data_ptr());
-    args.state_stride = state->numel() / batch;
+    args.state_stride = S;
   }
   args.w = static_cast<double*>(w.mutable_data_ptr());
   args.w_stride = K;

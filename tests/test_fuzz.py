@@ -1,6 +1,9 @@
-"""Random calls of the operators against the float64 reference: any count, shape, strides, dtype, granularity, mask, missing gradient."""
+"""Random calls of the operators against the float64 reference: any count, shape, strides, dtype, granularity, mask, missing gradient.
+
+MMFAST_FUZZ=2000 pytest tests/test_fuzz.py tries as many examples of each."""
 
 import copy
+import os
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -25,7 +28,7 @@ RULES = [
     lambda k: resolvers.GradDrop(0.25),
     lambda k: resolvers.TrimmedMean(0 if k < 3 else 1),
 ]
-FUZZ = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=int(os.environ.get("MMFAST_FUZZ", "300")), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

@@ -182,10 +182,10 @@ def weights(
     """Weights [..., K] of Gramians [..., K, K], and the next states of the chain side by side [..., S]."""
     problems, k = G.shape[:-2], G.shape[-1]
     flat_mask = None if mask is None else mask.expand(*problems, k).reshape(-1, k)
-    flat_states = [None if s is None else s.reshape(-1, s.shape[-1]) for s in states]
+    flat_states = [None if s is None else s.reshape(problems.numel(), s.shape[-1]) for s in states]
     w, after = solve(G.reshape(-1, k, k), flat_mask, chain, flat_states, rng, preserve_norm, precision)
     kept = [s for s in after if s is not None]
-    return w.view(*problems, k), torch.cat(kept, -1).view(*problems, -1) if kept else None
+    return w.view(*problems, k), torch.cat(kept, -1).view(*problems, sum(s.shape[-1] for s in kept)) if kept else None
 
 
 def preserve_norm(G: Tensor, mask: Tensor | None, w: Tensor) -> Tensor:

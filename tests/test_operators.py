@@ -1,0 +1,113 @@
+"""The operators as torch sees them: schemas, fakes, compilation, unwritten memory, instruction sets, very long gradients."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mmfast as mf
+from mmfast.ops import native
+
+pytestmark = pytest.mark.skipif(not native.available, reason=str(native.missing_reason))
+
+
+def gradients(k=3, shape=(4, 6)):
+    return [torch.randn(shape) for _ in range(k)]
+
+
+RNG = torch.tensor([7, 0])
+CALLS = {
+    "gram": lambda g: (native.gram, (g, [], None, 0)),
+    "gram sample": lambda g: (native.gram, (g, [1], torch.ones(4, len(g) + 1, dtype=torch.bool), 1)),
+    "combine": lambda g: (native.combine, (g, [], None, torch.ones(len(g), dtype=torch.float64), 0)),
+    "weights": lambda g: (native.weights, (torch.eye(3, dtype=torch.float64), None, [6, 1], [0.0], None, None, False, 2e-16)),
+    "weights with state": lambda g: (
+        native.weights,
+        (torch.eye(3, dtype=torch.float64), None, [5, 1], [0.5], torch.zeros(9, dtype=torch.float64), RNG, True, 2e-16),
+    ),
+    "resolve": lambda g: (native.resolve, (g, [], None, [6, 1], [0.0], None, None, 0, False, True)),
+    "resolve sample": lambda g: (native.resolve, (g, [0], None, [4, 2], [0.0, 0.0], None, RNG, 1, True, True)),
+    "graddrop": lambda g: (native.graddrop, (g, [], None, 0.0, RNG)),
+    "trimmed_mean": lambda g: (native.trimmed_mean, (g, [], None, 1)),
+}
+
+
+@pytest.mark.parametrize("layout", ["plain", "permuted", "expanded"])
+@pytest.mark.parametrize("name", list(CALLS))
+def test_opcheck(name, layout):
+    grads = gradients()
+    if layout == "permuted":
+        grads = [g.T.contiguous().T for g in grads]
+    elif layout == "expanded":
+        grads = [g[:1].expand(4, 6) for g in grads]
+    op, args = CALLS[name](grads)
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic):
+    """One graph, no break, the result of eager."""
+
+    def step(x, y, z):
+        return mf.resolve([x.sin(), y.cos(), z], mf.MGDA()) * 2
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (8, 40):
+        grads = gradients(3, (n, 6))
+        torch.testing.assert_close(compiled(*grads), step(*grads))
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if "weights" not in n])
+def test_every_element_is_written(name, monkeypatch):
+    """Fresh memory is filled with NaN; none of it may be seen."""
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        for shape in ((4, 6), (4, 513), (4, 4099)):
+            op, args = CALLS[name](gradients(5, shape))
+            results = op(*args)
+            for result in results if isinstance(results, tuple) else (results,):
+                assert result.isfinite().all(), shape
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+_BITS = """
+import hashlib, torch, mmfast as mf
+torch.manual_seed(0)
+digest = hashlib.sha256()
+rules = [mf.Random(), mf.PCGrad(), mf.GradVac(), mf.MGDA(), mf.CAGrad(), mf.UPGrad(), mf.DualProj(), mf.PCD(), mf.NashMTL(), mf.FairGrad(2.0), mf.IMTLG(),
+         mf.AlignedMTL(), mf.ConFIG(), mf.GradNorm(), mf.NSGD(), mf.Krum(1), mf.Compose(mf.NSGD(), mf.PCGrad()), mf.GradDrop(0.1), mf.TrimmedMean(1)]
+for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    for k, shape in [(4, (3, 5)), (5, (2, 2049)), (9, (2, 4100)), (33, (3, 700)), (67, (2, 130))]:
+        grads = [torch.randn(shape).to(dtype) for _ in range(k)]
+        for per in ("batch", "sample", "batch_sum"):
+            digest.update(mf.gram(grads, per).numpy().tobytes())
+        for rule in rules:
+            rule.reset()
+            digest.update(mf.resolve(grads, rule).double().numpy().tobytes())
+print(mf.backends()["cpu"][1], digest.hexdigest())
+"""
+
+
+def test_same_bits_on_every_instruction_set():
+    lines = set()
+    for isa in ("avx512", "avx2", "portable"):
+        run = subprocess.run(
+            [sys.executable, "-c", _BITS], env={**os.environ, "MMFAST_CPU_ISA": isa}, capture_output=True, text=True, check=True, cwd="."
+        )
+        lines.add(run.stdout.strip())
+    assert len({line.split()[-1] for line in lines}) == 1, lines
+    assert len(lines) >= 2, "only one instruction set ran"
+
+
+@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 14 << 30, reason="needs 14 GB of free memory")
+def test_more_than_2_31_elements():
+    n = 2**31 + 4099
+    g = torch.zeros(n, dtype=torch.bfloat16)
+    g[3], g[2**31 + 1], g[-1] = 2, 3, 6
+    assert mf.gram([g]).item() == 49
+    out = mf.combine([g], torch.tensor([0.5]))
+    assert out.shape == (n,) and out[2**31 + 1] == 1.5 and out[-1] == 3
