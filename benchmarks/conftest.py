@@ -1,0 +1,13 @@
+"""What pytest-benchmark stores beside a number: enough to judge it, no host name."""
+
+from benchmarks.rows import environment
+
+
+def pytest_benchmark_generate_machine_info(config):
+    env = environment()
+    return {name: env[name] for name in ("machine", "cpu", "python", "torch")}
+
+
+def pytest_benchmark_generate_commit_info(config):
+    env = environment()
+    return {"id": env["commit"], "time": env["date"]}
