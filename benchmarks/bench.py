@@ -5,6 +5,7 @@ Each number comes from an operator that has just agreed with its float64 referen
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 
 import mmfast as mf
 from benchmarks import naive, overhead, report, roofline
+from benchmarks.machine import Quiet, caches, data_in, environment
 from benchmarks.providers import BLOCK, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
-from benchmarks.rows import RESULTS, Row, caches, data_in, environment, write
+from benchmarks.rows import RESULTS, Row, write
 from benchmarks.targets import GRAM_FEW, GRAM_MANY, GRID_WORST, LATENCY
 from benchmarks.timing import Call, Timing, side_by_side
 
@@ -50,7 +52,8 @@ def _line(rows: list[Row]) -> str:
         ratio = f" {report.number(r.ratio_to_ours)}x" if r.ratio_to_ours and r.provider != "ours" else ""
         share = f" {r.percent_of_roofline:.0f}% of roofline" if r.percent_of_roofline else ""
         cells.append(f"{r.provider} {value}{ratio}{share}")
-    return f"{first.section:9} {first.rule:12} K={first.k:<3} N={first.n:<9} " + "   ".join(cells)
+    what = first.rule or first.dtype
+    return f"{first.section:9} {what:12} K={first.k:<3} N={first.n:<9} " + "   ".join(cells)
 
 
 def compare(run: Run, rows: dict[str, Row], calls: dict[str, Call], right: bool, error: float) -> dict[str, Timing]:
@@ -234,7 +237,9 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    env = environment()
+    # NashMTL's solver says at every call that its problem is stated in a way that cannot be cached
+    warnings.filterwarnings("ignore", category=UserWarning, module="torchjd")
+    quiet = Quiet()
     rules = [name for name in options.only if name in RULES] or [*TWELVE, "Mean"]
     sections = [name for name in options.only if name not in RULES] or [*SECTIONS, "overhead"]
     run = Run(options.quick, rules)
@@ -242,6 +247,7 @@ def main() -> int:
     for name in sections:
         if name in SECTIONS:
             SECTIONS[name](run)
+    env = environment(quiet.share())
     print(f"\n{report.summary(run.rows, env)}\n{perf_counter() - start:.0f} s")
     if not options.quick and not options.only:
         for path in _save(run, env):

@@ -1,6 +1,6 @@
 """What pytest-benchmark stores beside a number: enough to judge it, no host name."""
 
-from benchmarks.rows import environment
+from benchmarks.machine import environment
 
 
 def pytest_benchmark_generate_machine_info(config):

@@ -5,7 +5,8 @@ import json
 import subprocess
 import sys
 
-from benchmarks.rows import RESULTS, ROOT, environment
+from benchmarks.machine import ROOT, environment
+from benchmarks.rows import RESULTS
 
 BASELINE = RESULTS / "overhead-baseline.json"
 

@@ -7,6 +7,9 @@ from benchmarks.rows import Row, newest, read
 from benchmarks.targets import TARGETS, geometric_mean, ratios
 
 
+BUSY = 5.0  # percent of the processors that other programs may use while numbers are made
+
+
 def number(value: float | None) -> str:
     """Three significant digits, without exponent."""
     if value is None:
@@ -88,11 +91,14 @@ def machine(rows: list[Row], env: dict[str, str]) -> str:
         measured.append(f"reads {number(max(reads))} GB/s")
     if flops:
         measured.append(f"multiply-adds {number(max(flops))} GFLOP/s")
+    others = float(env["others_percent"] or 0)
+    busy = f" **Other programs used {others:.0f} % of the processors during this run: not to be quoted.**" if others > BUSY else ""
     return (
         f"{env['cpu']}, {env['threads']} threads, {env['machine']}; Python {env['python']}, torch {env['torch']}, "
         f"TorchJD {env['torchjd'] or 'absent'}, mmfast {env['mmfast']} at {env['commit']}, {env['date']}"
         + (f"; measured here: {', '.join(measured)}" if measured else "")
         + "."
+        + busy
     )
 
 

@@ -2,20 +2,11 @@
 
 import csv
 import dataclasses
-import datetime
-import importlib.metadata
-import os
-import platform
-import subprocess
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-
-import torch
 
 from benchmarks.timing import Timing
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -44,69 +35,6 @@ class Row:
     def timed(self, timing: Timing) -> "Row":
         self.median_us, self.p20_us, self.p80_us, self.runs = timing.median, timing.p20, timing.p80, timing.runs
         return self
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
-
-
-@cache
-def caches() -> list[tuple[str, int]]:
-    """(name, bytes) of the data caches that all threads in use have together, smallest first."""
-    found = []
-    for index in range(5):
-        folder = f"/sys/devices/system/cpu/cpu0/cache/index{index}"
-        size, level = _read(f"{folder}/size"), _read(f"{folder}/level")
-        if not size.endswith("K") or _read(f"{folder}/type") == "Instruction":
-            continue
-        shared = level == "3"
-        found.append((f"L{level}", int(size[:-1]) * 1024 * (1 if shared else torch.get_num_threads())))
-    return found
-
-
-def data_in(size: int) -> str:
-    """The smallest cache that holds `size` bytes with room for what else is touched between two calls."""
-    return next((name for name, room in caches() if 2 * size <= room), "memory")
-
-
-def _cpu() -> str:
-    lines = _read("/proc/cpuinfo").splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def environment() -> dict[str, str]:
-    """Where and with what a run was made: goes into every row."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "cpu": _cpu(),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchjd": version("torchjd"),
-        "mmfast": version("mmfast") or "source",
-        "commit": commit + ("+changes" if changed else ""),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }
 
 
 FIELDS = [f.name for f in dataclasses.fields(Row)]

@@ -8,7 +8,8 @@ import torch
 import mmfast as mf
 from benchmarks import naive, report
 from benchmarks.providers import MIN_K, PROVIDERS, RULES, TORCHJD, TWELVE, Data, error_of, gate, jacobian
-from benchmarks.rows import Row, environment, read, write
+from benchmarks.machine import Quiet, environment
+from benchmarks.rows import Row, read, write
 from benchmarks.targets import TARGETS
 from benchmarks.timing import side_by_side
 
@@ -108,7 +109,10 @@ def test_side_by_side_counts_calls():
 
 
 def test_rows_survive_a_file(tmp_path):
-    rows = [Row("grid", "MGDA", 3, 4096, "torchjd", median_us=120.5, ratio_to_ours=20.0, runs=7), Row("grid", "MGDA", 3, 4096, "ours", verdict="wrong")]
+    rows = [
+        Row("grid", "MGDA", 3, 4096, "torchjd", median_us=120.5, ratio_to_ours=20.0, runs=7),
+        Row("grid", "MGDA", 3, 4096, "ours", verdict="wrong"),
+    ]
     write(rows, environment(), tmp_path / "run.csv")
     back, env = read(tmp_path / "run.csv")
     assert back == rows
@@ -149,7 +153,16 @@ def test_a_wrong_result_shows_no_time():
 
 
 def test_numbers_have_three_digits():
-    assert [report.number(x) for x in (0.1234, 1.234, 9.999, 12.34, 123.4, 99.97, 1234.5, None)] == ["0.12", "1.23", "10.0", "12.3", "123", "100", "1234", ""]
+    assert [report.number(x) for x in (0.1234, 1.234, 9.999, 12.34, 123.4, 99.97, 1234.5, None)] == [
+        "0.12",
+        "1.23",
+        "10.0",
+        "12.3",
+        "123",
+        "100",
+        "1234",
+        "",
+    ]
 
 
 def test_copy_of_a_rule_draws_alike():
@@ -157,3 +170,11 @@ def test_copy_of_a_rule_draws_alike():
     rule = RULES["PCGrad"](5)
     data = Data(5, 100)
     torch.testing.assert_close(mf.resolve(data.grads, copy.deepcopy(rule)), mf.resolve(data.grads, copy.deepcopy(rule)), rtol=0, atol=0)
+
+
+def test_a_busy_machine_is_noticed():
+    assert 0 <= Quiet().share() <= 1
+    env = environment(0.4)
+    assert env["others_percent"] == "40"
+    assert "not to be quoted" in report.summary([], env)
+    assert "not to be quoted" not in report.summary([], environment(0.01))
