@@ -1,2 +1,130 @@
+// Rules where the rows bargain for utility: NashMTL, FairGrad.
+//
+// Both ask for w > 0 with G w = w^(-1/alpha), alpha = 1 for Nash: the minimum of the strictly convex
+// w'Gw / 2 - sum_i w_i^(1 - 1/alpha) / (1 - 1/alpha). The unknowns are x = D w, D the norms, so that the quadratic term is x'Cx with
+// C the cosines and badly scaled rows do no harm. Newton's step is taken on log x and cut off at a factor of e^2: x stays positive,
+// and a line search was found to slow it down only.
+//
+// Where some w > 0 has G w ~ 0 (a Pareto-stationary point) the minimum runs off to infinity while the direction vanishes. A steep
+// barrier stops x at about the ceiling, kFlat^(-max(alpha/(1 + alpha), 1/3)) times the most a row takes alone: for alpha >= 1/2, where
+// an eigenvalue kFlat of C would let it go. The right-hand side is multiplied by 1 - (x / ceiling)^(4 + 4/alpha), so that
+// an eigenvalue of 1e-7 feels (kFlat / 1e-7)^4 = 1e-12 of it; at alpha = 1 the direction keeps about 1e-5 of its usual length.
 #pragma once
-#include "problem.h"
+
+#include "linalg.h"
+
+
+namespace mmfast {
+namespace MMFAST_ISA {
+
+namespace bargaining {
+
+constexpr double kFlat = 1e-10;
+constexpr int kMaxNewton = 100;
+
+// One row's side of the bargain: (C x)_i = pull(m_i, x_i), with m = d^((1 - alpha)/(1 + alpha)) what the row takes alone.
+struct Side {
+  double power;    // 1 / alpha
+  double ceiling;
+
+  MMFAST_HD double barrier(double x) const {
+    const double u = x / ceiling;
+    if (u < 1e-4) return 0.0;
+    const double u2 = u * u, u4 = u2 * u2;
+    return power == 1.0 ? u4 * u4 : u4 * pow(u4, power);
+  }
+  MMFAST_HD double free_pull(double m, double x) const { return power == 1.0 ? m * m / x : m * pow(m / x, power); }
+  // -x times the derivative of pull, over free_pull
+  MMFAST_HD double bend(double barrier) const { return power + (4.0 + 3.0 * power) * barrier; }
+};
+
+// w with G w = w^(-1/alpha), for the Gramian divided by p.scale.
+template <class Team>
+MMFAST_HD inline void solve(const Team& team, Problem& p, double alpha) {
+  const int k = p.k;
+  double* C = p.work;
+  double* H = C + k * k;
+  double* norm = H + k * k;
+  double* m = norm + k;
+  double* x = m + k;
+  double* Cx = x + k;
+  double* curve = Cx + k;
+  double* step = curve + k;
+  each(team, k, [&](int i) { norm[i] = sqrt(p.G[i * k + i]); });
+  each(team, k, [&](int i) {
+    for (int j = 0; j < k; ++j) C[i * k + j] = p.G[i * k + j] / (norm[i] * norm[j]);
+    C[i * k + i] = 1.0;
+    m[i] = alpha == 1.0 ? 1.0 : pow(norm[i], (1.0 - alpha) / (1.0 + alpha));
+  });
+  double most = 0.0;
+  for (int i = 0; i < k; ++i) most = fmax(most, m[i]);
+  const Side side{1.0 / alpha, most * pow(kFlat, -fmax(alpha / (1.0 + alpha), 1.0 / 3.0))};
+
+  // the best multiple of what the rows would take alone
+  multiply(team, k, C, k, m, Cx);
+  const double alone = team.sum(k, [&](int i) { return m[i] * m[i]; });
+  const double together = fmax(team.sum(k, [&](int i) { return m[i] * Cx[i]; }), 1e-6 * alone);
+  const double start = alpha == 1.0 ? sqrt(alone / together) : pow(alone / together, alpha / (1.0 + alpha));
+  each(team, k, [&](int i) { x[i] = start * m[i]; });
+
+  double last = 1.0;
+  for (int iteration = 0; iteration < kMaxNewton; ++iteration) {
+    multiply(team, k, C, k, x, Cx);
+    each(team, k, [&](int i) {
+      const double free_pull = side.free_pull(m[i], x[i]), barrier = side.barrier(x[i]);
+      step[i] = free_pull * (1.0 - barrier) - Cx[i];
+      curve[i] = free_pull / x[i] * side.bend(barrier);
+      for (int j = i; j < k; ++j) H[i * k + j] = C[i * k + j];
+      H[i * k + i] += curve[i];
+    });
+    // C has no negative eigenvalue, so a pivot below the diagonal that was added to it is rounding
+    cholesky(team, k, H, [&](int i) { return fmax(curve[i], DBL_EPSILON); });
+    cholesky_solve(team, k, H, step);
+    double change = 0.0;
+    for (int i = 0; i < k; ++i) change = fmax(change, fabs(step[i]) / x[i]);
+    team.sync();
+    each(team, k, [&](int i) { x[i] = fmin(x[i] * exp(fmax(-2.0, fmin(2.0, step[i] / x[i]))), 10.0 * side.ceiling); });
+    if (change < 1e-8 || (change < 1e-4 && change > 0.5 * last)) break;  // quadratic: the next step would be rounding
+    last = change;
+  }
+  each(team, k, [&](int i) { p.w[i] = x[i] / norm[i]; });
+}
+
+}  // namespace bargaining
+
+// Nash-MTL (Navon et al., "Multi-task learning as a bargaining game", ICML 2022). params: the largest norm of the direction, 0 for none.
+template <>
+struct Rule<11> : Rule<-1> {
+  static constexpr bool exists = true;
+  static constexpr const char* name = "NashMTL";
+  template <class Team>
+  MMFAST_HD static void solve(const Team& team, Problem& p) {
+    const int k = p.k;
+    bargaining::solve(team, p, 1.0);
+    double factor = 1.0 / sqrt(p.scale);
+    if (p.params[0] > 0.0) {  // |d|^2 = w'Gw does not depend on the scale of G
+      const double square = team.sum(k * k, [&](int e) { return p.w[e / k] * p.G[e] * p.w[e % k]; });
+      factor *= fmin(1.0, p.params[0] / sqrt(fmax(square, DBL_MIN)));
+    }
+    team.sync();
+    each(team, k, [&](int i) { p.w[i] *= factor; });
+  }
+};
+
+// FairGrad (Ban and Ji, "Fair resource allocation in multi-task learning", ICML 2024). params: alpha; 0 is the mean.
+template <>
+struct Rule<12> : Rule<-1> {
+  static constexpr bool exists = true;
+  static constexpr const char* name = "FairGrad";
+  template <class Team>
+  MMFAST_HD static void solve(const Team& team, Problem& p) {
+    const double alpha = p.params[0];
+    if (alpha == 0.0) return each(team, p.k, [&](int i) { p.w[i] = 1.0 / p.k; });
+    bargaining::solve(team, p, alpha);
+    const double factor = pow(p.scale, -alpha / (1.0 + alpha));
+    each(team, p.k, [&](int i) { p.w[i] *= factor; });
+  }
+};
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

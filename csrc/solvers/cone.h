@@ -29,6 +29,7 @@ template <>
 struct Rule<8> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "UPGrad";
+  MMFAST_HD static bool takes(int K, int n_params) { return n_params == 0 || n_params == K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k;
@@ -55,6 +56,7 @@ template <>
 struct Rule<9> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "DualProj";
+  MMFAST_HD static bool takes(int K, int n_params) { return n_params == 0 || n_params == K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k;
@@ -82,6 +84,7 @@ template <>
 struct Rule<10> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "PCD";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 2; }
   MMFAST_HD static int state_size(int K) { return K + 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {

@@ -9,7 +9,7 @@ namespace minnorm {
 
 constexpr double kEps = 2.220446049250313e-16;
 // A squared length below this part of its summands' is what rounding left over: its direction means nothing.
-constexpr double kCancelled = 1e-12;
+constexpr double kCancelled = 1e-14;
 
 // Minimises b'w + kappa sqrt(w'Gw) over the simplex, or 1/2 w'Gw + b'w over w >= 0 (cone).
 //
@@ -28,6 +28,7 @@ struct ActiveSet {
   const double* b = nullptr;  // null is zero
   bool cone = false;
   double lift = 0.0;
+  bool prune = false;  // whether a row that depends on those before it in S is cut off (y = 0), or S keeps it with the least pivot
   double mean_norm = 0.0;  // sum of |g_i| / k where b counts
 
   double *A, *inverse, *one, *linear, *row, *y, *Gw, *norm, *w;
@@ -55,7 +56,7 @@ struct ActiveSet {
 
   // Rows first..s-1 of L, and of L^-1 1 and L^-1 b.
   MMFAST_HD void factor(int first) {
-    const double least = (k + 8) * kEps;  // a smaller pivot is noise; lifting it changes G_ii by no more than its rounding
+    const double least = 4.0 * kEps;  // a smaller pivot, relative to the diagonal, is rounding noise
     for (int i = first; i < s; ++i) {
       const double* Gi = G + static_cast<long>(S[i]) * k;
       each(team, i, [&](int j) { row[j] = Gi[S[j]] + lift; });
@@ -70,7 +71,7 @@ struct ActiveSet {
         A[static_cast<long>(i) * k + m] = A[static_cast<long>(m) * k + i] = l;
         each(team, i - m - 1, [&](int j) { row[m + 1 + j] -= l * Am[m + 1 + j]; });
       }
-      const double scale = 1.0 / sqrt(fmax(pivot, least * diagonal));
+      const double scale = prune && pivot < least * diagonal ? 0.0 : 1.0 / sqrt(fmax(pivot, least * diagonal));
       inverse[i] = scale;
       one[i] = ones * scale;
       linear[i] = linears * scale;
@@ -170,6 +171,7 @@ struct ActiveSet {
   // Starts from all rows and leaves out at once all whose weight would be negative, a few times: most problems end here.
   MMFAST_HD void start_with_all() {
     s = k;
+    prune = true;
     each(team, k, [&](int i) { S[i] = i; });
     each(team, k, [&](int i) { role[i] = 1; });
     factor(0);
@@ -183,9 +185,10 @@ struct ActiveSet {
       }
       each(team, k, [&](int i) { w[i] = 0.0; });
       each(team, s, [&](int a) { w[S[a]] = fmax(y[a], 0.0) / total; });
-      if (inside) return;
+      if (inside) break;
       drop();
     }
+    prune = false;
   }
 
   // Starts from the weights in w.
@@ -289,6 +292,7 @@ template <>
 struct Rule<6> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "MGDA";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const bool unit = p.params[0] != 0.0;
@@ -314,6 +318,7 @@ template <>
 struct Rule<7> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "CAGrad";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 2; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     using minnorm::kCancelled;
@@ -337,7 +342,7 @@ struct Rule<7> : Rule<-1> {
       if (set.length2 <= kCancelled * set.reach * set.reach) nearest(team, set);
       set.share();
       if (set.cone) factor = fmin(set.kappa / sqrt(set.length2), 1.0);
-      else if (set.length2 > kCancelled * set.reach * set.reach) factor = set.kappa / sqrt(set.length2);
+      else factor = set.kappa / sqrt(fmax(set.length2, kCancelled * set.reach * set.reach));
     }
     each(team, k, [&](int i) { p.w[i] = shrink * (1.0 / k + factor * p.w[i]); });
   }

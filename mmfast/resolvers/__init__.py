@@ -4,25 +4,32 @@ import difflib
 
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.compose import CRMOGM, Compose
+from mmfast.resolvers.cone import PCD, DualProj, UPGrad
 from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
 from mmfast.resolvers.magnitude import NSGD, GradNorm
+from mmfast.resolvers.minnorm import MGDA, CAGrad
 from mmfast.resolvers.projection import GradVac, PCGrad
 from mmfast.resolvers.robust import Krum
 from mmfast.resolvers.simple import Constant, Mean, Random, Sum
 
 _RULES: list[type[Resolver]] = [
+    CAGrad,
     Constant,
     CRMOGM,
+    DualProj,
     GradDrop,
     GradNorm,
     GradVac,
     Krum,
+    MGDA,
     Mean,
     NSGD,
+    PCD,
     PCGrad,
     Random,
     Sum,
     TrimmedMean,
+    UPGrad,
 ]
 
 __all__ = ["Compose", "Resolver", "Rule", "resolver", *(rule.__name__ for rule in _RULES)]

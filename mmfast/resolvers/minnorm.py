@@ -11,7 +11,7 @@ from torch import Tensor
 from mmfast.resolvers.base import Problem, Rule
 
 # a squared length below this part of its summands' is what rounding left over: its direction means nothing
-CANCELLED = 1e-12
+CANCELLED = 1e-14
 ITERATIONS = 40
 
 
