@@ -44,25 +44,19 @@ def gradvac(g: Tensor, beta: float = 0.5) -> Tensor:
     return torch.stack(rows)
 
 
-def _simplex(v: Tensor) -> Tensor:
-    """Euclidean projection onto the probability simplex."""
-    ordered = v.sort(descending=True).values
-    shift = (ordered.cumsum(0) - 1) / torch.arange(1, len(v) + 1, dtype=v.dtype)
-    return (v - shift[ordered > shift][-1]).clamp(min=0)
-
-
 def mgda(g: Tensor, steps: int = 250) -> Tensor:
-    """MGDA (Sener and Koltun, 2018): the shortest vector of the convex hull by projected gradient with exact line search."""
+    """MGDA (Sener and Koltun, 2018): the shortest vector of the convex hull, by moving weight between two rows at a time."""
     G = torch.stack([torch.stack([torch.dot(a, b) for b in g]) for a in g])
     w = torch.full((len(g),), 1 / len(g), dtype=g.dtype)
     for _ in range(steps):
-        step = _simplex(w - G @ w / G.diagonal().sum()) - w
-        curvature = step @ G @ step
-        if step.abs().sum() < 1e-5 or curvature <= 0:
+        slope = G @ w
+        best, worst = int(slope.argmin()), int(torch.where(w > 0, slope, -torch.inf).argmax())
+        gap = slope[worst] - slope[best]
+        if gap <= 1e-6 * G.diagonal().max():
             break
-        # the line may be followed beyond the projected point, as far as the simplex reaches
-        reach = torch.where(step < 0, -w / step, torch.inf).min()
-        w = w + torch.minimum(-(step @ G @ w) / curvature, reach) * step
+        move = torch.minimum(gap / (G[best, best] + G[worst, worst] - 2 * G[best, worst]), w[worst])
+        w[best] += move
+        w[worst] -= move
     return w.unsqueeze(1) * g
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from benchmarks.rows import Row, newest, read
 from benchmarks.targets import TARGETS, geometric_mean, ratios
 
-
 BUSY = 5.0  # percent of the processors that other programs may use while numbers are made
 
 
