@@ -107,8 +107,7 @@ def providers(run: Run) -> None:
     for k in [3] if run.quick else [3, 8, 32]:
         data = Data(k, 65536)
         for name in run.rules:
-            # torch.compile takes up to a minute to compile one of the iterative rules: once per rule is enough
-            who = ["ours", "torchjd", "torch", "naive"] + ["compile"] * (k == 3 and not run.quick)
+            who = ["ours", "torchjd", "torch", "naive"] + ["compile"] * (k == 3 and not run.quick)  # compiling takes seconds: once a rule
             resolve_case(run, "providers", name, data, who)
 
 

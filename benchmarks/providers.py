@@ -82,24 +82,55 @@ def plain_weights(G: Tensor, rule: mf.Resolver, preserve_norm: bool = False) -> 
     return mf.weights(G, rule, preserve_norm=preserve_norm, backend="reference")
 
 
-def trimmed_mean(J: Tensor) -> Tensor:
+def _mean(G: Tensor) -> Tensor:
+    return torch.ones_like(G[0]) / len(G)
+
+
+def _imtlg(G: Tensor) -> Tensor:
+    w = torch.linalg.pinv(G, hermitian=True) @ G.diagonal().sqrt()
+    return w / w.sum()
+
+
+def _aligned(G: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(G)
+    kept = values > values[-1] * len(G) * 2.0**-52
+    scale = torch.where(kept, values, torch.inf)
+    return vectors * (scale.min() / scale).sqrt() @ vectors.mean(0)
+
+
+def _config(G: Tensor) -> Tensor:
+    norms = G.diagonal().sqrt()
+    a = torch.linalg.pinv(G / torch.outer(norms, norms), hermitian=True).sum(1) / norms
+    Ga = G @ a
+    return Ga.sum() / (a @ Ga) * a
+
+
+# What fits in a few lines of torch, written as a user would who knows torch well; the other rules take mmfast's plain-torch form
+CLOSED_FORM: dict[str, Callable[[Tensor], Tensor]] = {"Mean": _mean, "IMTLG": _imtlg, "AlignedMTL": _aligned, "ConFIG": _config}
+
+
+def _trimmed_mean(J: Tensor) -> Tensor:
     return J.sort(0).values[1:-1].mean(0)
 
 
-def grad_drop(J: Tensor) -> Tensor:
+def _grad_drop(J: Tensor) -> Tensor:
     keep = 0.5 * (1 + J.sum(0) / J.abs().sum(0)) > torch.rand_like(J[0])
     return torch.where(keep, J.clamp(min=0).sum(0), J.clamp(max=0).sum(0))
 
 
-PLAIN_ELEMENTWISE = {"TrimmedMean": trimmed_mean, "GradDrop": grad_drop}
+ON_ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {"TrimmedMean": _trimmed_mean, "GradDrop": _grad_drop}
 
 
-def _plain(name: str, rule: mf.Resolver) -> Callable[[list[Tensor]], Tensor]:
-    elementwise = PLAIN_ELEMENTWISE.get(name)
+def _plain(name: str, k: int) -> Callable[[list[Tensor]], Tensor]:
+    """The rule in plain torch: stack, J @ J.T, weights, w @ J."""
+    if name in ON_ELEMENTS:
+        return lambda grads: ON_ELEMENTS[name](torch.stack(grads))
+    rule = RULES[name](k)
+    solve = CLOSED_FORM.get(name) or (lambda G: plain_weights(G, rule))
 
     def resolve(grads: list[Tensor]) -> Tensor:
         J = torch.stack(grads)
-        return elementwise(J) if elementwise else plain_weights(J @ J.T, rule).to(J.dtype) @ J
+        return solve((J @ J.T).double()).to(J.dtype) @ J
 
     return resolve
 
@@ -124,12 +155,15 @@ def torchjd(name: str, data: Data) -> Call:
 
 
 def plain(name: str, data: Data) -> Call:
-    resolve, grads = _plain(name, RULES[name](data.k)), data.grads
+    resolve, grads = _plain(name, data.k), data.grads
     return lambda: resolve(grads)
 
 
 def compiled(name: str, data: Data) -> Call:
-    resolve, grads = torch.compile(_plain(name, RULES[name](data.k)), dynamic=False), data.grads
+    """torch.compile of the plain torch. An iterative rule unrolls into a graph that takes minutes to compile: left out."""
+    if name not in ON_ELEMENTS and name not in CLOSED_FORM:
+        raise Unavailable("iterative rule")
+    resolve, grads = torch.compile(_plain(name, data.k), dynamic=False), data.grads
     try:
         resolve(grads)
     except Exception as error:  # a peer that fails is a result, not the end of the run
