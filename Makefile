@@ -1,6 +1,6 @@
 # Every target does all of its own set-up in .venv: run it on a fresh clone.
 #   make demo | test | bench | lint | sanitize | clean
-# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" fetches the small CPU-only torch instead of the CUDA one.
+# PIP_FLAGS holds further flags for pip, such as an index that carries a CPU-only build of torch.
 
 PYTHON ?= python3
 PYTEST ?= -q
@@ -41,7 +41,7 @@ clean:
 	touch $@
 
 .venv/installed-%: .venv/created pyproject.toml constraints.txt
-	$(PIP) setuptools ninja pybind11 torch
+	$(PIP) 'setuptools>=77' ninja pybind11 torch
 	$(PIP) --no-build-isolation -e '.[$*]'
 	touch $@
 

@@ -27,7 +27,7 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, int32_t dtype) {
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -37,13 +37,13 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, int32_t dtype) {
 
 inline int32_t dtype_of(const Tensor& t) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
 }
 
 inline bool is_cpu(const Tensor& t) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
   return type == aoti_torch_device_type_cpu();
 }
 

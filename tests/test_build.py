@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from mmfast.resolvers.base import Rule
 ROOT = Path(__file__).parent.parent
 X86 = platform.machine() == "x86_64"
 CPU_FLAGS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"avx2", "fma", "f16c"}, "portable": set()}
+SETUPTOOLS = int(metadata.version("setuptools").split(".")[0])
+builds = pytest.mark.skipif(SETUPTOOLS < 77, reason=f"setuptools {SETUPTOOLS} is too old for setup.py")
 compiled = pytest.mark.skipif(not native.available, reason=f"nothing compiled to look at: {native.missing_reason}")
 
 
@@ -119,6 +122,7 @@ def test_facts():
     assert str(ROOT) not in json.dumps(facts)  # it travels in wheels
 
 
+@builds
 @pytest.mark.parametrize("build", ["none", "auto"])
 def test_install_without_a_compiler(tmp_path, build):
     """The pure-Python package works, from any folder."""
@@ -135,6 +139,7 @@ def test_install_without_a_compiler(tmp_path, build):
     assert run.stdout == "False 2.0\n", run.stderr
 
 
+@builds
 @pytest.mark.parametrize(
     ("build", "path", "complaint"),
     [

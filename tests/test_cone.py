@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from problems import gramian, kinds
-from rule_table import RULES, dual_cone_residual
+from residuals import dual_cone_residual
+from rule_table import RULES
 
 from mmfast import ops
 from mmfast.resolvers import cone
@@ -108,7 +109,9 @@ def test_preference_of_another_length(rule, backend):
         ops.weights(gramian(3), rule([1, 2]), backend=backend)
 
 
-@pytest.mark.parametrize(("name", "value"), [("tau", -0.1), ("tau", 1.1), ("tau", math.nan), ("beta", 1.0), ("beta", -0.1), ("beta", math.nan)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("tau", -0.1), ("tau", 1.1), ("tau", math.nan), ("beta", 1.0), ("beta", -0.1), ("beta", math.nan)]
+)
 def test_bad_pcd_parameters(name, value):
     with pytest.raises(ValueError, match=f"{name} is .* should be"):
         cone.PCD(**{name: value})

@@ -17,13 +17,10 @@ struct Multiples {
   double square;   // |sum_i a_i g_i|^2; 0 where the rows admit no such direction
 };
 
-template <class Team>
-MMFAST_HD inline void cosines(const Team& team, const Problem& p, const double* norm, double* C) {
-  const int k = p.k;
-  each(team, k, [&](int i) {
-    for (int j = 0; j < k; ++j) C[i * k + j] = p.G[i * k + j] / (norm[i] * norm[j]);
-    C[i * k + i] = 1.0;
-  });
+// The preference of row i: what follows the first parameter, if anything does.
+MMFAST_HD inline double preference(const Problem& p, int i, double otherwise) {
+  if (p.n_params == 1) return otherwise;
+  return 1 + p.rows[i] < p.n_params ? p.params[1 + p.rows[i]] : NAN;
 }
 
 template <class Team, class F>
@@ -31,15 +28,14 @@ MMFAST_HD inline Multiples multiples(const Team& team, Problem& p, F b) {
   const int k = p.k;
   double* C = p.work + Spectrum::work_size(k);
   Multiples out{C + k * k, C + k * k + k, C + k * k + 2 * k, 0.0};
-  each(team, k, [&](int i) { out.norm[i] = sqrt(p.G[i * k + i]); });
   each(team, k, [&](int i) { out.a[i] = out.cosine[i] = b(i); });
-  cosines(team, p, out.norm, C);
+  cosines(team, k, p.G, out.norm, C);
   const double least = cholesky(team, k, C, [](int) { return DBL_EPSILON; });
   if (least > 1e-8) {
     cholesky_solve(team, k, C, out.a);
     out.square = team.sum(k, [&](int i) { return out.a[i] * b(i); });
   } else {
-    cosines(team, p, out.norm, C);
+    cosines(team, k, p.G, out.norm, C);
     const Spectrum spectrum(team, k, C, out.a, p.work, p.iwork);
     const double* values = spectrum.values;
     double largest = 0.0;
@@ -81,6 +77,7 @@ template <>
 struct Rule<14> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "AlignedMTL";
+  MMFAST_HD static bool takes(int K, int n_params) { return n_params == 1 || n_params == 1 + K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k;
@@ -94,7 +91,7 @@ struct Rule<14> : Rule<-1> {
     });
     each(team, k, [&](int i) {
       for (int j = 0; j < k; ++j) A[i * k + j] = p.G[order[i] * k + order[j]];
-      x[i] = p.n_params > 1 ? p.params[1 + p.rows[order[i]]] : 1.0 / k;
+      x[i] = alignment::preference(p, order[i], 1.0 / k);
     });
     const Spectrum spectrum(team, k, A, x, p.work, p.iwork);
     double* values = spectrum.values;
@@ -130,11 +127,11 @@ template <>
 struct Rule<15> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "ConFIG";
+  MMFAST_HD static bool takes(int K, int n_params) { return n_params == 1 || n_params == 1 + K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k, kind = static_cast<int>(p.params[0]);
-    const alignment::Multiples m =
-        alignment::multiples(team, p, [&](int i) { return p.n_params > 1 ? p.params[1 + p.rows[i]] : 1.0; });
+    const alignment::Multiples m = alignment::multiples(team, p, [&](int i) { return alignment::preference(p, i, 1.0); });
     const double along = kind == 0 ? team.sum(k, [&](int i) { return m.norm[i] * m.cosine[i]; })
                                    : tracked(team, k, m.norm, kind) * team.sum(k, [&](int i) { return m.cosine[i]; });
     const double factor = m.square > 0.0 ? along / m.square : 0.0;

@@ -50,12 +50,8 @@ MMFAST_HD inline void solve(const Team& team, Problem& p, double alpha) {
   double* Cx = x + k;
   double* curve = Cx + k;
   double* step = curve + k;
-  each(team, k, [&](int i) { norm[i] = sqrt(p.G[i * k + i]); });
-  each(team, k, [&](int i) {
-    for (int j = 0; j < k; ++j) C[i * k + j] = p.G[i * k + j] / (norm[i] * norm[j]);
-    C[i * k + i] = 1.0;
-    m[i] = alpha == 1.0 ? 1.0 : pow(norm[i], (1.0 - alpha) / (1.0 + alpha));
-  });
+  cosines(team, k, p.G, norm, C);
+  each(team, k, [&](int i) { m[i] = alpha == 1.0 ? 1.0 : pow(norm[i], (1.0 - alpha) / (1.0 + alpha)); });
   double most = 0.0;
   for (int i = 0; i < k; ++i) most = fmax(most, m[i]);
   const Side side{1.0 / alpha, most * pow(kFlat, -fmax(alpha / (1.0 + alpha), 1.0 / 3.0))};
@@ -83,7 +79,11 @@ MMFAST_HD inline void solve(const Team& team, Problem& p, double alpha) {
     double change = 0.0;
     for (int i = 0; i < k; ++i) change = fmax(change, fabs(step[i]) / x[i]);
     team.sync();
-    each(team, k, [&](int i) { x[i] = fmin(x[i] * exp(fmax(-2.0, fmin(2.0, step[i] / x[i]))), 10.0 * side.ceiling); });
+    each(team, k, [&](int i) {  // small steps are plain: exp bends them out of the null space of C, where x may be large
+      const double part = step[i] / x[i];
+      const double next = fabs(part) < 0.1 ? x[i] + step[i] : x[i] * exp(fmax(-2.0, fmin(2.0, part)));
+      x[i] = fmin(next, 10.0 * side.ceiling);
+    });
     if (change < 1e-8 || (change < 1e-4 && change > 0.5 * last)) break;  // quadratic: the next step would be rounding
     last = change;
   }
@@ -97,6 +97,7 @@ template <>
 struct Rule<11> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "NashMTL";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k;
@@ -116,6 +117,7 @@ template <>
 struct Rule<12> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "FairGrad";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const double alpha = p.params[0];

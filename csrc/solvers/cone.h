@@ -3,24 +3,12 @@
 // All are solved on the cosines C of the gradients, so that a constraint weighs the same whatever its gradient's norm.
 #pragma once
 
+#include "linalg.h"
 #include "nnls.h"
 #include "problem.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
-
-// norms[i] = |g_i|, C = the cosines of all pairs
-template <class Team>
-MMFAST_HD inline void cosines(const Team& team, int k, const double* G, double* norms, double* C) {
-  each(team, k, [&](int i) { norms[i] = sqrt(G[static_cast<long>(i) * k + i]); });
-  each(team, k, [&](int i) {
-    const double* g = G + static_cast<long>(i) * k;
-    double* c = C + static_cast<long>(i) * k;
-    const double own = norms[i];
-    for (int j = 0; j < k; ++j) c[j] = g[j] / (own * norms[j]);
-    c[i] = 1.0;
-  });
-}
 
 MMFAST_HD inline double preference(const Problem& p, int i) { return p.n_params ? p.params[p.rows[i]] : 1.0 / p.k; }
 
@@ -111,15 +99,17 @@ struct Rule<10> : Rule<-1> {
       qp.q[i] = length[0] * row[0] - tau * length[i + 1];
     });
     const double reach = team.sum(k, [&](int i) { return i == 0 ? length[0] : tau * length[i]; });
-    const bool feasible = qp.solve(reach, false);
+    bool feasible = qp.solve(reach, false);
 
-    // |d|^2 of d = length_1 c_1 + sum_j x_j c_j; below the rounding of its own summands d is zero
-    double* v = length;
-    if (feasible) each(team, m, [&](int i) { v[i + 1] = qp.x[i]; });
-    const double square = team.sum(k * k, [&](int e) { return v[e / k] * C[e] * v[e % k]; });
-    const double sum = team.sum(k, [&](int i) { return v[i]; });
-    const double factor = square > 1e-14 * sum * sum ? norms[0] / sqrt(square) : 0.0;
-    each(team, k, [&](int i) { p.w[i] = feasible ? factor * v[i] / norms[i] : (i == 0 ? 1.0 : 0.0); });
+    // |d|^2 of d = length_1 c_1 + sum_j x_j c_j. Below the rounding of its own summands it is zero, which no constraint with
+    // tau > 0 allows: then the constraints contradict each other after all.
+    each(team, m, [&](int i) { length[i + 1] = qp.x[i]; });
+    const double square = team.sum(k * k, [&](int e) { return length[e / k] * C[e] * length[e % k]; });
+    const double sum = team.sum(k, [&](int i) { return length[i]; });
+    const bool vanishes = square <= 1e-14 * sum * sum;
+    feasible = feasible && !(vanishes && tau > 0.0);
+    const double factor = vanishes ? 0.0 : norms[0] / sqrt(square);
+    each(team, k, [&](int i) { p.w[i] = feasible ? factor * length[i] / norms[i] : (i == 0 ? 1.0 : 0.0); });
   }
 };
 

@@ -14,6 +14,19 @@ namespace MMFAST_ISA {
 // Eigenvalues below this times the largest are the rounding of a float64 Gramian, and count as zero.
 MMFAST_HD inline double rank_cut(int n) { return 8.0 * DBL_EPSILON * n; }
 
+// Norms of the rows of G and their cosines, with an exact 1 on the diagonal.
+template <class Team>
+MMFAST_HD inline void cosines(const Team& team, int k, const double* G, double* norm, double* C) {
+  each(team, k, [&](int i) { norm[i] = sqrt(G[i * k + i]); });
+  each(team, k, [&](int i) {
+    const double* __restrict__ from = G + i * k;
+    double* __restrict__ row = C + i * k;
+    const double mine = norm[i];
+    for (int j = 0; j < k; ++j) row[j] = from[j] / (mine * norm[j]);
+    row[i] = 1.0;
+  });
+}
+
 // The first column from `begin` on that belongs to this member.
 template <class Team>
 MMFAST_HD inline int own(const Team& team, int begin) {

@@ -9,7 +9,7 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-// y[0..n) -= a[0] x[0..n) + ... + a[3] x[3 stride..), one row after the other
+// y -= a[0] x0 + a[1] x1 + a[2] x2 + a[3] x3, one row after the other: four at a time, so that y is read and written once for all
 template <class Team>
 MMFAST_HD inline void subtract_rows(const Team& team, int n, double* __restrict__ y, const double* a, const double* __restrict__ x0,
                                     const double* __restrict__ x1, const double* __restrict__ x2, const double* __restrict__ x3) {
@@ -20,9 +20,12 @@ MMFAST_HD inline void subtract_rows(const Team& team, int n, double* __restrict_
 
 template <class Team>
 struct NonNegative {
-  static constexpr double kRounding = 1e-15;  // of a pivot, the square of a vector that is a sum of unit vectors: times the square of their weights
+  // A pivot is the square norm of a sum of unit vectors: its rounding error is this times the square of the sum of their weights.
+  static constexpr double kRounding = 1e-15;
   static constexpr double kSafePivot = 1e-10;  // a guess takes only rows clearly independent of those before
   static constexpr double kSlack = 1e-13;  // a slack counts as violated beyond this share of the sums it is made of
+  static constexpr double kDependentSlack = 1e-10;  // for a row dependent on the set: near-opposite members amplify its rounding
+  static constexpr double kZero = 1e-12;  // a weight below this share of all is rounding and never reaches a bound
   static constexpr int kSweeps = 4;
   enum Place { kFree = 0, kInSet = 1, kRejected = 2 };
 
@@ -38,8 +41,7 @@ struct NonNegative {
   int *set, *place;                 // [k]
   int p;                            // size of the set
 
-  static MMFAST_HD long work_size(int k) { return 2L * k * k + 8L * k; }
-
+  // work has 2 k^2 + 8 k numbers, iwork 2 k
   MMFAST_HD NonNegative(const Team& team, int k, const double* C, double* work, int* iwork) : team(team), k(k), C(C), p(0) {
     U = work;
     L = U + static_cast<long>(k) * k;
@@ -193,16 +195,17 @@ struct NonNegative {
         substitute();
         int first = -1;
         double partial = INFINITY, weights = 1.0;
-        for (int c = 0; c < p; ++c) {
-          weights += fabs(z[c]);
-          if (z[c] > 0.0 && l[c] < partial * z[c]) {
+        for (int c = 0; c < p; ++c) weights += fabs(z[c]);
+        for (int c = 0; c < p; ++c)
+          if (z[c] > kZero * weights && l[c] < partial * z[c]) {
             first = c;
             partial = l[c] / z[c];
           }
-        }
         const double full = pivot > kRounding * weights * weights ? -slack / pivot : INFINITY;
-        if (first < 0 && !(full < INFINITY)) {
-          bounded = in_range;
+        const bool dependent = !(full < INFINITY);
+        const bool noise = dependent && slack >= -kDependentSlack * size;
+        if (noise || (dependent && first < 0)) {
+          bounded = noise || in_range;
           place[j] = kRejected;
           team.sync();
           break;

@@ -10,6 +10,8 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
+constexpr double kCancelled = 1e-14;  // a squared norm below this part of its summands' squared sum is their rounding error
+
 struct Problem {
   int k;                 // rows that take part, >= 1
   int K;                 // rows of the whole problem

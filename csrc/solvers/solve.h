@@ -21,7 +21,7 @@ MMFAST_HD inline int chain_state_size(const Chain& chain, int K) {
   return size;
 }
 
-MMFAST_HD inline long solve_work_size(int K) { return 4L * K * K + 3L * K + work_size(K); }
+MMFAST_HD inline long solve_work_size(int K) { return 4L * K * K + K + work_size(K); }
 MMFAST_HD inline long solve_iwork_size(int K) { return K + iwork_size(K); }
 
 // What one problem reads and writes. G is [K, K]; mask is [K] or null; state may be null when the chain keeps none.
@@ -69,6 +69,48 @@ MMFAST_HD inline double norm_factor(const Team& team, int k, const double* G, co
   return reach > 0.0 ? sqrt(fmax(plain, 0.0) / fmax(ours, floor)) : 0.0;
 }
 
+// After a step that turns row i into sum_j map[i, j] g_j (w[i] g_i when map is null): total <- map * total, current <- map * dense * map' * scale.
+// Rows that did not take part become zero, and so do rows of which only rounding errors are left.
+template <class Team>
+MMFAST_HD inline void apply(const Team& team, int k, int K, const double* map, const double* w, const int* rows, const double* dense, double scale,
+                            double* total, double* current, double* spare) {
+  double* moved = spare;                                    // [k, K]
+  double* half = moved + static_cast<long>(k) * K;          // [k, k] map * dense
+  double* turned = half + static_cast<long>(k) * k;         // [k, k] map'
+  double* square = turned + static_cast<long>(k) * k;       // [k, k] map * dense * map'
+  each(team, k, [&](int i) {
+    double* __restrict__ out = moved + static_cast<long>(i) * K;
+    double* __restrict__ product = half + static_cast<long>(i) * k;
+    for (int c = 0; c < K; ++c) out[c] = map ? 0.0 : w[i] * total[static_cast<long>(rows[i]) * K + c];
+    for (int c = 0; c < k; ++c) product[c] = 0.0;
+    for (int j = 0; map && j < k; ++j) {
+      const double a = map[static_cast<long>(i) * k + j];
+      const double *from = total + static_cast<long>(rows[j]) * K, *of = dense + static_cast<long>(j) * k;
+      for (int c = 0; c < K; ++c) out[c] += a * from[c];
+      for (int c = 0; c < k; ++c) product[c] += a * of[c];
+      turned[static_cast<long>(j) * k + i] = a;
+    }
+  });
+  each(team, k, [&](int i) {
+    double* __restrict__ out = square + static_cast<long>(i) * k;
+    for (int c = 0; c < k; ++c) out[c] = map ? 0.0 : w[i] * dense[static_cast<long>(i) * k + c] * w[c];
+    for (int l = 0; map && l < k; ++l) {
+      const double a = half[static_cast<long>(i) * k + l];
+      const double* from = turned + static_cast<long>(l) * k;
+      for (int c = 0; c < k; ++c) out[c] += a * from[c];
+    }
+    double reach = 0.0;
+    for (int l = 0; l < k; ++l) reach += fabs(map ? map[static_cast<long>(i) * k + l] : l == i ? w[i] : 0.0) * sqrt(dense[static_cast<long>(l) * k + l]);
+    if (out[i] <= kCancelled * reach * reach) out[i] = 0.0;
+  });
+  each(team, K * K, [&](int e) { current[e] = total[e] = 0.0; });
+  each(team, k, [&](int i) {
+    for (int c = 0; c < K; ++c) total[static_cast<long>(rows[i]) * K + c] = moved[static_cast<long>(i) * K + c];
+    for (int j = 0; j <= i; ++j)  // the lower half for both; a zero on the diagonal takes the row out
+      current[static_cast<long>(rows[i]) * K + rows[j]] = current[static_cast<long>(rows[j]) * K + rows[i]] = scale * square[static_cast<long>(i) * k + j];
+  });
+}
+
 template <class Team>
 MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const Io& io, double* work, int* iwork) {
   double* dense = work;               // [k, k] the problem of this step
@@ -76,8 +118,7 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
   double* current = map + static_cast<long>(K) * K;  // [K, K] the Gramian after the steps so far
   double* total = current + static_cast<long>(K) * K;  // [K, K] the row map of the steps so far
   double* w = total + static_cast<long>(K) * K;
-  double* sum = w + K;
-  double* spare = sum + K;
+  double* spare = w + K;
   int* rows = iwork;
   int k = 0;
   double scale = 1.0;
@@ -137,45 +178,15 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
       each(team, k, [&](int i) { io.w[rows[i]] = w[i]; });
       break;
     }
-    // total <- map * total, current <- map * current * map', over the rows that took part; the others become zero.
-    if (single) {
-      each(team, K * K, [&](int e) { total[e] = e / K == e % K ? 1.0 : 0.0; });
-      each(team, K * K, [&](int e) { current[e] = io.G[e]; });
-      single = false;
-    }
-    if (!maps) each(team, k * k, [&](int e) { map[e] = e / k == e % k ? w[e / k] : 0.0; });
-    for (int column = 0; column < K; ++column) {  // one column at a time: k spare numbers suffice
-      each(team, k, [&](int i) {
-        double t = 0.0;
-        for (int j = 0; j < k; ++j) t += map[i * k + j] * total[static_cast<long>(rows[j]) * K + column];
-        sum[i] = t;
-      });
-      each(team, K, [&](int i) { total[static_cast<long>(i) * K + column] = 0.0; });
-      each(team, k, [&](int i) { total[static_cast<long>(rows[i]) * K + column] = sum[i]; });
-    }
+    // The weights are the column sums of the product of all maps: total' w, with w the column sums of the last one.
     if (last) {
-      each(team, K, [&](int j) {
-        double column = 0.0;
-        for (int i = 0; i < K; ++i) column += total[static_cast<long>(i) * K + j];
-        io.w[j] = column;
-      });
+      each(team, K, [&](int j) { io.w[j] = 0.0; });
+      for (int i = 0; i < k; ++i) each(team, K, [&](int j) { io.w[j] += w[i] * total[static_cast<long>(rows[i]) * K + j]; });
       break;
     }
-    each(team, k, [&](int i) {  // spare <- map * dense
-      for (int j = 0; j < k; ++j) {
-        double t = 0.0;
-        for (int l = 0; l < k; ++l) t += map[i * k + l] * dense[l * k + j];
-        spare[i * k + j] = t;
-      }
-    });
-    each(team, K * K, [&](int e) { current[e] = 0.0; });
-    each(team, k, [&](int i) {
-      for (int j = 0; j <= i; ++j) {
-        double t = 0.0;
-        for (int l = 0; l < k; ++l) t += spare[i * k + l] * map[j * k + l];
-        current[static_cast<long>(rows[i]) * K + rows[j]] = current[static_cast<long>(rows[j]) * K + rows[i]] = t * scale;
-      }
-    });
+    if (single) each(team, K * K, [&](int e) { total[e] = e / K == e % K ? 1.0 : 0.0; });
+    single = false;
+    apply(team, k, K, maps ? map : nullptr, w, rows, dense, scale, total, current, spare);
     if (!compact(team, current, K, nullptr, rows, dense, &k, &scale) || k == 0) {
       const double value = k ? NAN : 0.0;
       each(team, K, [&](int i) { io.w[i] = io.G[static_cast<long>(i) * K + i] != 0.0 && (!io.mask || io.mask[i]) ? value : 0.0; });

@@ -37,6 +37,18 @@ def present(G: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return rows, torch.where(pair, G, 0).isfinite().all(-1).all(-1)
 
 
+def apply(A: Tensor, G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gramian A G A' after a step that mapped the active rows, and the rows that are still active.
+
+    A row of which only rounding errors are left is gone: a rule would take their direction for that of a gradient.
+    """
+    G_next = A @ G @ A.mT
+    G_next = (G_next + G_next.mT) / 2
+    reach = (A.abs() @ G.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)).squeeze(-1)
+    active = active & ~(G_next.diagonal(dim1=-2, dim2=-1) <= 1e-14 * reach.square())
+    return torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G_next, 0), active
+
+
 def row_map(
     G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -70,9 +82,8 @@ def row_map(
         if s + 1 < len(chain) and chain[s + 1].smooths:
             continue
         total = A if total is None else A @ total
-        current = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), A @ scaled @ A.mT * scale.view(-1, 1, 1), 0)
-        current = (current + current.mT) / 2
-        active = active & (current.diagonal(dim1=-2, dim2=-1) != 0)
+        current, active = apply(A, torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), scaled, 0), active)
+        current = current * scale.view(-1, 1, 1)
     assert total is not None
     return total, next_states
 
@@ -103,7 +114,7 @@ def _present(grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     """Gradients [K, B, M] in accumulator precision, masked entries zero; mask is [K] or [B, K] over these gradients."""
     first = grads[0]
     batch = first.shape[0] if first.dim() else 1
-    x = torch.stack([g.reshape(batch, -1) for g in grads])
+    x = torch.stack([g.reshape(batch, first.numel() // max(batch, 1)) for g in grads])
     x = x.to(torch.float64 if first.dtype == torch.float64 else torch.float32)
     if mask is None:
         return x

@@ -29,7 +29,9 @@ def _bargain(p: Problem, alpha: float) -> Tensor:
         H = H * size.unsqueeze(-1) * size.unsqueeze(-2)
         R, _ = torch.linalg.cholesky_ex(H + EPS * H.shape[-1] * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device), check_errors=False)
         change = -size * torch.cholesky_solve((size * x * gradient).unsqueeze(-1), R).squeeze(-1)
-        x = torch.minimum(x * change.clamp(-2, 2).exp(), 10 * ceiling)
+        # small steps are plain: exp bends them out of the null space of C, where x may be large
+        factor = torch.where(change.abs() < 0.1, 1 + change, change.clamp(-2, 2).exp())
+        x = torch.minimum(x * factor, 10 * ceiling)
     return x / norm
 
 

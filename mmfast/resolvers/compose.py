@@ -1,5 +1,7 @@
 """Resolvers made of other resolvers: Compose, CRMOGM."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,17 +21,19 @@ class Compose(Resolver):
         >>> mf.Compose(mf.GradNorm(alpha=1.0), mf.PCGrad())
     """
 
+    parts: Sequence[Resolver]
+
     def __init__(self, *resolvers: Resolver) -> None:
         super().__init__()
         if not resolvers:
             raise ValueError("Compose: no resolver was given, expected one or more")
         for n, part in enumerate(resolvers):
             if not isinstance(part, Resolver):
-                raise ValueError(f"Compose: resolvers[{n}] is {part!r}, expected a Resolver")
+                raise TypeError(f"Compose: resolvers[{n}] is {part!r}, expected a Resolver")
         flat = [p for part in resolvers for p in (part.parts if isinstance(part, Compose) else [part])]
         if len({id(part) for part in flat}) < len(flat):
-            raise ValueError("Compose: one resolver was given twice, expected a new one for each step, because each keeps a state of its own")
-        self.parts = nn.ModuleList(flat)
+            raise ValueError("Compose: one resolver was given twice, expected one for each step, because each keeps its own state")
+        self.parts = nn.ModuleList(flat)  # type: ignore[assignment]
 
     def chain(self) -> list[Rule] | None:
         rules: list[Rule] = []
@@ -52,9 +56,7 @@ class Compose(Resolver):
         for part in self.parts:
             A = _only(_row_map(current, part, active), active)
             total = A if total is None else A @ total
-            current = A @ current @ A.mT
-            current = (current + current.mT) / 2
-            active = active & (current.diagonal(dim1=-2, dim2=-1) != 0)
+            current, active = ops.reference.apply(A, current, active)
         assert total is not None
         return torch.where(present & ~finite.unsqueeze(-1), torch.nan, total.sum(-2))
 
@@ -101,7 +103,7 @@ class CRMOGM(Rule):
 
     def __init__(self, inner: Resolver, alpha: float = 0.9) -> None:
         if not isinstance(inner, Resolver):
-            raise ValueError(f"CRMOGM: inner is {inner!r}, expected a Resolver")
+            raise TypeError(f"CRMOGM: inner is {inner!r}, expected a Resolver")
         if not 0 <= alpha <= 1:
             raise ValueError(f"CRMOGM: alpha is {alpha!r}, expected a number from 0 to 1")
         super().__init__()

@@ -31,6 +31,11 @@ def _cosines(p: Problem) -> tuple[Tensor, Tensor]:
     return norms, p.G / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
 
 
+def _distance(C: Tensor, q: Tensor, l: Tensor) -> Tensor:
+    """How far l is from min(l, C l + q) = 0, the conditions of optimality [..., 1]."""
+    return torch.minimum(l, _times(C, l) + q).abs().amax(-1, keepdim=True)
+
+
 def _nonnegative(C: Tensor, q: Tensor, free: Tensor) -> Tensor:
     """argmin 1/2 l'Cl + q'l over l >= 0 with l = 0 where not free; C [..., k, k] has a unit diagonal, q and free are [..., k]."""
     q = torch.where(free, q, 0)
@@ -60,8 +65,9 @@ def _nonnegative(C: Tensor, q: Tensor, free: Tensor) -> Tensor:
     for _ in range(3):
         slack = torch.where(inside, _times(C, exact) + q, 0)
         exact = exact - torch.cholesky_solve(slack.unsqueeze(-1), factor).squeeze(-1)
-    better = (exact >= 0).all(-1) & ((_times(C, exact) + q).amin(-1) >= (_times(C, l) + q).amin(-1).clamp(max=0))
-    return torch.where(free, torch.where(better.unsqueeze(-1), exact, l) * size, 0)
+    exact = exact.clamp(min=0)
+    better = _distance(C, q, exact) <= _distance(C, q, l)
+    return torch.where(free, torch.where(better, exact, l) * size, 0)
 
 
 class _Preferring(Rule):
@@ -89,10 +95,11 @@ class _Preferring(Rule):
 
 
 class UPGrad(_Preferring):
-    """The sum of the gradients' projections on the cone where none conflicts (Quinton & Rey, "Jacobian descent for multi-objective optimization", 2024).
+    """The sum of the gradients' projections on the cone where none conflicts (Quinton & Rey, "Jacobian descent for
+    multi-objective optimization", 2024).
 
     Args:
-        pref: K non-negative weights of the projections; None weighs all that are present alike, 1 in sum. The weight of a missing gradient is lost.
+        pref: K non-negative weights of the projections, that of a missing gradient being lost; None gives 1 / (number present) to each.
     """
 
     method = 8
@@ -107,10 +114,11 @@ class UPGrad(_Preferring):
 
 
 class DualProj(_Preferring):
-    """The projection of the weighted sum of the gradients on the cone where none conflicts (Lopez-Paz & Ranzato, "Gradient episodic memory", 2017).
+    """The projection of the weighted sum of the gradients on the cone where none conflicts (Lopez-Paz & Ranzato, "Gradient
+    episodic memory", 2017).
 
     Args:
-        pref: K non-negative weights of the sum; None weighs all that are present alike, 1 in sum. The weight of a missing gradient is lost.
+        pref: K non-negative weights of the sum, that of a missing gradient being lost; None gives 1 / (number present) to each.
     """
 
     method = 9
@@ -169,11 +177,12 @@ class PCD(Rule):
         slack = torch.where(others, _times(C, l) + q, 0)
         feasible = slack.amin(-1, keepdim=True) >= -1e-3 * q.abs().amax(-1, keepdim=True)
 
-        v = torch.where(feasible, first + l, first)
-        norm = (v * _times(C, v)).sum(-1, keepdim=True)
-        # below the rounding of its own summands the direction is zero
-        factor = torch.where(norm > 1e-14 * v.sum(-1, keepdim=True) ** 2, torch.rsqrt(norm), 0)
-        return factor * (norms * primary).sum(-1, keepdim=True) * v / norms
+        # Below the rounding of its own summands the direction is zero, which a constraint with tau > 0 does not allow.
+        v = first + l
+        square = (v * _times(C, v)).sum(-1, keepdim=True)
+        vanishes = square <= 1e-14 * v.sum(-1, keepdim=True) ** 2
+        factor = torch.where(vanishes, 0, (norms * primary).sum(-1, keepdim=True) / square.sqrt())
+        return torch.where(feasible & ~(vanishes & (self.tau > 0)), factor * v / norms, primary.double())
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}, beta={self.beta}"

@@ -32,7 +32,7 @@ def _stack(grads: list[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
     first = grads[0]
     batch = first.shape[0] if first.dim() else 1
     accumulator = torch.float64 if first.dtype == torch.float64 else torch.float32
-    x = torch.stack([g.reshape(batch, -1) for g in grads]).to(accumulator)
+    x = torch.stack([g.reshape(batch, first.numel() // max(batch, 1)) for g in grads]).to(accumulator)
     present = torch.ones(len(grads), batch, 1, dtype=torch.bool, device=first.device)
     if mask is not None:
         present = (mask.T if mask.dim() == 2 else mask.unsqueeze(-1)).unsqueeze(-1).expand(len(grads), batch, 1)

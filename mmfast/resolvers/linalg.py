@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
-SWEEPS = 12  # quadratic convergence: 64 rows need 9, 256 need 10
 
 
 def cosines(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,44 +14,40 @@ def cosines(G: Tensor) -> tuple[Tensor, Tensor]:
     return norm, torch.where(identity.bool(), identity, C)
 
 
-def _tournament(k: int) -> Tensor:
-    """The place from which each place is filled after a round in which 2i met 2i + 1; k - 1 rounds meet every pair once."""
-    top, bottom = list(range(0, k, 2)), list(range(1, k, 2))
-    moved = torch.empty(k, dtype=torch.int64)
-    moved[torch.tensor(top)] = torch.tensor(top[:1] + bottom[:1] + top[1:-1] if k > 2 else top)
-    moved[torch.tensor(bottom)] = torch.tensor(bottom[1:] + top[-1:] if k > 2 else bottom)
-    return moved
+def _turn(top: Tensor, bottom: Tensor, c: Tensor, s: Tensor, dim: int) -> Tensor:
+    """Rotates top[i] against bottom[i] along dim and moves all but top[0] on by one chair: after n - 1 rounds every pair has met once."""
+    top, bottom = c * top - s * bottom, s * top + c * bottom
+    h = top.shape[dim]
+    seats = (top.narrow(dim, 0, 1), bottom.narrow(dim, 0, 1), top.narrow(dim, 1, max(h - 2, 0)), bottom.narrow(dim, 1, h - 1))
+    return torch.cat([*seats, top.narrow(dim, h - 1, 1)] if h > 1 else [top, bottom], dim)
 
 
 def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     """(eigenvalues [B, K], eigenvectors in the columns of [B, K, K]) of symmetric A [B, K, K], by a fixed number of Jacobi sweeps.
 
-    A row that is decoupled from the rest keeps its place: its eigenvalue is the one with its index.
+    A row that is decoupled from the rest keeps its place: its eigenvalue is the one with its index. Small eigenvalues of a positive
+    semidefinite matrix with badly scaled rows come out as accurate as large ones, down to the rounding of the largest.
     """
     k = A.shape[-1]
-    if k == 1:
-        return A[..., 0], torch.ones_like(A)
     n = k + k % 2
+    h = n // 2
     A = torch.nn.functional.pad(A, (0, n - k, 0, n - k))
+    # two rows below the rounding of the largest are left alone: turning them against each other only undoes what was made zero
+    rounding = 4 * EPS * A.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
     V = torch.eye(n, dtype=A.dtype, device=A.device).expand_as(A)
-    moved = _tournament(n).to(A.device)
-    stack = torch.cat([A, V], -2)  # a rotation turns the columns of both
-    for _ in range(SWEEPS * (n - 1)):
-        diagonal = stack[..., :n, :].diagonal(dim1=-2, dim2=-1)
-        p, q, off = diagonal[..., 0::2], diagonal[..., 1::2], stack[..., :n:2, 1::2].diagonal(dim1=-2, dim2=-1)
-        # tangent of the angle, |angle| <= pi/4, that makes off zero
+    for _ in range((4 + (n - 1).bit_length()) * (n - 1)):  # sweeps: 64 rows need 9, 128 need 10
+        diagonal = A.diagonal(dim1=-2, dim2=-1)
+        p, q, off = diagonal[..., :h], diagonal[..., h:], 2 * A[..., :h, h:].diagonal(dim1=-2, dim2=-1)
         gap = q - p
-        t = torch.where(off == 0, 0, 2 * off * torch.where(gap < 0, -1.0, 1.0) / (gap.abs() + torch.hypot(gap, 2 * off)))
+        still = (off == 0) | (torch.maximum(p, q) <= rounding)
+        # tangent of the angle, at most pi/4, that makes off zero
+        t = torch.where(still, 0, off / (gap + torch.copysign(torch.hypot(gap, off), gap)))
         c = (1 + t * t).rsqrt()
         s = t * c
-        left, right = stack[..., 0::2], stack[..., 1::2]
-        c_, s_ = c.unsqueeze(-2), s.unsqueeze(-2)
-        stack = torch.stack([c_ * left - s_ * right, s_ * left + c_ * right], -1).flatten(-2)[..., moved]
-        A, V = stack[..., :n, :], stack[..., n:, :]
-        c_, s_ = c.unsqueeze(-1), s.unsqueeze(-1)
-        upper, lower = A[..., 0::2, :], A[..., 1::2, :]
-        A = torch.stack([c_ * upper - s_ * lower, s_ * upper + c_ * lower], -2).flatten(-3, -2)[..., moved, :]
-        stack = torch.cat([A, V], -2)
+        columns = torch.cat([A, V], -2)
+        columns = _turn(columns[..., :h], columns[..., h:], c.unsqueeze(-2), s.unsqueeze(-2), -1)
+        A, V = columns[..., :n, :], columns[..., n:, :]
+        A = _turn(A[..., :h, :], A[..., h:, :], c.unsqueeze(-1), s.unsqueeze(-1), -2)
     return A.diagonal(dim1=-2, dim2=-1)[..., :k], V[..., :k, :k]
 
 

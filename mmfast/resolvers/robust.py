@@ -31,7 +31,9 @@ class Krum(Rule):
 
     def check(self, k: int) -> None:
         if k < self.n_byzantine + 3:
-            raise ValueError(f"Krum: n_byzantine is {self.n_byzantine}, which needs {self.n_byzantine + 3} gradients or more; there are {k}")
+            raise ValueError(
+                f"Krum: n_byzantine is {self.n_byzantine}, which takes {self.n_byzantine + 3} gradients or more; there are {k}"
+            )
         if k < self.n_selected:
             raise ValueError(f"Krum: n_selected is {self.n_selected}, expected at most the number of gradients, {k}")
 

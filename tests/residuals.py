@@ -1,0 +1,157 @@
+"""How far given weights are from a rule's own optimality conditions, relative to the problem's size. None of it calls the rule."""
+
+from collections.abc import Callable
+
+import numpy as np
+import scipy.linalg
+import scipy.optimize
+import torch
+from torch import Tensor
+
+
+def _size(G: Tensor, w: Tensor, expected: Tensor) -> float:
+    """Error of w as a combination of gradients, relative to the expected one's summands."""
+    d = G.diagonal().sqrt()
+    return float(((w - expected).abs() * d).sum() / (expected.abs() * d).sum())
+
+
+def pcgrad_fixed_residual(G: Tensor, w: Tensor) -> float:
+    """Projections written out for each pair, on the Gramian."""
+    g, expected = G.numpy(), np.zeros(len(G))
+    for i in range(len(g)):
+        c = np.eye(len(g))[i]
+        for j in range(len(g)):
+            if j != i and g[j] @ c < 0:
+                c[j] -= g[j] @ c / g[j, j]
+        expected += c
+    return _size(G, w, torch.from_numpy(expected))
+
+
+def nsgd_residual(G: Tensor, w: Tensor) -> float:
+    """At the first call: one norm for all, the mean of the norms weighted by themselves."""
+    d = G.diagonal().sqrt()
+    return float(((w * d) / (d.square().sum() / d.sum()) - 1).abs().max())
+
+
+def krum_residual(n_byzantine: int, n_selected: int, power: int) -> Callable[[Tensor, Tensor], float]:
+    def residual(G: Tensor, w: Tensor) -> float:
+        """Equal weights that sum to 1, on rows none of which is farther from its neighbours than one left out."""
+        d = G.diagonal()
+        distance = (d[:, None] + d - 2 * G).clamp(min=0).fill_diagonal_(torch.inf) ** (power / 2)
+        score = distance.sort(-1).values[:, : len(G) - n_byzantine - 2].sum(-1)
+        taken = w != 0
+        excess = (score[taken].max() - score[~taken].min()).clamp(min=0) / score.max().clamp(min=1e-300)
+        return float(max((w[taken] - 1 / n_selected).abs().max(), abs(int(taken.sum()) - n_selected), excess))
+
+
+def fair_residual(alpha: float) -> Callable[[Tensor, Tensor], float]:
+    """G w = w^(-1/alpha), but for the documented barrier, per row; the rounding of G w itself, 45 eps of its terms, is let off."""
+
+    def residual(G: Tensor, w: Tensor) -> float:
+        norm = G.diagonal().sqrt()
+        x, alone = norm * w, norm ** ((1 - alpha) / (1 + alpha))
+        ceiling = 1e-10 ** -max(alpha / (1 + alpha), 1 / 3) * alone.max()
+        wanted = w ** (-1 / alpha)
+        gap = G @ w - wanted * (1 - (x / ceiling) ** (4 + 4 / alpha))
+        return (gap.abs() / (wanted + 1e-6 * norm * x.sum())).max().item() if (w > 0).all() else torch.inf
+
+    return residual
+
+
+def _cosines(G: Tensor) -> tuple[Tensor, Tensor]:
+    size = G.diagonal().sqrt()
+    return size, G / (size.unsqueeze(-1) * size)
+
+
+def _stacked(C: Tensor) -> np.ndarray:
+    """Rows whose Gramian is C, free of the rounding that makes dependent rows look independent."""
+    values, vectors = torch.linalg.eigh(C)
+    return (vectors * torch.where(values > 1e-13 * values[-1], values, 0).sqrt()).numpy()
+
+
+def _complementary(C: Tensor, l: Tensor, slack: Tensor, reach: Tensor) -> float:
+    """How far l >= 0, slack >= 0 and l * slack = 0 are from holding."""
+    return max(float(-l.min() / reach), float(-slack.min() / reach), float((l * slack).abs().max() / reach**2))
+
+
+def dual_cone_residual(G: Tensor, u: Tensor, v: Tensor) -> float:
+    """v projects the direction of u on the cone without conflict: u <= v, 0 <= Gv, u'Gv = v'Gv."""
+    size, C = _cosines(G)
+    u, v = u * size, v * size
+    return _complementary(C, v - u, C @ v, v.abs().sum())
+
+
+def upgrad_residual(G: Tensor, w: Tensor) -> float:
+    """Against the projection of each row by another solver; in terms of J'w, for w is not unique where rows are dependent."""
+    size, C = _cosines(G)
+    rows = _stacked(C)
+    identity = np.eye(len(rows))
+    v = torch.from_numpy(np.stack([identity[i] + scipy.optimize.nnls(rows.T, -rows[i])[0] for i in range(len(rows))]))
+    expected = (size / len(w)) @ v
+    return float((C @ (w * size - expected)).abs().max() / expected.sum())
+
+
+def pcd_residual(G: Tensor, w: Tensor, tau: float = 0.02) -> float:
+    """At the first step, where every average is the gradient's own square norm: w times the norms is f (1, l)."""
+    size, C = _cosines(G)
+    v = w * size
+    l, slack = v[1:] / v[0], C[1:] @ v / v[0] - tau
+    norm = abs(float((v @ C @ v).clamp(min=0).sqrt() / size[0]) - 1) / max(1.0, float(v.abs().sum() / size[0]))
+    if l.numel() == 0 or not (l.any() or slack.min() < 0):
+        return norm
+    if l.any():
+        return max(norm, _complementary(C[1:, 1:], l, slack, 1 + l.sum()))
+    # The primary gradient alone despite a violated constraint: some combination of the constraints must contradict itself (Farkas).
+    margin = (tau - C[1:, 0]).numpy()
+    system = np.vstack([_stacked(C)[1:].T, margin])
+    return max(norm, scipy.optimize.nnls(system, np.eye(len(system))[-1])[1])
+
+
+# With c the cosine of the golden rows, -22 / sqrt(18 38), the direction is c_1 + (tau - c) c_2; its square norm 1 - c^2 + tau^2.
+PCD_FIRST = (200 / 684 + 0.02**2) ** -0.5
+
+
+def _range_of_cosines(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(norms, cosines C, projector on the range of C)."""
+    norm = G.diagonal().sqrt()
+    C = G / (norm * norm.unsqueeze(1))
+    values, V = torch.linalg.eigh(C)
+    V = V[:, values > 8 * len(G) * torch.finfo(G.dtype).eps * values[-1]]
+    return norm, C, V @ V.T
+
+
+def _direction_residual(norm: Tensor, C: Tensor, P: Tensor, x: Tensor, size: Tensor) -> float:
+    """x lies in the range of C and C x is proportional to P 1; both relative to size."""
+    cosine, wanted = C @ x, P.sum(1)
+    gap = cosine - wanted * (cosine @ wanted) / (wanted @ wanted)
+    return max(gap.abs().max() / size, (x - P @ x).norm() / size).item()
+
+
+def imtlg_residual(G: Tensor, w: Tensor) -> float:
+    norm, C, P = _range_of_cosines(G)
+    if P.sum() < 1e-20:
+        return w.abs().max().item()
+    x = norm * w
+    return max(_direction_residual(norm, C, P, x, x.abs().sum()), ((w.sum() - 1).abs() / w.abs().sum()).item())
+
+
+def config_residual(G: Tensor, w: Tensor) -> float:
+    """Equal cosines, and the length of d is the sum of the rows' projections on it: |d|^2 = <sum_i g_i, d>."""
+    norm, C, P = _range_of_cosines(G)
+    if P.sum() < 1e-20:
+        return w.abs().max().item()
+    x, size = norm * w, norm.sum()
+    d = w @ G
+    length = ((d @ w - d.sum()).abs() / (size * (size + x.abs().sum()))).item()
+    backwards = max(0.0, (-(C @ x).sum() / size).item() - 1e-12)
+    return max(_direction_residual(norm, C, P, x, size + x.abs().sum()), length, backwards)
+
+
+def aligned_residual(G: Tensor, w: Tensor) -> float:
+    """Against w = sqrt(least eigenvalue) G^(-1/2) 1/K from LAPACK's QR iteration, which is accurate when the largest rows come last."""
+    order = G.diagonal().argsort()
+    values, V = map(torch.from_numpy, scipy.linalg.eigh(G[order][:, order].numpy(), driver="ev", lower=False))
+    keep = values > 8 * len(G) * torch.finfo(G.dtype).eps * values[-1]
+    values, V = values[keep], V[:, keep]
+    gap = w[order] - V @ ((values[0] / values).sqrt() * V.mean(0))
+    return (gap.abs().max() / torch.maximum(w.abs().max(), (values[0] / values[-1]).sqrt() / len(G))).item()

@@ -1,0 +1,122 @@
+"""Random calls of the operators against the float64 reference: any count, shape, strides, dtype, granularity, mask, missing gradient."""
+
+import copy
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import mmfast as mf
+from mmfast import ops, resolvers
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+RULES = [
+    lambda k: resolvers.Sum(),
+    lambda k: resolvers.Mean(),
+    lambda k: resolvers.Constant([0.5 + i for i in range(k)]),
+    lambda k: resolvers.Random(),
+    lambda k: resolvers.PCGrad(),
+    lambda k: resolvers.MGDA(),
+    lambda k: resolvers.UPGrad(),
+    lambda k: resolvers.CAGrad(),
+    lambda k: resolvers.ConFIG(),
+    lambda k: resolvers.NSGD(),
+    lambda k: resolvers.Compose(resolvers.NSGD(), resolvers.PCGrad()),
+    lambda k: resolvers.GradDrop(0.25),
+    lambda k: resolvers.TrimmedMean(0 if k < 3 else 1),
+]
+FUZZ = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@st.composite
+def calls(draw):
+    """(grads, some of them None; mask; per): values of moderate size, made from a drawn seed."""
+    k = draw(st.one_of(st.integers(1, 9), st.integers(10, 70)))
+    dim = draw(st.integers(1, 3))
+    shape = [draw(st.integers(0 if draw(st.booleans()) else 1, 12)) for _ in range(dim - 1)]
+    shape.append(draw(st.one_of(st.integers(0, 40), st.sampled_from([511, 513, 1025, 4097]))))
+    dtype = draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    layout = draw(st.sampled_from(["plain", "permuted", "stepped", "expanded", "offset"]))
+    grads = []
+    for _ in range(k):
+        if layout == "permuted":
+            g = torch.randn(shape[::-1], generator=generator).permute(*reversed(range(dim)))
+        elif layout == "stepped":
+            g = torch.randn([*shape, 2], generator=generator)[..., 0]
+        elif layout == "expanded":
+            g = torch.randn([1] * (dim - 1) + shape[-1:], generator=generator).expand(shape)
+        elif layout == "offset":
+            size = torch.Size(shape).numel()
+            g = torch.randn(size + 1, generator=generator).to(dtype)[1:].view(shape)
+        else:
+            g = torch.randn(shape, generator=generator)
+        grads.append(g.to(dtype) if layout != "offset" else g)
+    if draw(st.booleans()):
+        grads[draw(st.integers(0, k - 1))] = torch.zeros(shape, dtype=dtype)
+    if k > 1 and draw(st.booleans()):
+        grads[draw(st.integers(0, k - 1))] = None
+    mask = None
+    form = draw(st.sampled_from(["none", "none", "row", "sample"]))
+    if form != "none":
+        size = (k,) if form == "row" else (shape[0], k)
+        mask = torch.rand(size, generator=generator) < 0.75
+        for i, g in enumerate(grads):
+            if g is not None and form == "row" and not mask[i]:
+                grads[i] = torch.full_like(g, torch.nan)  # must never be read
+    return grads, mask, draw(st.sampled_from(["batch", "sample", "batch_sum"]))
+
+
+@FUZZ
+@given(calls(), st.integers(0, len(RULES) - 1))
+def test_resolve_agrees_with_float64(call, which):
+    """Weights from the compiled solver are checked elsewhere; here the result must be those weights' combination, in float64."""
+    grads, mask, per = call
+    k = len(grads)
+    present = [g for g in grads if g is not None]
+    missing = tuple(i for i, g in enumerate(grads) if g is None)
+    rule = RULES[which](k)
+    twin = copy.deepcopy(rule)
+    kept = [i for i in range(k) if i not in missing]
+    inner_mask = mask[..., kept] if mask is not None else None
+    exact = [g.double() for g in present]
+
+    out, info = ops.resolve_info(present, rule, k=k, missing=missing, per=per, mask=mask)
+    assert out.shape == present[0].shape and out.dtype == present[0].dtype and out.is_contiguous()
+    eps = torch.finfo(present[0].dtype).eps
+    if info is None:
+        reference = twin.combine(present, inner_mask)
+        torch.testing.assert_close(out, reference, rtol=4 * eps, atol=4 * eps * k)
+        return
+    w, G = info[..., :k], info[..., k:].unflatten(-1, (k, k))
+    exact_G = ops.reference.spread(ops.reference.gram(exact, inner_mask, per), missing, k)
+    size = exact_G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    rounding = 1e-5 if present[0].dtype != torch.float64 else 1e-13
+    assert ((G - exact_G).abs() <= rounding * size.unsqueeze(-1) * size.unsqueeze(-2)).all()
+    combined = ops.reference.combine(exact, inner_mask, w[..., kept], per)
+    reach = ops.reference.combine([g.abs() for g in exact], inner_mask, w[..., kept].abs(), per)
+    assert ((out.double() - combined).abs() <= (2 * eps + rounding) * reach + torch.finfo(present[0].dtype).tiny).all()
+
+    other, other_info = ops.resolve_info(present, twin, k=k, missing=missing, per=per, mask=mask, backend="reference")
+    missing_rows = (G.diagonal(dim1=-2, dim2=-1) == 0) | (other_info[..., :k] == 0)
+    assert (w[missing_rows & (other_info[..., :k] == 0)].abs() <= 1e-3 * w.abs().sum().clamp(min=1)).all()
+    assert other.shape == out.shape and other.dtype == out.dtype
+
+
+@FUZZ
+@given(calls())
+def test_gram_and_combine_agree_with_float64(call):
+    grads, _, per = call
+    grads = [g for g in grads if g is not None]
+    exact = [g.double() for g in grads]
+    G, exact_G = mf.gram(grads, per), ops.reference.gram(exact, None, per)
+    size = exact_G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    rounding = 1e-5 if grads[0].dtype != torch.float64 else 1e-13
+    bad = ~size.isfinite()
+    close = (G - exact_G).abs() <= rounding * size.unsqueeze(-1) * size.unsqueeze(-2)
+    assert (close | bad.unsqueeze(-1) | bad.unsqueeze(-2)).all()
+    w = torch.linspace(-1, 1, G.shape[-1], dtype=torch.float64).expand(G.shape[:-1])
+    out = mf.combine(grads, w, per)
+    combined, reach = ops.reference.combine(exact, None, w, per), ops.reference.combine([g.abs() for g in exact], None, w.abs(), per)
+    allowed = (2 * torch.finfo(grads[0].dtype).eps + rounding) * reach + torch.finfo(grads[0].dtype).tiny
+    assert (((out.double() - combined).abs() <= allowed) | reach.isnan()).all()
