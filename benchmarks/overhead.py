@@ -1,4 +1,4 @@
-"""Host overhead against the stored baseline: runs test_overhead.py and prints pytest-benchmark's comparison."""
+"""Host overhead against the stored baseline: runs test_overhead.py and prints pytest-benchmark's comparison; test_overhead.py says how to fail on it."""
 
 import importlib.util
 import json
@@ -24,7 +24,4 @@ def compare() -> None:
         if other:  # numbers of another machine are shown, but nothing is concluded from them
             print(f"the overhead baseline was made elsewhere: {'; '.join(other)}")
             line += ["-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning"]
-        else:
-            line += ["--benchmark-compare-fail=median:50%"]
-    if subprocess.run(line, check=False, cwd=ROOT).returncode:
-        print("host overhead is not what the baseline says: see above")
+    subprocess.run(line, check=False, cwd=ROOT)
