@@ -1,6 +1,13 @@
 """The benchmark: `python -m benchmarks.bench [--quick] [--only NAME ...]`. NAME is a section or a rule.
 
-Each number comes from an operator that has just agreed with its float64 reference; one that has not gets no number, and the exit code is 1.
+* A number comes from an operator that has just agreed with its float64 reference; one that has not gets no time, and the exit code is 1.
+* Competitors are timed side by side, one sample of each in turn: median with 20th and 80th percentile. What others used of the machine meanwhile
+  is measured too.
+* Calls repeat on the same data, which stays in the cache that the column data_in names (memory: larger than half of every cache).
+* Half of all pairs of gradients conflict and norms spread over a factor of ten (providers.jacobian).
+
+A whole run writes results/DATE-COMMIT.csv (one schema for all rows), results/latest.md and results/latest.png.
+A new section is a function in SECTIONS; a new promise is a line in targets.TARGETS.
 """
 
 import argparse
