@@ -75,6 +75,7 @@ py::tuple solve(const Doubles& G, const std::vector<int64_t>& steps, const std::
   args.n_steps = static_cast<int>(steps.size() / 2);
   args.params = params.data();
   args.preserve_norm = preserve_norm;
+  args.precision = 2.220446049250313e-16;
   args.state = size ? next.mutable_data() : nullptr;
   args.state_stride = size;
   args.seed = seed;

@@ -1,4 +1,5 @@
 // Operator schemas, the checks that memory safety needs, and the CPU registration. Messages for people come from Python.
+#include <cfloat>
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -132,6 +133,7 @@ std::tuple<Tensor, Tensor> resolve_cpu(Tensors grads, std::vector<int64_t> missi
                   op, ": state must be a contiguous float64 tensor [..., S]");
   const int64_t S = state ? state->numel() / problems : 0, width = K + K * K + S;
   set_chain(args, op, steps, params, S, rng);
+  args.precision = in.grads().dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
   STD_TORCH_CHECK(with_gram || !preserve_norm, op, ": preserve_norm needs the Gramian");
   args.preserve_norm = preserve_norm;
   Tensor out = in.like_one();
@@ -170,7 +172,7 @@ Tensor combine_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Te
 
 // [..., K, K] float64 -> ([..., K] float64, next state)
 std::tuple<Tensor, Tensor> weights_cpu(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t> steps, std::vector<double> params,
-                                       std::optional<Tensor> state, std::optional<Tensor> rng, bool preserve_norm) {
+                                       std::optional<Tensor> state, std::optional<Tensor> rng, bool preserve_norm, double precision) {
   const char* op = "mmfast::weights";
   const auto sizes = gram.sizes();
   const int64_t dim = static_cast<int64_t>(sizes.size());
@@ -192,6 +194,7 @@ std::tuple<Tensor, Tensor> weights_cpu(Tensor gram, std::optional<Tensor> mask, 
   args.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   args.mask_stride = mask && mask->numel() == batch * K ? K : 0;
   args.preserve_norm = preserve_norm;
+  args.precision = precision;
   if (batch == 0) return {w, next};
   STD_TORCH_CHECK(!state || (is_cpu(*state) && state->is_contiguous() && dtype_of(*state) == aoti_torch_dtype_float64() && state->numel() % batch == 0),
                   op, ": state must be a contiguous float64 tensor [..., S]");
@@ -232,7 +235,7 @@ Tensor trimmed_mean_cpu(Tensors grads, std::vector<int64_t> missing, std::option
 STABLE_TORCH_LIBRARY(mmfast, m) {
   m.def("gram(Tensor[] grads, int[] missing, Tensor? mask, int per) -> Tensor");
   m.def("combine(Tensor[] grads, int[] missing, Tensor? mask, Tensor w, int per) -> Tensor");
-  m.def("weights(Tensor gram, Tensor? mask, int[] steps, float[] params, Tensor? state, Tensor? rng, bool preserve_norm) -> (Tensor, Tensor)");
+  m.def("weights(Tensor gram, Tensor? mask, int[] steps, float[] params, Tensor? state, Tensor? rng, bool preserve_norm, float precision) -> (Tensor, Tensor)");
   m.def(
       "resolve(Tensor[] grads, int[] missing, Tensor? mask, int[] steps, float[] params, Tensor? state, Tensor? rng, int per, "
       "bool preserve_norm, bool with_gram) -> (Tensor, Tensor)");

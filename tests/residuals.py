@@ -155,3 +155,54 @@ def aligned_residual(G: Tensor, w: Tensor) -> float:
     values, V = values[keep], V[:, keep]
     gap = w[order] - V @ ((values[0] / values).sqrt() * V.mean(0))
     return (gap.abs().max() / torch.maximum(w.abs().max(), (values[0] / values[-1]).sqrt() / len(G))).item()
+
+
+def _short_of(G: Tensor, w: Tensor, slope: Tensor, level: Tensor) -> float:
+    """How far a slope lies below its level, in units of |g_i| sum_j |w_j| |g_j|.
+
+    That is what a relative change of every gradient moves (Gw)_i by, so the unit is strict for a short row beside long ones.
+    """
+    norm = G.diagonal().sqrt()
+    return ((level - slope) / (norm * (w.abs() * norm).sum())).max().item()
+
+
+def mgda_residual(G: Tensor, w: Tensor) -> float:
+    return max(_short_of(G, w, G @ w, w @ G @ w), (w.sum() - 1).abs().item(), -w.min().item())
+
+
+def mgda_unit_residual(G: Tensor, w: Tensor) -> float:
+    norm = G.diagonal().sqrt()
+    return mgda_residual(G / norm.unsqueeze(0) / norm.unsqueeze(1), w * norm)
+
+
+def _hull_misses_zero(G: Tensor) -> float:
+    """About the length of the shortest vector of the hull of the rows scaled to length 1."""
+    norm = G.diagonal().sqrt()
+    values, vectors = torch.linalg.eigh(G / norm.unsqueeze(0) / norm.unsqueeze(1))
+    A = torch.cat([(vectors * values.clamp(min=0).sqrt()).T, torch.ones(1, len(G), dtype=G.dtype)])
+    target = torch.zeros(len(G) + 1, dtype=G.dtype)
+    target[-1] = 1
+    return float(scipy.optimize.nnls(A.numpy(), target.numpy(), maxiter=100 * len(G))[1])
+
+
+def cagrad_residual(c: float, shrink: float = 1.0) -> Callable[[Tensor, Tensor], float]:
+    """d = g0 + J'z with z >= 0 has the best worst case in the ball when |J'z| = c |g0| and z is on the worst rows only."""
+
+    def residual(G: Tensor, w: Tensor) -> float:
+        w = w / shrink
+        k, norm = len(G), G.diagonal().sqrt()
+        z, mean2 = w - 1 / k, G.sum().clamp(min=0) / k**2
+        if mean2 <= 1e-14 * norm.mean() ** 2:  # no mean gradient beyond rounding, no ball
+            return z.abs().max().item()
+        slope, reach = G @ w, (w.abs() * norm).sum()
+        negative = (-z.min() / w.max()).item()
+        # where rows cancel, a squared length has only the digits that G leaves it
+        unit = c**2 * (mean2 + 1e-6 * norm.mean() ** 2) + 1e-6 * (z.abs() * norm).sum() ** 2
+        ball = ((z @ G @ z - c**2 * mean2) / unit).item()
+        if abs(ball) <= 1e-8:
+            return max(negative, abs(ball), _short_of(G, w, slope, z @ slope / z.sum()))
+        # inside the ball only where nothing helps every row, and then harmless to all and nearest to the mean
+        apart = (z @ slope).abs() / reach**2
+        return max(negative, ball, _short_of(G, w, slope, torch.zeros_like(reach)), apart.item(), _hull_misses_zero(G) - 1e-6)
+
+    return residual

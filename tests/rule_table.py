@@ -7,7 +7,7 @@ import residuals
 import torch
 from torch import Tensor
 
-from mmfast.resolvers import alignment, bargaining, compose, cone, magnitude, projection, robust, simple
+from mmfast.resolvers import alignment, bargaining, compose, cone, magnitude, minnorm, projection, robust, simple
 from mmfast.resolvers.base import Resolver
 
 # The two-row example every multi-task library is checked on: J and the golden weights of it.
@@ -107,4 +107,18 @@ RULES: dict[str, Row] = {
     "AlignedMTL(rmse)": Row(lambda k: alignment.AlignedMTL("rmse"), golden=(1.5109, 1.1033)),
     "ConFIG": Row(lambda k: alignment.ConFIG(), residuals.config_residual, golden=(1.2265, 0.8441), torchjd=_torchjd("ConFIG")),
     "ConFIG(geometric)": Row(lambda k: alignment.ConFIG(length="geometric")),
+    "MGDA": Row(
+        lambda k: minnorm.MGDA(),
+        residuals.mgda_residual,
+        nonconflicting=True,
+        golden=(0.6, 0.4),
+        torchjd=_torchjd("MGDA", epsilon=1e-6, max_iters=3000),
+    ),
+    "MGDA l2": Row(
+        lambda k: minnorm.MGDA("l2"), residuals.mgda_unit_residual, power=-0.5, nonconflicting=True, golden=(0.5 / 18**0.5, 0.5 / 38**0.5)
+    ),
+    "CAGrad": Row(lambda k: minnorm.CAGrad(0.5), residuals.cagrad_residual(0.5), golden=(0.7041, 0.5), torchjd=_torchjd("CAGrad", c=0.5)),
+    "CAGrad c=0.1": Row(lambda k: minnorm.CAGrad(0.1, rescale=2), residuals.cagrad_residual(0.1, 1 / 1.1)),
+    "CAGrad c=1": Row(lambda k: minnorm.CAGrad(1.0, rescale=1), residuals.cagrad_residual(1.0, 0.5), nonconflicting=True),
+    "CAGrad c=3": Row(lambda k: minnorm.CAGrad(3.0), residuals.cagrad_residual(3.0), nonconflicting=True),
 }

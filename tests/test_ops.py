@@ -212,8 +212,16 @@ class Wrong(mf.Resolver):
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda: mf.gram([torch.ones(4, 8), torch.ones(4, 16)]), ValueError, r"grads\[1\] has shape \(4, 16\), expected \(4, 8\) like grads\[0\]"),
-        (lambda: mf.gram([torch.ones(4), torch.ones(4, dtype=torch.float64)]), TypeError, r"grads\[1\] is torch.float64, expected torch.float32"),
+        (
+            lambda: mf.gram([torch.ones(4, 8), torch.ones(4, 16)]),
+            ValueError,
+            r"grads\[1\] has shape \(4, 16\), expected \(4, 8\) like grads\[0\]",
+        ),
+        (
+            lambda: mf.gram([torch.ones(4), torch.ones(4, dtype=torch.float64)]),
+            TypeError,
+            r"grads\[1\] is torch.float64, expected torch.float32",
+        ),
         (lambda: mf.gram([torch.ones(4), torch.ones(4, device="meta")]), ValueError, r"grads\[1\] is on meta, expected cpu"),
         (lambda: mf.resolve([torch.ones(4, dtype=torch.int32)], Sum()), TypeError, r"grads\[0\] is torch.int32"),
         (lambda: mf.resolve([torch.ones(4), 3.0], Sum()), TypeError, r"grads\[1\] is a float"),
@@ -222,7 +230,11 @@ class Wrong(mf.Resolver):
         (lambda: mf.resolve([None, None], Sum()), ValueError, r"all 2 gradients are missing"),
         (lambda: mf.resolve([torch.ones(4)], Sum(), "samples"), ValueError, r"per is 'samples', expected one of 'batch'"),
         (lambda: mf.resolve([torch.ones(())], Sum(), "sample"), ValueError, r"needs gradients with a leading batch dimension"),
-        (lambda: mf.resolve([torch.ones(4)] * 2, Sum(), mask=torch.ones(3, dtype=torch.bool)), ValueError, r"mask has shape \(3,\), expected \(2,\) or \(4, 2\)"),
+        (
+            lambda: mf.resolve([torch.ones(4)] * 2, Sum(), mask=torch.ones(3, dtype=torch.bool)),
+            ValueError,
+            r"mask has shape \(3,\), expected \(2,\) or \(4, 2\)",
+        ),
         (lambda: mf.resolve([torch.ones(4)] * 2, Sum(), mask=torch.ones(2)), TypeError, r"mask is torch.float32, expected torch.bool"),
         (lambda: mf.resolve([torch.ones(4)] * 2, Constant([1, 2, 3])), ValueError, r"weights has 3 numbers, expected 2"),
         (lambda: Constant([1, float("nan")]), ValueError, r"weights\[1\] is nan"),

@@ -58,7 +58,9 @@ def test_scale_law(name):
         base = row.make(k)
         w = solve(copy.deepcopy(base), G)
         for scale in (2.0**-66, 2.0**100):  # gradients of 1e-10 and 1e15
-            torch.testing.assert_close(solve(copy.deepcopy(base), G * scale), w * scale**row.power, rtol=1e-9, atol=0, msg=f"{kind} {scale}")
+            torch.testing.assert_close(
+                solve(copy.deepcopy(base), G * scale), w * scale**row.power, rtol=1e-9, atol=0, msg=f"{kind} {scale}"
+            )
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -26,6 +26,7 @@ struct SolveArgs {
   int n_steps;
   const double* params;
   bool preserve_norm;
+  double precision;      // relative rounding of the numbers in G
   double* state;         // or null
   int64_t state_stride;
   uint64_t seed;

@@ -37,7 +37,7 @@ inline int64_t state_size(const SolveArgs& a) { return chain_state_size({a.steps
 inline void solve_range(const SolveArgs& a, int64_t begin, int64_t end) {
   Scratch<double, 1024> work(solve_work_size(a.K));
   Scratch<int, 256> iwork(solve_iwork_size(a.K));
-  const Chain chain{a.steps, a.n_steps, a.params, a.preserve_norm};
+  const Chain chain{a.steps, a.n_steps, a.params, a.preserve_norm, a.precision};
   for (int64_t b = begin; b < end; ++b) {
     const Io io{a.G + b * a.G_stride, a.mask ? a.mask + b * a.mask_stride : nullptr, a.state ? a.state + b * a.state_stride : nullptr,
                 a.seed, a.counter, static_cast<uint32_t>(b), a.w + b * a.w_stride};

@@ -31,7 +31,7 @@ MMFAST_HD inline Multiples multiples(const Team& team, Problem& p, F b) {
   each(team, k, [&](int i) { out.a[i] = out.cosine[i] = b(i); });
   cosines(team, k, p.G, out.norm, C);
   const double least = cholesky(team, k, C, [](int) { return DBL_EPSILON; });
-  if (least > 1e-8) {
+  if (least > fmax(1e-8, 8.0 * rank_cut(k, p.precision))) {
     cholesky_solve(team, k, C, out.a);
     out.square = team.sum(k, [&](int i) { return out.a[i] * b(i); });
   } else {
@@ -40,7 +40,7 @@ MMFAST_HD inline Multiples multiples(const Team& team, Problem& p, F b) {
     const double* values = spectrum.values;
     double largest = 0.0;
     for (int i = 0; i < k; ++i) largest = fmax(largest, values[i]);
-    const double cut = largest * rank_cut(k);
+    const double cut = largest * rank_cut(k, p.precision);
     each(team, k, [&](int i) { out.cosine[i] = values[i] > cut ? out.a[i] : 0.0; });
     const double kept = team.sum(k, [&](int i) { return out.cosine[i] * out.cosine[i]; });
     const double whole = team.sum(k, [&](int i) { return out.a[i] * out.a[i]; });
@@ -97,7 +97,7 @@ struct Rule<14> : Rule<-1> {
     double* values = spectrum.values;
     double largest = 0.0;
     for (int i = 0; i < k; ++i) largest = fmax(largest, values[i]);
-    const double cut = largest * rank_cut(k);
+    const double cut = largest * rank_cut(k, p.precision);
     const double sigma = scale(team, k, values, cut, static_cast<int>(p.params[0]));
     each(team, k, [&](int i) { x[i] = values[i] > cut ? x[i] * sqrt(sigma / values[i]) : 0.0; });
     spectrum.apply(team, x);

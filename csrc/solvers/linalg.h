@@ -11,8 +11,8 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-// Eigenvalues below this times the largest are the rounding of a float64 Gramian, and count as zero.
-MMFAST_HD inline double rank_cut(int n) { return 8.0 * DBL_EPSILON * n; }
+// Eigenvalues below this times the largest are the rounding of the Gramian, and count as zero.
+MMFAST_HD inline double rank_cut(int n, double precision) { return 8.0 * precision * n; }
 
 // Norms of the rows of G and their cosines, with an exact 1 on the diagonal.
 template <class Team>

@@ -26,6 +26,7 @@ struct Problem {
   double* map;           // [k, k] out, only for rules that map rows: row i becomes sum_j map[i, j] g_j
   double* work;          // [work_size(k)] scratch, contents undefined
   int* iwork;            // [iwork_size(k)] scratch, contents undefined
+  double precision;      // relative rounding of the entries of G: that of float64, or of the float32 it was summed in
 };
 
 MMFAST_HD inline long work_size(int k) { return 8L * k * k + 64L * k + 64; }

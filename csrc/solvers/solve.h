@@ -1,6 +1,8 @@
 // From a K x K Gramian to K weights: leaves out missing rows, scales, runs a chain of rules, preserves the norm.
 #pragma once
 
+#include <cstring>
+
 #include "rules.h"
 
 namespace mmfast {
@@ -12,6 +14,7 @@ struct Chain {
   int n_steps;
   const double* params;
   bool preserve_norm;
+  double precision = 2.220446049250313e-16;  // of the numbers that G was made of: what is smaller than it is rounding
 };
 
 MMFAST_HD inline int chain_state_size(const Chain& chain, int K) {
@@ -44,17 +47,29 @@ MMFAST_HD inline bool compact(const Team& team, const double* G, int K, const bo
   team.sync();
   *k_out = k;
   double trace = 0.0;
-  bool finite = true;
+  uint64_t largest = 0;  // bits without the sign are ordered like magnitudes, infinity and NaN last; a maximum of integers vectorises
   for (int i = 0; i < k; ++i) {
-    trace += G[static_cast<long>(rows[i]) * K + rows[i]];
-    for (int j = 0; j < k; ++j) finite = finite && std::isfinite(G[static_cast<long>(rows[i]) * K + rows[j]]);
+    const double* from = G + static_cast<long>(rows[i]) * K;
+    trace += from[rows[i]];
+    for (int j = 0; j < k; ++j) {
+      const double g = k == K ? from[j] : from[rows[j]];
+      uint64_t bits;
+      memcpy(&bits, &g, sizeof bits);
+      bits &= 0x7fffffffffffffffull;
+      largest = bits > largest ? bits : largest;
+    }
   }
-  if (!finite || !std::isfinite(trace)) return false;
+  if (largest >= 0x7ff0000000000000ull || !(trace <= 1.7976931348623157e308)) return false;
   const int exponent = k ? ilogb(trace) : 0;
   const int even = exponent - (exponent & 1);
   *scale_out = ldexp(1.0, even);
+  const double inverse = ldexp(1.0, -even);
   each(team, k, [&](int i) {
-    for (int j = 0; j < k; ++j) dense[i * k + j] = ldexp(1.0, -even) * G[static_cast<long>(rows[i]) * K + rows[j]];
+    const double* from = G + static_cast<long>(rows[i]) * K;
+    if (k == K)
+      for (int j = 0; j < k; ++j) dense[i * k + j] = inverse * from[j];
+    else
+      for (int j = 0; j < k; ++j) dense[i * k + j] = inverse * from[rows[j]];
   });
   return true;
 }
@@ -138,7 +153,7 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
   double* state = io.state;
   for (int s = 0; s < chain.n_steps; ++s) {
     Problem p{k, K, rows, dense, scale, params, static_cast<int>(chain.steps[2 * s + 1]), state,
-              Draw{io.seed, io.counter, io.problem, static_cast<uint32_t>(s)}, w, map, spare, iwork + K};
+              Draw{io.seed, io.counter, io.problem, static_cast<uint32_t>(s)}, w, map, spare, iwork + K, chain.precision};
     bool maps = false;
     with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) {
       using R = decltype(rule);

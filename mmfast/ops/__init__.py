@@ -163,7 +163,8 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
     """Weights of a resolver for given Gramians.
 
     Args:
-        G: Gramians [..., K, K], any floating dtype; solved in float64, each on its own.
+        G: Gramians [..., K, K], any floating dtype; solved in float64, each on its own. The dtype tells how exact the numbers are:
+            what could be rounding counts as zero in the rules that need a rank (IMTLG, ConFIG, AlignedMTL).
         resolver: how conflicts are resolved.
         mask: bool [K] or [..., K]; False rows are missing: left out of the problem, weight 0. All-zero rows are missing too.
         preserve_norm: scale the weights so that the resolved gradient has the norm of the plain sum.
@@ -184,6 +185,7 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
         if mask.dtype != torch.bool or mask.shape not in ((k,), (*problems, k)):
             raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {(k,)} or {(*problems, k)}")
         mask = mask.contiguous()
+    precision = torch.finfo(torch.float64 if G.dtype == torch.float64 else torch.float32).eps
     G = G.detach().double().contiguous()
     chain = resolver.chain()
     if chain is None:
@@ -193,15 +195,15 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
     states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain)
     if _use_native(G.device, backend):
         steps, params = _steps(chain)
-        w, after = native.weights(G, mask, steps, params, _joined(states), rng, preserve_norm)
+        w, after = native.weights(G, mask, steps, params, _joined(states), rng, preserve_norm, precision)
     else:
-        w, after = reference.weights(G, mask, chain, states, rng, preserve_norm)
+        w, after = reference.weights(G, mask, chain, states, rng, preserve_norm, precision)
     _keep(chain, states, after if any(s is not None for s in states) else None, rng)
     return w
 
 
 def resolve(
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     resolver: Resolver,
     per: str = "batch",
     mask: Tensor | None = None,
@@ -230,9 +232,8 @@ def resolve(
     """
     k = len(grads)
     missing = tuple(i for i, g in enumerate(grads) if g is None)
-    if missing:
-        grads = [g for g in grads if g is not None]
-    return _resolve(grads, resolver, k, missing, per, mask, preserve_norm, False, backend)[0]
+    present = [g for g in grads if g is not None] if missing else grads
+    return _resolve(present, resolver, k, missing, per, mask, preserve_norm, False, backend)[0]
 
 
 def resolve_info(

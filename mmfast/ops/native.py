@@ -74,7 +74,7 @@ if available:
         return grads[0].new_empty(grads[0].shape)
 
     @torch.library.register_fake("mmfast::weights")
-    def _(gram, mask, steps, params, state, rng, preserve_norm):
+    def _(gram, mask, steps, params, state, rng, preserve_norm, precision):
         return gram.new_empty(gram.shape[:-1]), gram.new_empty((0,) if state is None else state.shape)
 
     @torch.library.register_fake("mmfast::resolve")

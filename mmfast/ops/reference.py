@@ -8,6 +8,8 @@ from torch import Tensor
 from mmfast.resolvers.base import Problem, Rule
 from mmfast.resolvers.philox import Draw
 
+_EPS = torch.finfo(torch.float64).eps
+
 
 def _normalised(G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """(G / scale with identity rows where inactive, scale): scale is the power of four that brings the active trace into [1, 4)."""
@@ -50,7 +52,12 @@ def apply(A: Tensor, G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_map(
-    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None
+    G: Tensor,
+    mask: Tensor | None,
+    chain: list[Rule],
+    states: list[Tensor | None],
+    rng: Tensor | None,
+    precision: float = _EPS,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """What a chain does to the rows, A [B, K, K] (row i becomes sum_j A[i, j] g_j, the weights are the column sums), and the next states.
 
@@ -65,7 +72,7 @@ def row_map(
     for s, rule in enumerate(chain):
         scaled, scale = _normalised(current, active)
         draw = Draw(rng, G.shape[0], s) if rule.random and rng is not None else None
-        p = Problem(scaled, active, scale, states[s], draw)
+        p = Problem(scaled, active, scale, states[s], draw, precision)
         if rule.smooths:
             w = torch.where(active, rule.smooth(p, w), 0)  # type: ignore[operator]
             A = torch.diag_embed(w)
@@ -89,7 +96,13 @@ def row_map(
 
 
 def solve(
-    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None, preserve_norm: bool
+    G: Tensor,
+    mask: Tensor | None,
+    chain: list[Rule],
+    states: list[Tensor | None],
+    rng: Tensor | None,
+    preserve_norm: bool,
+    precision: float = _EPS,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Weights [B, K] of the Gramians G [B, K, K] float64, and the next state of each rule of the chain.
 
@@ -97,7 +110,7 @@ def solve(
     non-finite number gets NaN weights and keeps its state.
     """
     rows, finite = present(G, mask)
-    A, next_states = row_map(G, mask, chain, states, rng)
+    A, next_states = row_map(G, mask, chain, states, rng, precision)
     w = A.sum(-2)
     if preserve_norm:
         active = rows & finite.unsqueeze(-1)
@@ -158,13 +171,19 @@ def spread(G: Tensor, missing: Sequence[int], k: int) -> Tensor:
 
 
 def weights(
-    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None, preserve_norm: bool
+    G: Tensor,
+    mask: Tensor | None,
+    chain: list[Rule],
+    states: list[Tensor | None],
+    rng: Tensor | None,
+    preserve_norm: bool,
+    precision: float = _EPS,
 ) -> tuple[Tensor, Tensor | None]:
     """Weights [..., K] of Gramians [..., K, K], and the next states of the chain side by side [..., S]."""
     problems, k = G.shape[:-2], G.shape[-1]
     flat_mask = None if mask is None else mask.expand(*problems, k).reshape(-1, k)
     flat_states = [None if s is None else s.reshape(-1, s.shape[-1]) for s in states]
-    w, after = solve(G.reshape(-1, k, k), flat_mask, chain, flat_states, rng, preserve_norm)
+    w, after = solve(G.reshape(-1, k, k), flat_mask, chain, flat_states, rng, preserve_norm, precision)
     kept = [s for s in after if s is not None]
     return w.view(*problems, k), torch.cat(kept, -1).view(*problems, -1) if kept else None
 
@@ -205,7 +224,8 @@ def resolve(
         G = torch.diag_embed(x.any(-1).mT if per == "sample" else x.flatten(1).any(-1)).double()
     G = spread(G, missing, k)
     row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
-    w, after = weights(G, row_mask, chain, states, rng, norm)
+    precision = torch.finfo(torch.float64 if grads[0].dtype == torch.float64 else torch.float32).eps
+    w, after = weights(G, row_mask, chain, states, rng, norm, precision)
     out = combine(grads, present, w[..., kept], per)
     info = [w, G.flatten(-2)] + ([after] if after is not None else [])
     return out, torch.cat(info, -1)

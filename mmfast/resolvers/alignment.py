@@ -35,7 +35,7 @@ def _multiples(p: Problem, pref: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     """
     norm, C = cosines(p.G)
     values, V = eigh(C)
-    keep = kept(values, p.active)
+    keep = kept(values, p.active, p.precision)
     whole = torch.where(p.active, (V.mT @ pref.unsqueeze(-1)).squeeze(-1), 0)
     part = torch.where(keep, whole, 0)
     x = part / torch.where(keep, values, 1)
@@ -82,7 +82,7 @@ class AlignedMTL(Rule):
 
     def rule(self, p: Problem) -> Tensor:
         values, V = eigh(p.G)
-        keep = kept(values, p.active)
+        keep = kept(values, p.active, p.precision)
         count = keep.sum(-1, keepdim=True)
         if self.scale == "rmse":
             sigma = torch.where(keep, values, 0).sum(-1, keepdim=True) / count

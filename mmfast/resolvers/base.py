@@ -21,6 +21,7 @@ class Problem:
     scale: Tensor  # [B] a power of four
     state: Tensor | None  # [B, S] float64; zeros at first
     draw: Draw | None  # random streams, for rules with random = True
+    precision: float = torch.finfo(torch.float64).eps  # relative rounding of the entries of G
     next_state: Tensor | None = None  # [B, S], to be set by rules that keep state
 
     @property

@@ -51,8 +51,8 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     return A.diagonal(dim1=-2, dim2=-1)[..., :k], V[..., :k, :k]
 
 
-def kept(values: Tensor, active: Tensor) -> Tensor:
-    """Which eigenvalues of active rows are more than the rounding of a float64 Gramian [B, K]."""
+def kept(values: Tensor, active: Tensor, precision: float) -> Tensor:
+    """Which eigenvalues of active rows are more than the rounding of the Gramian [B, K]."""
     values = torch.where(active, values, 0)
     count = active.sum(-1, keepdim=True)
-    return values > values.amax(-1, keepdim=True) * 8 * EPS * count
+    return values > values.amax(-1, keepdim=True) * 8 * precision * count

@@ -4,6 +4,7 @@ csrc/solvers/minnorm.h solves them by an active set; the plain-torch forms here 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ def _longest_step(*moves: tuple[Tensor, Tensor]) -> Tensor:
     return (0.995 * limits.amin(-1, keepdim=True)).clamp(max=1)
 
 
-def _solver(C: Tensor, diagonal: Tensor):
+def _solver(C: Tensor, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
     """r -> (C + diag(diagonal))^-1 r for r [B, K]; a small ridge keeps the factor of a singular C finite."""
     ridge = (C.shape[-1] + 8) * 1e-15
-    L, _ = torch.linalg.cholesky_ex(C + torch.diag_embed(diagonal + ridge), check_errors=False)
+    L, info = torch.linalg.cholesky_ex(C + torch.diag_embed(diagonal + ridge), check_errors=False)
+    L = torch.where(info.view(-1, 1, 1) == 0, L, torch.nan)
     return lambda r: torch.cholesky_solve(r.unsqueeze(-1), L).squeeze(-1)
 
 
@@ -79,8 +81,8 @@ def _ball(C: Tensor, b: Tensor, a: Tensor, active: Tensor, c: float) -> Tensor:
     count = active.sum(-1, keepdim=True).clamp(min=1)
     x = torch.where(active, 1 / a.sum(-1, keepdim=True), 1)
     z, nu = torch.zeros_like(x), torch.zeros_like(x[..., :1])
-    s = torch.full_like(x, 1 + c)
-    sigma = 1.0
+    s = torch.full_like(x, 10 * (1 + c))
+    sigma = torch.ones_like(nu)
     for _ in range(ITERATIONS):
         xa = torch.where(active, x, 0)
         Cx, Cz = _times(C, xa), _times(C, z)
@@ -92,22 +94,34 @@ def _ball(C: Tensor, b: Tensor, a: Tensor, active: Tensor, c: float) -> Tensor:
         bend = goal / (2 * c)
         root = (yy + bend.square()).sqrt()
         tau = bend + root
-        solve = _solver(C * (c / tau).unsqueeze(-1), s / x)
-        E, N, g = solve(Cz / tau), solve(a), Cx / root
+        solve = _solver(C, tau / c * s / x)  # times tau / c
+        E, N, g = solve(Cz / c), solve(a * tau / c), Cx / root
         det = 1 - _dot(g, E)
         N = N + E * _dot(g, N) / det
         target = torch.where(active, goal - x * s, 0)
-        F = solve(dual + target / x + Cz - Cx * c / tau)
+        F = solve((dual + target / x + Cz) * tau / c - Cx)
         F = F + E * _dot(g, F) / det
         dnu = (primal - _dot(a, F)) / _dot(a, N)
         dx = torch.where(active, F + N * dnu, 0)
         ds = torch.where(active, (target - s * dx) / x, 0)
         dz = (c * (xa + dx) - z * _dot(g, dx)) / tau - z
         step = _longest_step((x, dx), (s, ds))
-        sigma = torch.where(step > 0.9, 0.1, 0.5)
+        sigma = torch.where(step > 0.9, 0.03, 1.0)  # without progress, back to the middle first
         x, s, z, nu = _advance(step, (x, dx), (s, ds), (z, dz), (nu, dnu))
         z = z * (c / _dot(z, _times(C, z)).clamp(min=0).sqrt()).clamp(max=1)
     return torch.where(active, x, 0)
+
+
+def _share(G: Tensor, w: Tensor) -> Tensor:
+    """Rows that no entry of G tells apart share their weight, so that copies are treated alike."""
+    norm = G.diagonal(dim1=-2, dim2=-1).sqrt()
+    alike = torch.ones_like(G, dtype=torch.bool)
+    rounding = 4 * torch.finfo(G.dtype).eps * norm
+    for l in range(G.shape[-1]):
+        column = G[..., l]
+        alike &= (column.unsqueeze(-1) - column.unsqueeze(-2)).abs() <= rounding.unsqueeze(-1) * norm[..., l].view(-1, 1, 1)
+    first = torch.nn.functional.one_hot(alike.int().argmax(-1), G.shape[-1]).to(G.dtype)  # [B, K, K]: row i belongs to group j
+    return _times(first, _times(first.mT, w) / first.sum(-2).clamp(min=1))
 
 
 def _cosines(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,6 +133,8 @@ def _cosines(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 class MGDA(Rule):
     """Multiple-gradient descent (Sener & Koltun, "Multi-task learning as multi-objective optimization", 2018): the shortest vector of the hull.
+
+    Where several weights give it, copies of a row share alike.
 
     Args:
         normalize: "none", or "l2" to find the weights a_i on gradients of length 1; the weights are then a_i / |g_i|.
@@ -142,7 +158,7 @@ class MGDA(Rule):
         if self.normalize == "l2":
             a = p.active.double()
         x = a * _quadratic(C, torch.zeros_like(a), a, p.active, simplex=True)
-        w = x / x.sum(-1, keepdim=True)
+        w = _share(p.G, x / x.sum(-1, keepdim=True))
         return w / norm / p.scale.sqrt().unsqueeze(-1) if self.normalize == "l2" else w
 
     def extra_repr(self) -> str:
@@ -190,7 +206,7 @@ class CAGrad(Rule):
         inside = _quadratic(C, b, a, p.active, simplex=False)
         inside = inside * (self.c / _dot(inside, _times(C, inside)).sqrt()).clamp(max=1)
         z = torch.where(away, self.c * x / length2.sqrt(), inside)
-        return shrink * (share + torch.where(known & p.active, z * length / norm, 0))
+        return shrink * (share + _share(p.G, torch.where(known & p.active, z * length / norm, 0)))
 
     def extra_repr(self) -> str:
         return f"c={self.c}, rescale={self.rescale}"
