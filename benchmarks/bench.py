@@ -218,7 +218,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
 
 def _save(run: Run, env: dict[str, str]) -> Iterator[Path]:
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{env['date']}-{env['commit']}.csv"
+    path = RESULTS / f"{env['date']}-{env['commit'] or 'unversioned'}.csv"
     write(run.rows, env, path)
     yield path
     latest = RESULTS / "latest.md"
