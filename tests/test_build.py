@@ -1,8 +1,10 @@
 """The compiled library: what it needs, what it exports, which instruction set runs, and what happens without it."""
 
 import copy
+import importlib
 import json
 import os
+import pkgutil
 import platform
 import re
 import shutil
@@ -16,7 +18,7 @@ import torch
 from problems import gramian
 from rule_table import RULES
 
-from mmfast import ops
+from mmfast import ops, resolvers
 from mmfast.ops import native
 from mmfast.resolvers.base import Rule
 
@@ -65,7 +67,7 @@ def test_every_instruction_set_gives_the_same_bits():
 import torch
 from problems import gramian
 from rule_table import RULES
-from mmfast import ops
+from mmfast import ops, resolvers
 from mmfast.ops import native
 print(native.cpu_isa())
 for name, row in RULES.items():
@@ -102,7 +104,7 @@ def test_without_a_library_the_reference_serves(tmp_path):
     library.write_bytes(b"\x7fELF broken")
     code = """
 import torch
-from mmfast import ops
+from mmfast import ops, resolvers
 from mmfast.ops import native
 from mmfast.resolvers.simple import Mean
 assert native.cpu_isa() is None
@@ -160,6 +162,8 @@ def test_core_needs_no_numpy():
 
 
 def rule_classes(base=Rule):
+    for module in pkgutil.iter_modules(resolvers.__path__):
+        importlib.import_module(f"mmfast.resolvers.{module.name}")
     for rule in base.__subclasses__():
         if rule.__module__.startswith("mmfast."):
             yield rule

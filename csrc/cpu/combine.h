@@ -64,6 +64,7 @@ template <class T>
 inline void combine_range(const T* const* rows, int k, const typename Stored<T>::Vec::Acc* w, int64_t begin, int64_t end, T* out, bool stream) {
   using V = typename Stored<T>::Vec;
   using Acc = typename V::Acc;
+  if (begin >= end) return;
   if (k == 0) {
     std::memset(static_cast<void*>(out + begin), 0, sizeof(T) * static_cast<size_t>(end - begin));
     return;

@@ -96,18 +96,28 @@ inline void tile_columns(int columns, const typename V::Acc* const* a, const typ
   }
 }
 
+inline int tile_count(int na, int nb, bool same) {
+  int tiles = 0;
+  for (int i = 0; i < na; i += kTileRows) tiles += (nb - (same ? i : 0) + kTileCols - 1) / kTileCols;
+  return tiles;
+}
+
 // The pairs of two panels of at most kPanel rows; of one panel with itself only tiles that meet the upper triangle.
 template <class V>
 inline void panels(const typename V::Acc* const* a, int na, const typename V::Acc* const* b, int nb, bool same, int steps, int64_t ahead,
                    typename V::Acc* lanes) {
   constexpr int L = V::width * V::parts;
+  // the next stretch of the rows is fetched a few lines a tile, while this one keeps the multipliers busy
+  const int tiles = tile_count(na, nb, same), share = ahead ? (na * steps + tiles - 1) / tiles : 0;
+  int next_row = 0, next_step = 0;
   for (int i = 0; i < na; i += kTileRows) {
     const int r = na - i < kTileRows ? na - i : kTileRows;
-    if (ahead)  // the next stretch of these rows, while this one keeps the multipliers busy
-      for (int row = i; row < i + r; ++row)
-        for (int64_t t = 0; t < static_cast<int64_t>(steps) * L; t += L) __builtin_prefetch(a[row] + ahead + t, 0, 2);
     for (int j = same ? i : 0; j < nb; j += kTileCols) {
       const int c = nb - j < kTileCols ? nb - j : kTileCols;
+      for (int line = 0; line < share && next_row < na; ++line) {
+        __builtin_prefetch(a[next_row] + ahead + static_cast<int64_t>(next_step) * L, 0, 2);
+        if (++next_step == steps) next_step = 0, ++next_row;
+      }
       typename V::Acc* at = lanes + (i * kPanel + j) * L;
       switch (r) {
         case 1: tile_columns<V, 1>(c, a + i, b + j, steps, at); break;

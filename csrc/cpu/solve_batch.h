@@ -9,12 +9,18 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-// Scratch on the stack for small problems, on the heap for others.
+// Scratch on the stack for small problems, on the heap for others, and always there where a sanitizer watches its exact size.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kMayUseStack = false;
+#else
+constexpr bool kMayUseStack = true;
+#endif
+
 template <class T, int kOnStack>
 struct Scratch {
   T small[kOnStack];
   T* data;
-  explicit Scratch(int64_t n) : data(n <= kOnStack ? small : static_cast<T*>(std::malloc(n * sizeof(T)))) {}
+  explicit Scratch(int64_t n) : data(n <= kOnStack && kMayUseStack ? small : static_cast<T*>(std::malloc(n * sizeof(T)))) {}
   ~Scratch() {
     if (data != small) std::free(data);
   }

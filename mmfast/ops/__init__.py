@@ -348,7 +348,9 @@ def _resolve_general(
     return out, torch.cat([w, G.flatten(-2)], -1)
 
 
-def _elementwise(grads: Sequence[Tensor], rule: ElementwiseRule, missing: tuple[int, ...], mask: Tensor | None, k: int, use_native: bool) -> Tensor:
+def _elementwise(
+    grads: Sequence[Tensor], rule: ElementwiseRule, missing: tuple[int, ...], mask: Tensor | None, k: int, use_native: bool
+) -> Tensor:
     if use_native:
         out = rule.native(list(grads), list(missing), mask)
     else:
