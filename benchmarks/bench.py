@@ -2,11 +2,11 @@
 
 * A number comes from an operator that has just agreed with its float64 reference; one that has not gets no time, and the exit code is 1.
 * Competitors are timed side by side, one sample of each in turn: median with 20th and 80th percentile. What others used of the machine meanwhile
-  is measured too.
+  is measured too: a disturbed run is kept as CSV, but does not become the latest one.
 * Calls repeat on the same data, which stays in the cache that the column data_in names (memory: larger than half of every cache).
 * Half of all pairs of gradients conflict and norms spread over a factor of ten (providers.jacobian).
 
-A whole run writes results/DATE-COMMIT.csv (one schema for all rows), results/latest.md and results/latest.png.
+A whole run writes results/DATE-COMMIT.csv (one schema for all rows) and, if the machine was quiet, results/latest.md and results/latest.png.
 A new section is a function in SECTIONS; a new promise is a line in targets.TARGETS.
 """
 
@@ -221,6 +221,10 @@ def _save(run: Run, env: dict[str, str]) -> Iterator[Path]:
     path = RESULTS / f"{env['date']}-{env['commit'] or 'unversioned'}.csv"
     write(run.rows, env, path)
     yield path
+    if report.disturbed(env):
+        # a stalled thread at a barrier costs a peer milliseconds where it needs microseconds: ratios of such a run are far too good
+        print("latest.md and latest.png are left as they are:", report.disturbed(env))
+        return
     latest = RESULTS / "latest.md"
     latest.write_text(report.full(run.rows, env))
     yield latest
@@ -230,7 +234,7 @@ def _save(run: Run, env: dict[str, str]) -> Iterator[Path]:
         print("no plot: matplotlib is not installed")
         return
     picture = RESULTS / "latest.png"
-    if heat_map(run.rows, picture):
+    if heat_map(run.rows, env, picture):
         yield picture
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
-from benchmarks.report import number
+from benchmarks.report import disturbed, number
 from benchmarks.rows import Row
 from benchmarks.targets import GRID_MEAN, GRID_WORST, geometric_mean, ratios
 
@@ -25,7 +25,7 @@ def _short(value: float) -> str:
     return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
 
 
-def heat_map(rows: list[Row], path: Path) -> bool:
+def heat_map(rows: list[Row], env: dict[str, str], path: Path) -> bool:
     """Writes one panel per N, rules x K, on one logarithmic scale; returns False when the run has no such rows."""
     found = ratios(rows)
     if not found:
@@ -33,8 +33,7 @@ def heat_map(rows: list[Row], path: Path) -> bool:
     rules, ks, ns = list(dict.fromkeys(r.rule for r in found)), sorted({r.k for r in found}), sorted({r.n for r in found})
     value = {(r.rule, r.k, r.n): r.ratio_to_ours or math.nan for r in found}
     norm = LogNorm(1, LARGEST)
-    colours = plt.get_cmap("YlGnBu").copy()
-    colours.set_bad("#f2f2f2")
+    colours = plt.get_cmap("YlGnBu").with_extremes(bad="#f2f2f2")
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9})
     size = (1.6 + 0.5 * len(ks) * len(ns), 1.5 + 0.31 * len(rules))
     figure, axes = plt.subplots(1, len(ns), figsize=size, sharey=True, squeeze=False, layout="constrained")
@@ -69,7 +68,8 @@ def heat_map(rows: list[Row], path: Path) -> bool:
     title = (
         f"mf.resolve against TorchJD on a CPU: {mean} times faster (geometric mean of {len(found)} cases; red: below {GRID_WORST.must}x)"
     )
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    note = disturbed(env)
+    figure.suptitle(f"{title}\n{note}" if note else title, fontsize=11, x=0.01, ha="left", color="#d62728" if note else "#1a1a1a")
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return True

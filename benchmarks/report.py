@@ -82,6 +82,12 @@ def gram(rows: list[Row]) -> str:
     return table(["K", "N", "dtype", "provider", "µs", "GB/s", "GFLOP/s", "% of roofline"], body)
 
 
+def disturbed(env: dict[str, str]) -> str:
+    """What to say where the machine was not quiet, or nothing."""
+    others = float(env["others_percent"] or 0)
+    return f"Other programs used {others:.0f} % of the processors during this run: not to be quoted." if others > BUSY else ""
+
+
 def machine(rows: list[Row], env: dict[str, str]) -> str:
     reads = [r.gbps for r in rows if r.section == "machine" and r.gbps]
     flops = [r.gflops for r in rows if r.section == "machine" and r.gflops]
@@ -90,8 +96,7 @@ def machine(rows: list[Row], env: dict[str, str]) -> str:
         measured.append(f"reads {number(max(reads))} GB/s")
     if flops:
         measured.append(f"multiply-adds {number(max(flops))} GFLOP/s")
-    others = float(env["others_percent"] or 0)
-    busy = f" **Other programs used {others:.0f} % of the processors during this run: not to be quoted.**" if others > BUSY else ""
+    busy = f" **{disturbed(env)}**" if disturbed(env) else ""
     return (
         f"{env['cpu']}, {env['threads']} threads, {env['machine']}; Python {env['python']}, torch {env['torch']}, "
         f"TorchJD {env['torchjd'] or 'absent'}, mmfast {env['mmfast']} at {env['commit']}, {env['date']}"

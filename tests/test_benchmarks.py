@@ -187,3 +187,11 @@ def test_a_busy_machine_is_noticed():
     assert env["others_percent"] == "40"
     assert "not to be quoted" in report.summary([], env)
     assert "not to be quoted" not in report.summary([], environment(0.01))
+
+
+def test_picture(tmp_path):
+    plots = pytest.importorskip("benchmarks.plots")
+    assert plots.heat_map(_full_run(), environment(0.4), tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+    assert not plots.heat_map([], environment(), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
