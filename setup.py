@@ -28,7 +28,7 @@ TARGETS = {"_C": "_C.so"} | ({"_host": "_host" + sysconfig.get_config_var("EXT_S
 FLAGS = "-O3 -g1 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra"
 SANITIZE_FLAGS = "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" if SANITIZE else ""
 AVX2 = "-mavx2 -mfma -mf16c"
-AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512 -Wno-maybe-uninitialized"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized"
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"avx512": AVX512, "avx2": AVX2, "portable": ""} if X86 else {"portable": "-ffp-contract=fast"}
 

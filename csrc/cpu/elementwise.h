@@ -7,35 +7,68 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-// Uniforms of the 64 elements from 64 * group on: element e takes word e / 16 of the Philox block at place e % 16.
+// 32-bit words in 64-bit lanes, as the widening multiply of each instruction set takes them; the upper halves may hold anything.
+#if defined(__AVX512F__)
+struct Words {
+  using Reg = __m512i;
+  static constexpr int width = 8;
+  static MMFAST_INLINE Reg load(const uint64_t* p) { return _mm512_loadu_si512(p); }
+  static MMFAST_INLINE Reg set(uint64_t x) { return _mm512_set1_epi64(static_cast<long long>(x)); }
+  static MMFAST_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_epu32(a, b); }
+  static MMFAST_INLINE Reg high(Reg a) { return _mm512_srli_epi64(a, 32); }
+  static MMFAST_INLINE Reg mix(Reg a, Reg b, Reg c) { return _mm512_xor_si512(_mm512_xor_si512(a, b), c); }
+  static MMFAST_INLINE void store(uint64_t* p, Reg a) { _mm512_storeu_si512(p, a); }
+};
+#elif defined(__AVX2__)
+struct Words {
+  using Reg = __m256i;
+  static constexpr int width = 4;
+  static MMFAST_INLINE Reg load(const uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static MMFAST_INLINE Reg set(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
+  static MMFAST_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_epu32(a, b); }
+  static MMFAST_INLINE Reg high(Reg a) { return _mm256_srli_epi64(a, 32); }
+  static MMFAST_INLINE Reg mix(Reg a, Reg b, Reg c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+  static MMFAST_INLINE void store(uint64_t* p, Reg a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+};
+#else
+struct Words {
+  using Reg = uint64_t;
+  static constexpr int width = 1;
+  static MMFAST_INLINE Reg load(const uint64_t* p) { return *p; }
+  static MMFAST_INLINE Reg set(uint64_t x) { return x; }
+  static MMFAST_INLINE Reg mul(Reg a, Reg b) { return (a & 0xffffffffull) * (b & 0xffffffffull); }
+  static MMFAST_INLINE Reg high(Reg a) { return a >> 32; }
+  static MMFAST_INLINE Reg mix(Reg a, Reg b, Reg c) { return a ^ b ^ c; }
+  static MMFAST_INLINE void store(uint64_t* p, Reg a) { *p = a; }
+};
+#endif
+
+// Uniforms of the 64 elements from 64 * group on: element e takes word e / 16 of the Philox block at place e % 16 (philox.h).
 // 24 bits each, in the open interval (0, 1).
 inline void uniforms(uint64_t seed, uint32_t counter, uint64_t group, float* u) {
-  uint32_t c0[16], c1[16], c2[16], c3[16];
-  for (int i = 0; i < 16; ++i) {
-    const uint64_t place = group * 16 + static_cast<uint64_t>(i);
-    c0[i] = static_cast<uint32_t>(place);
-    c1[i] = static_cast<uint32_t>(place >> 32);
-    c2[i] = 0;
-    c3[i] = counter;
-  }
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < 16; ++i) {
-      const uint64_t p0 = 0xD2511F53ull * c0[i], p1 = 0xCD9E8D57ull * c2[i];
-      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-      c1[i] = static_cast<uint32_t>(p1);
-      c3[i] = static_cast<uint32_t>(p0);
+  using W = Words;
+  alignas(64) uint64_t place[16], out[4][16];
+  for (int i = 0; i < 16; ++i) place[i] = group * 16 + static_cast<uint64_t>(i);
+  for (int i = 0; i < 16; i += W::width) {
+    W::Reg c0 = W::load(place + i), c1 = W::high(c0), c2 = W::set(0), c3 = W::set(counter);
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const W::Reg p0 = W::mul(W::set(0xD2511F53ull), c0), p1 = W::mul(W::set(0xCD9E8D57ull), c2);
+      c0 = W::mix(W::high(p1), c1, W::set(k0));
+      c2 = W::mix(W::high(p0), c3, W::set(k1));
+      c1 = p1;
+      c3 = p0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    W::store(out[0] + i, c0);
+    W::store(out[1] + i, c1);
+    W::store(out[2] + i, c2);
+    W::store(out[3] + i, c3);
   }
-  for (int i = 0; i < 16; ++i) {
-    u[i] = (static_cast<float>(c0[i] >> 8) + 0.5f) * 5.9604644775390625e-8f;
-    u[16 + i] = (static_cast<float>(c1[i] >> 8) + 0.5f) * 5.9604644775390625e-8f;
-    u[32 + i] = (static_cast<float>(c2[i] >> 8) + 0.5f) * 5.9604644775390625e-8f;
-    u[48 + i] = (static_cast<float>(c3[i] >> 8) + 0.5f) * 5.9604644775390625e-8f;
-  }
+  for (int word = 0; word < 4; ++word)
+    for (int i = 0; i < 16; ++i)
+      u[word * 16 + i] = (static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(out[word][i]) >> 8)) + 0.5f) * 5.9604644775390625e-8f;
 }
 
 // f(first element, count <= 64, rows, k) over all elements in groups of 64 that do not cross a sample with its own mask.
@@ -73,7 +106,7 @@ inline void graddrop(const Pool& pool, const Grads& g, const ElementwiseArgs& a,
     const Acc leak = static_cast<Acc>(a.leak);
     groups<T>(pool, g, [&](int64_t first, int count, const Present<T>& p) {
       alignas(64) Acc x[64], sum[64], size[64], keep[64], positive[64], negative[64];
-      alignas(64) float u[64];
+      alignas(64) float u[128];
       for (int t = 0; t < 64; ++t) x[t] = sum[t] = size[t] = keep[t] = 0;
       for (int i = 0; i < p.k; ++i) {
         load_some(p.rows[i] + first, count, x);
@@ -83,11 +116,13 @@ inline void graddrop(const Pool& pool, const Grads& g, const ElementwiseArgs& a,
         }
       }
       uniforms(a.seed, a.counter, static_cast<uint64_t>(first / 64), u);
-      const int shift = static_cast<int>(first % 64);
+      std::memcpy(u + 64, u, 64 * sizeof(float));
+      const float* draw = u + first % 64;
+      const Acc low = leak, one = 1;  // values, not references: else no vectors
       for (int t = 0; t < 64; ++t) {  // the share of a positive and of a negative element that is let through
-        const Acc purity = Acc(0.5) * (Acc(1) + sum[t] / size[t]), draw = u[(t + shift) & 63];
-        positive[t] = purity > draw ? Acc(1) : leak;
-        negative[t] = purity < draw ? Acc(1) : leak;
+        const Acc purity = Acc(0.5) * (Acc(1) + sum[t] / size[t]);
+        positive[t] = purity > draw[t] ? one : low;
+        negative[t] = purity < draw[t] ? one : low;
       }
       for (int i = 0; i < p.k; ++i) {
         load_some(p.rows[i] + first, count, x);

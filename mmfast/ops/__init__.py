@@ -1,6 +1,7 @@
 """The operators: gram, weights, combine and resolve. No autograd here; the block is what joins them to it."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from mmfast.ops import contract, native, reference
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.philox import advance
 
 BACKENDS = ("auto", "cpu", "reference")
 
@@ -123,9 +125,12 @@ def _states(chain: list[Rule], problems: tuple[int, ...], k: int, device: torch.
     for rule in chain:
         rule.check(k)
         size = rule.state_size(k)
-        if size and rule.state is None:
+        if not size:  # most rules: not even looked up, for a module's buffers are slow to reach
+            states.append(None)
+            continue
+        if rule.state is None:
             rule.state = torch.zeros(*problems, size, dtype=torch.float64, device=device)
-        if size and rule.state is not None and rule.state.shape != (*problems, size):
+        if rule.state.shape != (*problems, size):
             raise ValueError(
                 f"{type(rule).__name__} keeps state of shape {tuple(rule.state.shape)} from earlier calls, but these gradients need "
                 f"{(*problems, size)}; use one resolver per block, or call its reset()"
@@ -143,7 +148,7 @@ def _keep(chain: list[Rule], states: list[Tensor | None], after: Tensor | None, 
                 state.copy_(after[..., start : start + state.shape[-1]])
                 start += state.shape[-1]
     if rng is not None:
-        rng[1] += 1
+        advance(rng)
 
 
 def _joined(states: list[Tensor | None]) -> Tensor | None:
@@ -154,7 +159,7 @@ def _joined(states: list[Tensor | None]) -> Tensor | None:
 def _stream(chain: list[Rule]) -> Tensor | None:
     """The random stream of a chain: its first random rule's; the steps draw from different places of it."""
     for rule in chain:
-        if rule.rng is not None:
+        if rule.random:
             return rule.rng
     return None
 
@@ -231,8 +236,8 @@ def resolve(
     tensor([0., 1., 1.])
     """
     k = len(grads)
-    missing = tuple(i for i, g in enumerate(grads) if g is None)
-    present = [g for g in grads if g is not None] if missing else grads
+    missing = tuple([i for i, g in enumerate(grads) if g is None])
+    present = [g for g in grads if g is not None] if missing else cast(Sequence[Tensor], grads)
     return _resolve(present, resolver, k, missing, per, mask, preserve_norm, False, backend)[0]
 
 
@@ -266,14 +271,12 @@ def _resolve(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     code = contract.per_code(per)
-    if not grads or torch.compiler.is_compiling() or backend != "auto":
+    first = grads[0] if grads else None
+    use_native = native.available and backend == "auto" and isinstance(first, Tensor) and first.is_cpu
+    if not use_native or torch.compiler.is_compiling():  # else the compiled operator checks, and only what it refuses is looked at here
         contract.check(grads, per, mask, k)
+        use_native = _use_native(grads[0].device, backend)
     first = grads[0]
-    if not isinstance(first, Tensor):
-        contract.check_grads(grads)
-    use_native = _use_native(first.device, backend)
-    if not use_native:
-        contract.check(grads, per, mask, k)
     chain = resolver.chain()
     if chain is None:
         resolver.check(k)
@@ -292,10 +295,12 @@ def _resolve(
             raise
     else:
         out, info = reference.resolve(grads, missing, mask, chain, states, rng, per, preserve_norm, with_gram)
-    width = k + k * k
     if state is not None or rng is not None:
+        width = k + k * k
         _keep(chain, states, None if state is None else info[..., width:], rng)
-    return out, info if state is None else info[..., :width]
+        if state is not None and with_info:
+            info = info[..., :width]
+    return out, info
 
 
 def _resolve_general(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.resolvers.base import Problem, Resolver, Rule
+from mmfast.resolvers.philox import advance
 
 
 class Compose(Resolver):
@@ -80,7 +81,7 @@ def _row_map(G: Tensor, resolver: Resolver, mask: Tensor) -> Tensor:
     if resolver.state is not None and next_state is not None:
         resolver.state.copy_(next_state.view_as(resolver.state))
     if rng is not None:
-        rng[1] += 1
+        advance(rng)
     return A.view(G.shape)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast.resolvers.base import Resolver
-from mmfast.resolvers.philox import philox
+from mmfast.resolvers.philox import advance, philox
 
 
 class ElementwiseRule(Resolver):
@@ -86,7 +86,7 @@ class GradDrop(ElementwiseRule):
         return native.graddrop(grads, missing, mask, self.leak, self.rng)
 
     def advance(self) -> None:
-        self.rng[1] += 1
+        advance(self.rng)
 
     def reset(self) -> None:
         self.rng[1] = 0
