@@ -1,0 +1,79 @@
+"""How fast it must be: the design's targets, one line each, and where a run stands."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.rows import Row
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise; `measure` finds its value in a run's rows, or None, and says where the worst case is."""
+
+    name: str
+    section: str
+    must: float
+    aim: float
+    unit: str
+    measure: Callable[[list[Row]], tuple[float, str] | None]
+    lower_is_better: bool = False
+
+    def verdict(self, value: float) -> str:
+        def reached(goal: float) -> bool:
+            return value <= goal if self.lower_is_better else value >= goal
+
+        return "aim" if reached(self.aim) else "must" if reached(self.must) else "below"
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def ratios(rows: list[Row]) -> list[Row]:
+    """TorchJD's rows of the grid that count: the twelve rules, both sides timed."""
+    return [r for r in rows if r.section == "grid" and r.provider == "torchjd" and r.ratio_to_ours and r.rule != "Mean"]
+
+
+def _place(row: Row) -> str:
+    return f"{row.rule} K={row.k} N={row.n}"
+
+
+def _grid_mean(rows: list[Row]) -> tuple[float, str] | None:
+    found = ratios(rows)
+    return (geometric_mean([r.ratio_to_ours or 0 for r in found]), f"{len(found)} cases") if found else None
+
+
+def _grid_worst(rows: list[Row]) -> tuple[float, str] | None:
+    worst = min(ratios(rows), key=lambda r: r.ratio_to_ours or 0, default=None)
+    return None if worst is None else (worst.ratio_to_ours or 0, _place(worst))
+
+
+def _gram(few: bool) -> Callable[[list[Row]], tuple[float, str] | None]:
+    def measure(rows: list[Row]) -> tuple[float, str] | None:
+        found = [
+            r
+            for r in rows
+            if r.section == "gram" and r.provider == "ours" and r.dtype == "float32" and r.percent_of_roofline and (r.k <= 4) == few
+        ]
+        worst = min(found, key=lambda r: r.percent_of_roofline or 0, default=None)
+        return None if worst is None else (worst.percent_of_roofline or 0, f"K={worst.k} N={worst.n}")
+
+    return measure
+
+
+def _latency(rows: list[Row]) -> tuple[float, str] | None:
+    found = [
+        r for r in rows if r.section == "latency" and r.provider == "ours" and r.k == 3 and r.n == 4096 and r.rule != "Mean" and r.median_us
+    ]
+    worst = max(found, key=lambda r: r.median_us or 0, default=None)
+    return None if worst is None else (worst.median_us or 0, f"slowest of {len(found)} rules: {worst.rule}")
+
+
+GRID_MEAN = Target("resolve against TorchJD, geometric mean", "grid", 10, 25, "x", _grid_mean)
+GRID_WORST = Target("resolve against TorchJD, worst case", "grid", 1.3, 2, "x", _grid_worst)
+GRAM_FEW = Target("gram, K <= 4, data in memory: share of the stream-read rate", "gram", 85, 95, "%", _gram(True))
+GRAM_MANY = Target("gram, K = 50: share of peak multiply-adds", "gram", 50, 75, "%", _gram(False))
+LATENCY = Target("resolve, K = 3, N = 4096, Python call included", "latency", 15, 8, "µs", _latency, lower_is_better=True)
+
+TARGETS = [GRID_MEAN, GRID_WORST, GRAM_FEW, GRAM_MANY, LATENCY]
