@@ -11,6 +11,7 @@ def _states(chain: list[Rule], batch_shape: torch.Size, k: int) -> list[Tensor |
     """Each rule's state as [B, S], made on first use."""
     states: list[Tensor | None] = []
     for rule in chain:
+        rule.check(k)
         size = rule.state_size(k)
         if size and rule.state is None:
             rule.state = torch.zeros(*batch_shape, size, dtype=torch.float64)
@@ -25,7 +26,7 @@ def _states(chain: list[Rule], batch_shape: torch.Size, k: int) -> list[Tensor |
 
 def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preserve_norm: bool = False, backend: str = "auto") -> Tensor:
     """Weights [..., K] float64 of the Gramians G [..., K, K]."""
-    chain = resolver.chain() if isinstance(resolver, Rule) else None
+    chain = resolver.chain()
     if chain is None:
         return resolver(G, mask)
     G = G.double().contiguous()

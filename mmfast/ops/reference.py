@@ -27,29 +27,30 @@ def _norm_factor(G: Tensor, active: Tensor, w: Tensor) -> Tensor:
     return torch.where(reach > 0, (plain / torch.maximum(ours, floor)).sqrt(), 0)
 
 
-def solve(
-    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None, preserve_norm: bool
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Weights [B, K] of the Gramians G [B, K, K] float64, and the next state of each rule of the chain.
-
-    mask is bool [B, K] or None. A missing row (masked, or all zero) is left out and gets weight 0; a problem with a
-    non-finite number gets NaN weights and keeps its state.
-    """
-    batch, k = G.shape[:2]
+def present(G: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which rows of each problem are there [..., K] (neither masked nor all zero), and which problems are finite in those rows [...]."""
     diagonal = G.diagonal(dim1=-2, dim2=-1)
-    first = diagonal != 0 if mask is None else mask & (diagonal != 0)
-    pair = first.unsqueeze(-1) & first.unsqueeze(-2)
-    finite = torch.where(pair, G, 0).isfinite().all(-1).all(-1)
-    original = torch.where(finite.view(-1, 1, 1) & pair, G, 0)
-    first_scaled, _ = _normalised(original, first & finite.unsqueeze(-1))
+    rows = diagonal != 0 if mask is None else mask & (diagonal != 0)
+    pair = rows.unsqueeze(-1) & rows.unsqueeze(-2)
+    return rows, torch.where(pair, G, 0).isfinite().all(-1).all(-1)
 
-    current, active = original, first & finite.unsqueeze(-1)
+
+def row_map(
+    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """What a chain does to the rows, A [B, K, K] (row i becomes sum_j A[i, j] g_j, the weights are the column sums), and the next states.
+
+    Zero in the rows and columns of missing gradients, and in problems that are not finite; these keep their state.
+    """
+    rows, finite = present(G, mask)
+    active = rows & finite.unsqueeze(-1)
+    current = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G, 0)
     total: Tensor | None = None  # row map of the steps so far
-    w = torch.zeros_like(diagonal)
+    w = torch.zeros_like(G[..., 0])
     next_states: list[Tensor | None] = []
     for s, rule in enumerate(chain):
         scaled, scale = _normalised(current, active)
-        draw = Draw(rng, batch, s) if rule.random and rng is not None else None
+        draw = Draw(rng, G.shape[0], s) if rule.random and rng is not None else None
         p = Problem(scaled, active, scale, states[s], draw)
         if rule.smooths:
             w = torch.where(active, rule.smooth(p, w), 0)  # type: ignore[operator]
@@ -67,13 +68,27 @@ def solve(
         if s + 1 < len(chain) and chain[s + 1].smooths:
             continue
         total = A if total is None else A @ total
-        if s + 1 < len(chain):
-            current = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), A @ scaled @ A.mT * scale.view(-1, 1, 1), 0)
-            current = (current + current.mT) / 2
-            active = active & (current.diagonal(dim1=-2, dim2=-1) != 0)
-    if total is not None and len(next_states) > 1:
-        w = total.sum(-2)
+        current = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), A @ scaled @ A.mT * scale.view(-1, 1, 1), 0)
+        current = (current + current.mT) / 2
+        active = active & (current.diagonal(dim1=-2, dim2=-1) != 0)
+    assert total is not None
+    return total, next_states
+
+
+def solve(
+    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None, preserve_norm: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Weights [B, K] of the Gramians G [B, K, K] float64, and the next state of each rule of the chain.
+
+    mask is bool [B, K] or None. A missing row (masked, or all zero) is left out and gets weight 0; a problem with a
+    non-finite number gets NaN weights and keeps its state.
+    """
+    rows, finite = present(G, mask)
+    A, next_states = row_map(G, mask, chain, states, rng)
+    w = A.sum(-2)
     if preserve_norm:
-        w = w * _norm_factor(first_scaled, first & finite.unsqueeze(-1), w).unsqueeze(-1)
-    nan = torch.where(first, torch.nan, 0.0).to(G.dtype)
+        active = rows & finite.unsqueeze(-1)
+        scaled, _ = _normalised(torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G, 0), active)
+        w = w * _norm_factor(scaled, active, w).unsqueeze(-1)
+    nan = torch.where(rows, torch.nan, 0.0).to(G.dtype)
     return torch.where(finite.unsqueeze(-1), w, nan), next_states
