@@ -41,7 +41,8 @@ CASES = {
 def test_log_prob_is_that_of_torch_distributions(name, w):
     likelihood, x, expected = CASES[name]
     raw = torch.randn(5, 3, likelihood.n_outputs, dtype=DTYPE, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(likelihood.log_prob(raw, x.to(DTYPE), w), expected(raw, x.to(DTYPE), w).expand(5, 3))
+    x = x.to(DTYPE).expand(5, 3)
+    torch.testing.assert_close(likelihood.log_prob(raw, x, w), expected(raw, x, w))
 
 
 @pytest.mark.parametrize("w", [1.0, 0.3])
@@ -51,6 +52,7 @@ def test_prediction_is_the_best_guess_in_original_units(name, w):
     likelihood, _, _ = CASES[name]
     raw = torch.randn(7, likelihood.n_outputs, dtype=DTYPE, generator=torch.Generator().manual_seed(2))
     best = likelihood.predict(raw, w)
+    assert best.shape == (7,)
     if isinstance(likelihood, Categorical | Bernoulli | Poisson):
         others = torch.arange(4.0 if isinstance(likelihood, Categorical) else 2.0 if isinstance(likelihood, Bernoulli) else 30.0, dtype=DTYPE)
         others = others.unsqueeze(1).expand(-1, 7)
@@ -59,7 +61,7 @@ def test_prediction_is_the_best_guess_in_original_units(name, w):
 
     def density(x):  # of x itself: the scaled feature is w x or x^w
         jacobian = (w - 1) * x.log() if isinstance(likelihood, LogNormal) else 0.0
-        return likelihood.log_prob(raw, x, w) + jacobian
+        return likelihood.log_prob(raw.expand(*x.shape, -1), x, w) + jacobian
 
     assert (density(best) >= density(others).max(0).values - 1e-12).all()
 

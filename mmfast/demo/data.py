@@ -199,7 +199,7 @@ def _column(name: str, cells: list[str], lines: list[int], kind: str | None) -> 
         return None, [], f"{here} dropped: every value is {seen.pop():g}"
     whole = all(v == int(v) for v in seen)
     if kind is None:
-        if whole and len(seen) == len(values) and max(seen) - min(seen) == len(values) - 1:
+        if values == [values[0] + i for i in range(len(values))]:
             return None, [], f"{here} dropped: it numbers the rows"
         if len(seen) == 2 or (whole and len(seen) <= FEW):
             return _classes(name, cells, "binary" if len(seen) == 2 else "categorical", distinct, numeric=True)

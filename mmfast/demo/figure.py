@@ -1,7 +1,9 @@
 """The figure: per-feature errors, conflict over the training, speed."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -10,8 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from mmfast.demo.report import change, medians, seed_means
-from mmfast.demo.run import WITH, WITHOUT, Result
+from mmfast.demo.report import change, medians, percent, seed_means
+from mmfast.demo.run import WITH, WITHOUT, Conflict, Result
 
 GREY, BLUE, LIGHT, INK = "#9aa0a6", "#1a5fb4", "#e3e6e8", "#202124"
 STYLE = {
@@ -20,8 +22,7 @@ STYLE = {
     "axes.labelcolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 10,
+        "axes.titlepad": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": "#5f6368",
@@ -41,8 +42,8 @@ def _errors(ax: Axes, result: Result) -> None:
         for name, colour, shift in ((WITHOUT, GREY, 0.13), (WITH, BLUE, -0.13)):
             seeds = [outcome.errors[i].item() for outcome in result.outcomes[name]]
             ax.plot([min(seeds), max(seeds)], [y + shift] * 2, color=colour, lw=1, zorder=1)
-        ax.plot(a, y, "o", color=GREY, ms=7, zorder=3)
-        ax.plot(b, y, "o", color=BLUE, ms=7, zorder=3)
+        ax.plot(a, y, "o", color=GREY, ms=7, zorder=3, clip_on=False)
+        ax.plot(b, y, "o", color=BLUE, ms=7, zorder=3, clip_on=False)
     columns = [result.table.columns[i] for i in order]
     ax.set_yticks(range(len(order)), [f"{column.name.replace('_', ' ')}  ({column.kind})" for column in columns])
     ax.set_ylim(-0.7, len(order) - 0.3)
@@ -50,23 +51,28 @@ def _errors(ax: Axes, result: Result) -> None:
     ax.grid(axis="x", color=LIGHT, lw=0.8)
     ax.tick_params(length=0)
     ax.spines["left"].set_visible(False)
-    ax.set_xlabel("error on held-out rows: error rate, or RMSE / range")
+    ax.set_xlabel(f"error on held-out rows: error rate, or RMSE / range{'; thin lines: range over the seeds' if len(result.outcomes[WITH]) > 1 else ''}")
     ax.set_title("Reconstruction error of each feature")
     ax.plot([], [], "o", color=GREY, ms=7, label="without block")
     ax.plot([], [], "o", color=BLUE, ms=7, label=f"with block ({result.settings.rule})")
-    ax.legend(frameon=False, loc="lower right", handletextpad=0.2)
+    ax.legend(frameon=False, loc="best", handletextpad=0.2)
+
+
+def _over_time(ax: Axes, result: Result, name: str, value: Callable[[Conflict], float], **line: Any) -> None:
+    """The median over the seeds, and each seed faintly behind it."""
+    outcomes = result.outcomes[name]
+    curves = [[value(c) for c in outcome.conflicts] for outcome in outcomes]
+    for curve in curves if len(curves) > 1 else ():
+        ax.plot(outcomes[0].steps, curve, **(line | {"label": None, "lw": 0.7, "alpha": 0.3}))
+    ax.plot(outcomes[0].steps, [statistics.median(values) for values in zip(*curves, strict=True)], **line)
 
 
 def _conflict(share: Axes, ratio: Axes, result: Result) -> None:
     for name, colour in ((WITHOUT, GREY), (WITH, BLUE)):
-        for i, outcome in enumerate(result.outcomes[name]):
-            line = {"color": colour, "lw": 1.1, "alpha": 0.8}
-            label = name if i == 0 else None
-            share.plot(outcome.steps, [100 * c.share for c in outcome.conflicts], **line)
-            ratio.plot(outcome.steps, [c.imbalance for c in outcome.conflicts], label=label, **line)
-            if all(c.resolved is not None for c in outcome.conflicts):
-                after = "with block, after its weights" if i == 0 else None
-                ratio.plot(outcome.steps, [c.resolved for c in outcome.conflicts], label=after, **(line | {"lw": 1.4}), ls=(0, (3, 1.5)))
+        _over_time(share, result, name, lambda c: 100 * c.share, color=colour, lw=1.6, label=name)
+        _over_time(ratio, result, name, lambda c: c.imbalance, color=colour, lw=1.6)
+    dashes = {"color": BLUE, "lw": 1.6, "ls": (0, (3, 1.5)), "label": "with block, after its weights"}
+    _over_time(ratio, result, WITH, lambda c: c.resolved or 1.0, **dashes)
     share.set_ylim(0, None)
     share.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f} %"))
     share.set_title("Pairs of gradients that conflict")
@@ -77,11 +83,11 @@ def _conflict(share: Axes, ratio: Axes, result: Result) -> None:
     ratio.set_title("Largest gradient over smallest")
     ratio.set_xlabel("training step")
     ratio.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-    ratio.legend(frameon=False, fontsize=8.5, loc="upper right", ncols=3, columnspacing=1.0, handlelength=1.6, borderaxespad=0)
-    ratio.set_ylim(1, 3 * ratio.get_ylim()[1])  # room for the legend
+    ratio.set_ylim(bottom=1)
     for ax in (share, ratio):
         ax.grid(axis="y", color=LIGHT, lw=0.8)
         ax.set_xlim(0, None)
+        ax.legend(frameon=False, fontsize=8.5, loc="lower left", ncols=2)
         ax.tick_params(length=0, which="both")
 
 
@@ -113,11 +119,12 @@ def draw(result: Result, path: Path) -> Path:
         a, b = (statistics.median(seed_means(result, name)) for name in (WITHOUT, WITH))
         seeds = len(result.outcomes[WITH])
         figure.suptitle(
-            f"{result.table.name}: mean error {a:.3f} without the block, {b:.3f} with it ({100 * change(a, b):+.0f} %), "
+            f"{result.table.name}: mean error {a:.3f} without the block, {b:.3f} with it ({percent(change(a, b))}), "
             f"{f'median of {seeds} seeds' if seeds > 1 else 'one seed'}, {result.epochs:,} epochs",
             x=0.01,
             ha="left",
-            fontsize=12.5,
+            fontsize=13,
+            fontweight="bold",
         )
         figure.savefig(path, dpi=150)
         plt.close(figure)

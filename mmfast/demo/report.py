@@ -33,8 +33,9 @@ def change(before: float, after: float) -> float:
     return after / before - 1 if before > 0 else math.nan
 
 
-def _grid(title: str, **options: bool) -> Grid:
-    return Grid(title=f"\n{title}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, header_style="", pad_edge=False, **options)
+def _grid(console: Console, title: str, remark: str = "", **options: bool) -> Grid:
+    console.print(f"\n[bold]{title}[/] {remark}", highlight=False)
+    return Grid(box=box.SIMPLE_HEAD, header_style="", pad_edge=False, **options)
 
 
 def _error(x: float) -> str:
@@ -45,8 +46,9 @@ def _times(x: float) -> str:
     return f"{x:,.0f} x" if x >= 10 else f"{x:.1f} x"
 
 
-def _percent(x: float) -> str:
-    return "" if math.isnan(x) else f"{100 * x:+.0f} %"
+def percent(x: float) -> str:
+    """A relative change, with its sign."""
+    return "" if math.isnan(x) else f"{100 * x:+.0f} %".replace("-", "\N{MINUS SIGN}")
 
 
 def verdict(result: Result) -> list[str]:
@@ -83,7 +85,7 @@ def conflict_summary(result: Result, name: str) -> Conflict:
 
 def show_columns(console: Console, table: Table) -> None:
     """The columns of a table with their kinds."""
-    grid = _grid(f"{table.name}: {len(table.x):,} rows, {len(table.columns)} features")
+    grid = _grid(console, f"{table.name}: {len(table.x):,} rows, {len(table.columns)} features")
     for heading, justify in (("feature", "left"), ("kind", "left"), ("values", "left"), ("missing", "right")):
         grid.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for i, column in enumerate(table.columns):
@@ -102,29 +104,29 @@ def show(console: Console, result: Result) -> None:
     """Everything measured, as tables."""
     settings = result.settings
     before, after = medians(result, WITHOUT), medians(result, WITH)
-    grid = _grid("Reconstruction error on held-out rows: error rate of classes, RMSE / range of numbers (lower is better)", show_footer=True)
+    grid = _grid(console, "Reconstruction error on held-out rows", "(error rate of classes, RMSE / range of numbers; less is better)", show_footer=True)
     means = [statistics.median(seed_means(result, name)) for name in (WITHOUT, WITH)]
     grid.add_column("feature", "mean", footer_style="bold", no_wrap=True)
     grid.add_column("kind")
     grid.add_column("without", _error(means[0]), justify="right", footer_style="bold")
     grid.add_column(f"with {settings.rule}", _error(means[1]), justify="right", footer_style="bold")
-    grid.add_column("change", _percent(change(*means)), justify="right", footer_style="bold")
+    grid.add_column("change", percent(change(*means)), justify="right", footer_style="bold")
     for column, a, b in zip(result.table.columns, before.tolist(), after.tolist(), strict=True):
         colour = "green" if b < a else "red" if b > a else "dim"
-        grid.add_row(column.name, column.kind, _error(a), _error(b), f"[{colour}]{_percent(change(a, b))}[/]")
+        grid.add_row(column.name, column.kind, _error(a), _error(b), f"[{colour}]{percent(change(a, b))}[/]")
     console.print(grid)
     for line in verdict(result):
         console.print(line, highlight=False)
 
-    grid = _grid("Pairs of gradients in conflict where the features meet, and the largest gradient over the smallest (medians over the training)")
-    for heading in ("", "in conflict", "mean cosine", "largest / smallest", "after the block"):
+    grid = _grid(console, "Gradients where the features meet", "(pairs with a negative cosine, largest norm over smallest; medians)")
+    for heading in ("", "in conflict", "mean cosine", "norm ratio", "after the block"):
         grid.add_column(heading, justify="right" if heading else "left")
     for name in (WITHOUT, WITH):
         c = conflict_summary(result, name)
         grid.add_row(name, f"{c.share:.0%}", f"{c.cosine:.3f}", _times(c.imbalance), "" if c.resolved is None else _times(c.resolved))
     console.print(grid)
 
-    grid = _grid("Training steps per second")
+    grid = _grid(console, "Training steps per second")
     for heading, justify in (("block", "left"), ("rule", "left"), ("steps / s", "right"), ("cost of a step", "right"), ("", "left")):
         grid.add_column(heading, justify=justify)  # type: ignore[arg-type]
     base, top = result.speeds[0].per_second or 1.0, max(s.per_second or 0.0 for s in result.speeds)

@@ -77,7 +77,7 @@ class Bernoulli(Likelihood):
     """A binary feature, 0 or 1; the output is the logit, predicts the likelier value."""
 
     def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
-        return -F.binary_cross_entropy_with_logits(raw[..., 0], x, reduction="none")
+        return x * raw[..., 0] - F.softplus(raw[..., 0])
 
     def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
         return (raw[..., 0] >= 0).to(raw.dtype)
