@@ -33,6 +33,7 @@ template <>
 struct Rule<16> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "GradNorm";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 3; }
   MMFAST_HD static int state_size(int K) { return 5 * K + 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
@@ -78,6 +79,7 @@ template <>
 struct Rule<17> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "NSGD";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   MMFAST_HD static int state_size(int K) { return K + 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
@@ -97,6 +99,7 @@ struct Rule<18> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr bool smooths = true;
   static constexpr const char* name = "CRMOGM";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   MMFAST_HD static int state_size(int K) { return 2 * K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {

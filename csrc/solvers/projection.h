@@ -57,6 +57,7 @@ struct Rule<4> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr bool maps_rows = true;
   static constexpr const char* name = "PCGrad";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 2; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     using namespace projection;
@@ -99,6 +100,7 @@ struct Rule<5> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr bool maps_rows = true;
   static constexpr const char* name = "GradVac";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   MMFAST_HD static int state_size(int K) { return K * K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {

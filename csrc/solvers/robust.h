@@ -26,6 +26,7 @@ template <>
 struct Rule<19> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "Krum";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 3; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k, corrupted = static_cast<int>(p.params[0]);

@@ -43,6 +43,9 @@ class Resolver(nn.Module):
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(G, mask=None) -> weights")
 
+    def check(self, k: int) -> None:
+        """Raises ValueError where the resolver cannot serve k gradients."""
+
     def chain(self) -> "list[Rule] | None":
         """The rules whose steps the compiled solver runs for this resolver, or None where only its `forward` can."""
         return None
@@ -70,9 +73,6 @@ class Rule(Resolver):
     def params(self) -> list[float]:
         """Hyper-parameters in the order in which the C++ solver reads them."""
         return []
-
-    def check(self, k: int) -> None:
-        """Raises ValueError where the rule cannot serve k gradients."""
 
     def state_size(self, k: int) -> int:
         """Number of float64 values kept per problem of k rows."""

@@ -73,7 +73,7 @@ def _row_map(G: Tensor, resolver: Resolver, mask: Tensor) -> Tensor:
     if not isinstance(resolver, Rule) or not resolver.maps_rows:
         return torch.diag_embed(ops.weights(G, resolver, mask))
     k, rng = G.shape[-1], resolver.rng
-    states = ops._states([resolver], G.shape[:-2], k)
+    states = [None if s is None else s.reshape(-1, s.shape[-1]) for s in ops._states([resolver], tuple(G.shape[:-2]), k, G.device)]
     A, (next_state,) = ops.reference.row_map(G.reshape(-1, k, k), mask.reshape(-1, k), [resolver], states, rng)
     if resolver.state is not None and next_state is not None:
         resolver.state.copy_(next_state.view_as(resolver.state))
@@ -138,7 +138,7 @@ class CRMOGM(Rule):
         present, finite = ops.reference.present(G, mask)
         active = present & finite.unsqueeze(-1)
         w = ops.weights(_only(G, active), self.inner, active)
-        ops._states([self], w.shape[:-1], w.shape[-1])
+        ops._states([self], tuple(w.shape[:-1]), w.shape[-1], w.device)
         assert self.state is not None
         w, next_state = self._mean(self.state, active, w)
         self.state.copy_(next_state)
