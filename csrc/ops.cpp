@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "gramian.h"
 #include "torch_api.h"
 
 namespace mmfast {
@@ -31,20 +32,173 @@ Pool torch_pool() {
           }};
 }
 
+Dtype dtype_or_throw(const char* op, int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return Dtype::f32;
+  if (dtype == aoti_torch_dtype_float64()) return Dtype::f64;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::bf16;
+  if (dtype == aoti_torch_dtype_float16()) return Dtype::f16;
+  STD_TORCH_CHECK(false, op, ": grads must be float16, bfloat16, float32 or float64");
+}
+
+// The gradients of one call: checked, contiguous, with their places among K rows.
+class Inputs {
+ public:
+  Inputs(const char* op, const Tensors& grads, const std::vector<int64_t>& missing, const std::optional<Tensor>& mask, int64_t per) {
+    const int64_t k = static_cast<int64_t>(grads.size()), K = k + static_cast<int64_t>(missing.size());
+    STD_TORCH_CHECK(k >= 1 && K <= kMaxRows, op, ": from 1 to 256 gradients are needed");
+    STD_TORCH_CHECK(per >= 0 && per <= 2, op, ": per must be 0, 1 or 2");
+    first_ = &grads[0];
+    const auto sizes = first_->sizes();
+    const int32_t dtype = dtype_of(*first_);
+    kept_.reserve(k);
+    for (int64_t i = 0; i < k; ++i) {
+      const Tensor& g = grads[i];
+      const auto s = g.sizes();
+      STD_TORCH_CHECK(is_cpu(g) && dtype_of(g) == dtype && s.size() == sizes.size() && std::equal(s.begin(), s.end(), sizes.begin()), op,
+                      ": all gradients must have one shape, dtype and device");
+      if (g.is_contiguous()) {
+        rows_[i] = g.const_data_ptr();
+      } else {
+        kept_.push_back(torch::stable::contiguous(g));
+        rows_[i] = kept_.back().const_data_ptr();
+      }
+    }
+    size_t next = 0;
+    for (int64_t place = 0, i = 0; place < K; ++place) {
+      if (next < missing.size() && missing[next] == place) {
+        ++next;
+      } else {
+        STD_TORCH_CHECK(i < k, op, ": missing must be ascending places below K");
+        places_[i++] = static_cast<int>(place);
+      }
+    }
+    STD_TORCH_CHECK(next == missing.size(), op, ": missing must be ascending places below K");
+    grads_.dtype = dtype_or_throw(op, dtype);
+    grads_.rows = rows_;
+    grads_.k = static_cast<int>(k);
+    grads_.places = places_;
+    grads_.K = static_cast<int>(K);
+    STD_TORCH_CHECK(per == 0 || sizes.size() >= 1, op, ": per sample needs a leading batch dimension");
+    const int64_t numel = first_->numel();
+    grads_.batch = sizes.size() ? sizes[0] : 1;
+    grads_.inner = grads_.batch ? numel / grads_.batch : 0;
+    grads_.per = static_cast<Per>(per);
+    grads_.mask = nullptr;
+    grads_.mask_stride = 0;
+    if (mask) {
+      mask_ = mask->is_contiguous() ? *mask : torch::stable::contiguous(*mask);
+      const auto m = mask->sizes();
+      const bool per_sample = m.size() == 2;
+      STD_TORCH_CHECK(is_cpu(*mask) && dtype_of(*mask) == aoti_torch_dtype_bool() && (m.size() == 1 || per_sample) && m[m.size() - 1] == K &&
+                          (!per_sample || (sizes.size() && m[0] == sizes[0])),
+                      op, ": mask must be a bool tensor [K] or [B, K]");
+      grads_.mask = static_cast<const bool*>(mask_->const_data_ptr());
+      grads_.mask_stride = per_sample ? K : 0;
+    }
+  }
+  const Grads& grads() const { return grads_; }
+  const Tensor& first() const { return *first_; }
+  // Problems to solve: one, or one per sample.
+  int64_t problems() const { return grads_.per == Per::sample ? grads_.batch : 1; }
+  Tensor like_one() const { return empty_cpu(first_->sizes().data(), static_cast<int64_t>(first_->sizes().size()), dtype_of(*first_)); }
+
+ private:
+  Grads grads_{};
+  const Tensor* first_;
+  Tensors kept_;
+  std::optional<Tensor> mask_;
+  const void* rows_[kMaxRows];
+  int places_[kMaxRows];
+};
+
+void set_chain(SolveArgs& args, const char* op, const std::vector<int64_t>& steps, const std::vector<double>& params, int64_t state_size,
+               const std::optional<Tensor>& rng) {
+  STD_TORCH_CHECK(steps.size() % 2 == 0 && !steps.empty(), op, ": steps must be pairs of rule and number of parameters");
+  int64_t total = 0;
+  for (size_t s = 1; s < steps.size(); s += 2) total += steps[s];
+  STD_TORCH_CHECK(total == static_cast<int64_t>(params.size()), op, ": params do not fit steps");
+  args.steps = steps.data();
+  args.n_steps = static_cast<int>(steps.size() / 2);
+  args.params = params.data();
+  STD_TORCH_CHECK(kernels->accepts(args), op, ": steps name an unknown rule, or params do not fit it");
+  const int64_t needed = kernels->state_size(args);
+  STD_TORCH_CHECK(needed == state_size, op, ": the rules keep ", needed, " values of state, got ", state_size);
+  if (rng) {
+    STD_TORCH_CHECK(is_cpu(*rng) && dtype_of(*rng) == aoti_torch_dtype_int64() && rng->numel() == 2 && rng->is_contiguous(), op,
+                    ": rng must be an int64 tensor (seed, counter)");
+    const int64_t* r = static_cast<const int64_t*>(rng->const_data_ptr());
+    args.seed = static_cast<uint64_t>(r[0]);
+    args.counter = static_cast<uint32_t>(r[1]);
+  }
+}
+
+// Per problem: K weights, K x K Gramian, S values of state.
+std::tuple<Tensor, Tensor> resolve_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, std::vector<int64_t> steps,
+                                       std::vector<double> params, std::optional<Tensor> state, std::optional<Tensor> rng, int64_t per,
+                                       bool preserve_norm, bool with_gram) {
+  const char* op = "mmfast::resolve";
+  const Inputs in(op, grads, missing, mask, per);
+  const int64_t K = in.grads().K, problems = in.problems();
+  SolveArgs args{};
+  args.batch = problems;
+  args.K = static_cast<int>(K);
+  STD_TORCH_CHECK(!state || (is_cpu(*state) && state->is_contiguous() && dtype_of(*state) == aoti_torch_dtype_float64() && problems &&
+                             state->numel() % problems == 0),
+                  op, ": state must be a contiguous float64 tensor [..., S]");
+  const int64_t S = state ? state->numel() / problems : 0, width = K + K * K + S;
+  set_chain(args, op, steps, params, S, rng);
+  STD_TORCH_CHECK(with_gram || !preserve_norm, op, ": preserve_norm needs the Gramian");
+  args.preserve_norm = preserve_norm;
+  Tensor out = in.like_one();
+  Tensor info = per == 1 ? empty_cpu({problems, width}, aoti_torch_dtype_float64()) : empty_cpu({width}, aoti_torch_dtype_float64());
+  if (problems == 0) return {out, info};
+  double* data = static_cast<double*>(info.mutable_data_ptr());
+  args.w = data;
+  args.G = data + K;
+  args.w_stride = args.G_stride = args.state_stride = width;
+  if (S) {
+    args.state = data + K + K * K;
+    const double* from = static_cast<const double*>(state->const_data_ptr());
+    for (int64_t b = 0; b < problems; ++b) std::memcpy(args.state + b * width, from + b * S, S * sizeof(double));
+  }
+  kernels->resolve(torch_pool(), in.grads(), args, with_gram, out.mutable_data_ptr());
+  return {out, info};
+}
+
+Tensor gram_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, int64_t per) {
+  const Inputs in("mmfast::gram", grads, missing, mask, per);
+  const int64_t K = in.grads().K;
+  Tensor G = per == 1 ? empty_cpu({in.problems(), K, K}, aoti_torch_dtype_float64()) : empty_cpu({K, K}, aoti_torch_dtype_float64());
+  kernels->gram(torch_pool(), in.grads(), static_cast<double*>(G.mutable_data_ptr()));
+  return G;
+}
+
+Tensor combine_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, Tensor w, int64_t per) {
+  const char* op = "mmfast::combine";
+  const Inputs in(op, grads, missing, mask, per);
+  STD_TORCH_CHECK(is_cpu(w) && w.is_contiguous() && dtype_of(w) == aoti_torch_dtype_float64() && w.numel() == in.problems() * in.grads().K, op,
+                  ": w must be a contiguous float64 tensor [K], or [B, K] per sample");
+  Tensor out = in.like_one();
+  kernels->combine(torch_pool(), in.grads(), static_cast<const double*>(w.const_data_ptr()), out.mutable_data_ptr());
+  return out;
+}
+
 // [..., K, K] float64 -> ([..., K] float64, next state)
 std::tuple<Tensor, Tensor> weights_cpu(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t> steps, std::vector<double> params,
                                        std::optional<Tensor> state, std::optional<Tensor> rng, bool preserve_norm) {
+  const char* op = "mmfast::weights";
   const auto sizes = gram.sizes();
   const int64_t dim = static_cast<int64_t>(sizes.size());
-  STD_TORCH_CHECK(dim >= 2 && sizes[dim - 1] == sizes[dim - 2] && gram.is_contiguous() && gram.scalar_type() == ScalarType::Double,
-                  "mmfast::weights: gram must be a contiguous float64 tensor [..., K, K]");
-  const int64_t K = sizes[dim - 1];
-  const int64_t batch = K ? gram.numel() / (K * K) : 0;
-  STD_TORCH_CHECK(K >= 1 && K <= 256, "mmfast::weights: K must be from 1 to 256");
-  STD_TORCH_CHECK(!mask || (mask->is_contiguous() && mask->scalar_type() == ScalarType::Bool && (mask->numel() == K || mask->numel() == batch * K)),
-                  "mmfast::weights: mask must be a contiguous bool tensor [K] or [..., K]");
+  STD_TORCH_CHECK(dim >= 2 && dim < 64 && sizes[dim - 1] == sizes[dim - 2] && sizes[dim - 1] >= 1 && sizes[dim - 1] <= kMaxRows && is_cpu(gram) &&
+                      gram.is_contiguous() && dtype_of(gram) == aoti_torch_dtype_float64(),
+                  op, ": gram must be a contiguous float64 tensor [..., K, K] with K from 1 to 256");
+  const int64_t K = sizes[dim - 1], batch = gram.numel() / (K * K);
+  STD_TORCH_CHECK(!mask || (is_cpu(*mask) && mask->is_contiguous() && dtype_of(*mask) == aoti_torch_dtype_bool() &&
+                            (mask->numel() == K || mask->numel() == batch * K)),
+                  op, ": mask must be a contiguous bool tensor [K] or [..., K]");
   Tensor w = empty_cpu(sizes.data(), dim - 1, aoti_torch_dtype_float64());
-  Tensor next = empty_cpu({0}, aoti_torch_dtype_float64());
+  Tensor next = state ? empty_cpu(state->sizes().data(), static_cast<int64_t>(state->sizes().size()), aoti_torch_dtype_float64())
+                      : empty_cpu({0}, aoti_torch_dtype_float64());
   SolveArgs args{};
   args.batch = batch;
   args.K = static_cast<int>(K);
@@ -52,34 +206,66 @@ std::tuple<Tensor, Tensor> weights_cpu(Tensor gram, std::optional<Tensor> mask, 
   args.G_stride = K * K;
   args.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   args.mask_stride = mask && mask->numel() == batch * K ? K : 0;
-  args.steps = steps.data();
-  args.n_steps = static_cast<int>(steps.size() / 2);
-  args.params = params.data();
   args.preserve_norm = preserve_norm;
+  if (batch == 0) return {w, next};
+  STD_TORCH_CHECK(!state || (is_cpu(*state) && state->is_contiguous() && dtype_of(*state) == aoti_torch_dtype_float64() && state->numel() % batch == 0),
+                  op, ": state must be a contiguous float64 tensor [..., S]");
+  set_chain(args, op, steps, params, state ? state->numel() / batch : 0, rng);
   if (state) {
-    STD_TORCH_CHECK(state->is_contiguous() && state->scalar_type() == ScalarType::Double && batch && state->numel() % batch == 0,
-                    "mmfast::weights: state must be a contiguous float64 tensor [..., S]");
-    next = empty_cpu(state->sizes().data(), static_cast<int64_t>(state->sizes().size()), aoti_torch_dtype_float64());
     std::memcpy(next.mutable_data_ptr(), state->const_data_ptr(), state->numel() * sizeof(double));
     args.state = static_cast<double*>(next.mutable_data_ptr());
     args.state_stride = state->numel() / batch;
   }
-  if (rng) {
-    const int64_t* r = static_cast<const int64_t*>(rng->const_data_ptr());
-    args.seed = static_cast<uint64_t>(r[0]);
-    args.counter = static_cast<uint32_t>(r[1]);
-  }
   args.w = static_cast<double*>(w.mutable_data_ptr());
   args.w_stride = K;
-  if (batch) kernels->solve(torch_pool(), args);
+  kernels->solve(torch_pool(), args);
   return {w, next};
 }
+
+Tensor graddrop_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, double leak, Tensor rng) {
+  const char* op = "mmfast::graddrop";
+  const Inputs in(op, grads, missing, mask, 0);
+  STD_TORCH_CHECK(is_cpu(rng) && dtype_of(rng) == aoti_torch_dtype_int64() && rng.numel() == 2 && rng.is_contiguous(), op,
+                  ": rng must be an int64 tensor (seed, counter)");
+  const int64_t* r = static_cast<const int64_t*>(rng.const_data_ptr());
+  Tensor out = in.like_one();
+  kernels->graddrop(torch_pool(), in.grads(), {leak, static_cast<uint64_t>(r[0]), static_cast<uint32_t>(r[1]), 0}, out.mutable_data_ptr());
+  return out;
+}
+
+Tensor trimmed_mean_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, int64_t trim) {
+  const Inputs in("mmfast::trimmed_mean", grads, missing, mask, 0);
+  STD_TORCH_CHECK(trim >= 0, "mmfast::trimmed_mean: trim must not be negative");
+  Tensor out = in.like_one();
+  kernels->trimmed_mean(torch_pool(), in.grads(), {0.0, 0, 0, static_cast<int>(trim < kMaxRows ? trim : kMaxRows)}, out.mutable_data_ptr());
+  return out;
+}
+
+// Which instruction set runs: 0 portable, 1 AVX2, 2 AVX-512.
+int64_t isa() { return kernels == &kernels_portable ? 0 : kernels == &kernels_avx2 ? 1 : 2; }
 
 }  // namespace
 }  // namespace mmfast
 
 STABLE_TORCH_LIBRARY(mmfast, m) {
+  m.def("gram(Tensor[] grads, int[] missing, Tensor? mask, int per) -> Tensor");
+  m.def("combine(Tensor[] grads, int[] missing, Tensor? mask, Tensor w, int per) -> Tensor");
   m.def("weights(Tensor gram, Tensor? mask, int[] steps, float[] params, Tensor? state, Tensor? rng, bool preserve_norm) -> (Tensor, Tensor)");
+  m.def(
+      "resolve(Tensor[] grads, int[] missing, Tensor? mask, int[] steps, float[] params, Tensor? state, Tensor? rng, int per, "
+      "bool preserve_norm, bool with_gram) -> (Tensor, Tensor)");
+  m.def("graddrop(Tensor[] grads, int[] missing, Tensor? mask, float leak, Tensor rng) -> Tensor");
+  m.def("trimmed_mean(Tensor[] grads, int[] missing, Tensor? mask, int trim) -> Tensor");
+  m.def("isa() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("weights", TORCH_BOX(&mmfast::weights_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
+  m.impl("gram", TORCH_BOX(&mmfast::gram_cpu));
+  m.impl("combine", TORCH_BOX(&mmfast::combine_cpu));
+  m.impl("weights", TORCH_BOX(&mmfast::weights_cpu));
+  m.impl("resolve", TORCH_BOX(&mmfast::resolve_cpu));
+  m.impl("graddrop", TORCH_BOX(&mmfast::graddrop_cpu));
+  m.impl("trimmed_mean", TORCH_BOX(&mmfast::trimmed_mean_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&mmfast::isa)); }

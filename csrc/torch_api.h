@@ -19,30 +19,32 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 // A contiguous CPU tensor with unwritten contents.
-inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  int64_t strides[8];
-  int64_t stride = 1;
-  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
-    strides[i] = stride;
-    const int64_t size = sizes.begin()[i];
-    stride *= size > 1 ? size : 1;
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, int32_t dtype) {
-  std::vector<int64_t> strides(dim);
+  int64_t strides[64];
   int64_t stride = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  return empty_cpu(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+inline bool is_cpu(const Tensor& t) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type == aoti_torch_device_type_cpu();
 }
 
 }  // namespace mmfast

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmfast.resolvers import simple
+from mmfast.resolvers import compose, magnitude, projection, robust, simple
 from mmfast.resolvers.base import Resolver
 
 # The two-row example every multi-task library is checked on: J and the golden weights of it.
@@ -33,9 +34,69 @@ class Row:
     min_k: int = 1
 
 
+def _size(G: Tensor, w: Tensor, expected: Tensor) -> float:
+    """Error of w as a combination of gradients, relative to the expected one's summands."""
+    d = G.diagonal().sqrt()
+    return float(((w - expected).abs() * d).sum() / (expected.abs() * d).sum())
+
+
+def _pcgrad_fixed(G: Tensor, w: Tensor) -> float:
+    """Projections written out for each pair, on the Gramian."""
+    g, expected = G.numpy(), np.zeros(len(G))
+    for i in range(len(g)):
+        c = np.eye(len(g))[i]
+        for j in range(len(g)):
+            if j != i and g[j] @ c < 0:
+                c[j] -= g[j] @ c / g[j, j]
+        expected += c
+    return _size(G, w, torch.from_numpy(expected))
+
+
+def _nsgd(G: Tensor, w: Tensor) -> float:
+    """At the first call: one norm for all, the mean of the norms weighted by themselves."""
+    d = G.diagonal().sqrt()
+    return float(((w * d) / (d.square().sum() / d.sum()) - 1).abs().max())
+
+
+def _krum(n_byzantine: int, n_selected: int, power: int) -> Callable[[Tensor, Tensor], float]:
+    def residual(G: Tensor, w: Tensor) -> float:
+        """Equal weights that sum to 1, on rows none of which is farther from its neighbours than one left out."""
+        d = G.diagonal()
+        distance = (d[:, None] + d - 2 * G).clamp(min=0).fill_diagonal_(torch.inf) ** (power / 2)
+        score = distance.sort(-1).values[:, : len(G) - n_byzantine - 2].sum(-1)
+        taken = w != 0
+        excess = (score[taken].max() - score[~taken].min()).clamp(min=0) / score.max().clamp(min=1e-300)
+        return float(max((w[taken] - 1 / n_selected).abs().max(), abs(int(taken.sum()) - n_selected), excess))
+
+    return residual
+
+
+def _torchjd_krum() -> object:
+    from torchjd.aggregation import Krum
+
+    return Krum(1)
+
+
 RULES: dict[str, Row] = {
     "Sum": Row(lambda k: simple.Sum(), golden=(1, 1)),
     "Mean": Row(lambda k: simple.Mean(), golden=(0.5, 0.5)),
     "Constant": Row(lambda k: simple.Constant([float(i + 1) for i in range(k)]), equivariant=False, golden=(1, 2)),
     "Random": Row(lambda k: simple.Random(), equivariant=False),
+    "PCGrad": Row(lambda k: projection.PCGrad(), equivariant=False, golden=(20 / 9, 30 / 19)),
+    "PCGrad fixed": Row(
+        lambda k: projection.PCGrad(reduction="mean", order="fixed"),
+        residual=lambda G, w: _pcgrad_fixed(G, w * len(w)),
+        equivariant=False,
+        golden=(10 / 9, 15 / 19),
+    ),
+    "GradVac": Row(lambda k: projection.GradVac(), equivariant=False, golden=(20 / 9, 30 / 19)),
+    "GradNorm": Row(lambda k: magnitude.GradNorm(alpha=1.0, lr=0.1, update_at=2), golden=(1, 1)),
+    "NSGD": Row(lambda k: magnitude.NSGD(update_at=2), residual=_nsgd, golden=(1.268309, 0.872905)),
+    "CRMOGM": Row(lambda k: compose.CRMOGM(projection.PCGrad()), equivariant=False, golden=(20 / 9, 30 / 19)),
+    "Compose": Row(
+        lambda k: compose.Compose(projection.GradVac(), compose.CRMOGM(magnitude.NSGD()), simple.Random(), projection.PCGrad()), equivariant=False
+    ),
+    "Krum": Row(lambda k: robust.Krum(1), residual=_krum(1, 1, 2), min_k=4),
+    "Krum plain": Row(lambda k: robust.Krum(1, distance="plain"), residual=_krum(1, 1, 1), min_k=4, torchjd=_torchjd_krum),
+    "Multi-Krum": Row(lambda k: robust.Krum(2, n_selected=3), residual=_krum(2, 3, 2), min_k=5),
 }

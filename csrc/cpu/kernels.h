@@ -34,9 +34,43 @@ struct SolveArgs {
   int64_t w_stride;
 };
 
+enum class Per { batch, sample, batch_sum };
+
+// k gradients of batch * inner contiguous elements each, at `places` among K; mask is [K] or [batch, K], or null.
+struct Grads {
+  Dtype dtype;
+  const void* const* rows;
+  int k;
+  const int* places;
+  int K;
+  int64_t batch;  // the leading dimension; 1 for scalars
+  int64_t inner;
+  Per per;
+  const bool* mask;
+  int64_t mask_stride;  // K for a mask per sample, 0 for one mask
+};
+
+struct ElementwiseArgs {
+  double leak;       // GradDrop
+  uint64_t seed;
+  uint32_t counter;
+  int trim;          // TrimmedMean
+};
+
 struct CpuKernels {
   const char* isa;
+  bool (*accepts)(const SolveArgs&);        // whether its rules exist and its parameters suffice
+  int64_t (*state_size)(const SolveArgs&);  // doubles that the chain of args keeps per problem
   void (*solve)(const Pool&, const SolveArgs&);
+  // G is [K, K], or [batch, K, K] per sample.
+  void (*gram)(const Pool&, const Grads&, double* G);
+  // w is [K], or [batch, K] per sample.
+  void (*combine)(const Pool&, const Grads&, const double* w, void* out);
+  // The two above around solve: args.G and args.w point to where they are to be written; args.state is updated in place.
+  // Without `with_gram` the rule does not look at G: only its diagonal is written, 1 where a row has a non-zero element.
+  void (*resolve)(const Pool&, const Grads&, const SolveArgs& args, bool with_gram, void* out);
+  void (*graddrop)(const Pool&, const Grads&, const ElementwiseArgs&, void* out);
+  void (*trimmed_mean)(const Pool&, const Grads&, const ElementwiseArgs&, void* out);
 };
 
 extern const CpuKernels kernels_avx512, kernels_avx2, kernels_portable;

@@ -22,6 +22,18 @@ struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
 };
 
+inline bool accepts(const SolveArgs& a) {
+  bool all = true;
+  for (int s = 0; s < a.n_steps; ++s) {
+    const int id = a.steps[2 * s] >= 0 && a.steps[2 * s] < kMaxRules ? static_cast<int>(a.steps[2 * s]) : kMaxRules;
+    const int64_t n = a.steps[2 * s + 1];
+    all = n >= 0 && with_rule(id, [&](auto rule) { all = all && decltype(rule)::takes(a.K, static_cast<int>(n)) && (s > 0 || !decltype(rule)::smooths); }) && all;
+  }
+  return all;
+}
+
+inline int64_t state_size(const SolveArgs& a) { return chain_state_size({a.steps, a.n_steps, a.params, a.preserve_norm}, a.K); }
+
 inline void solve_range(const SolveArgs& a, int64_t begin, int64_t end) {
   Scratch<double, 1024> work(solve_work_size(a.K));
   Scratch<int, 256> iwork(solve_iwork_size(a.K));

@@ -1,2 +1,117 @@
+// Rules that look at the norms alone, or at the weights of the step before: GradNorm, NSGD, CRMOGM.
 #pragma once
+
 #include "problem.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+
+namespace magnitude {
+
+// Counts the call and keeps the norms of the call number update_at, or of the first one after it that has the row.
+// norm[i] <- the true norm; change[i] <- norm over kept norm (over 1 until one is kept).
+template <class Team>
+MMFAST_HD inline void observe(const Team& team, const Problem& p, double update_at, double* first, double* calls, double* norm, double* change) {
+  const double call = *calls + 1.0;
+  team.sync();
+  if (team.rank() == 0) *calls = call;
+  const double unit = sqrt(p.scale);
+  each(team, p.k, [&](int i) {
+    double& kept = first[p.rows[i]];
+    norm[i] = unit * sqrt(p.G[static_cast<long>(i) * p.k + i]);
+    if (call >= update_at && kept == 0.0) kept = norm[i];
+    change[i] = kept > 0.0 ? norm[i] / kept : norm[i];
+  });
+}
+
+}  // namespace magnitude
+
+// GradNorm (Chen et al., ICML 2018) as modified by Javaloy et al. (ICML 2022): the change of the gradient norms stands for that of
+// the losses, and the softmax logits of the weights take one Adam step a call, in closed form.
+// params: alpha, lr, update_at. State: logits, their two moments, first norms, steps of each row; calls.
+template <>
+struct Rule<16> : Rule<-1> {
+  static constexpr bool exists = true;
+  static constexpr const char* name = "GradNorm";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 3; }
+  MMFAST_HD static int state_size(int K) { return 5 * K + 1; }
+  template <class Team>
+  MMFAST_HD static void solve(const Team& team, Problem& p) {
+    constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kAdamEps = 1e-8;  // the gradient that meets kAdamEps has no scale
+    constexpr double kSame = 1e-12;                                  // two norms closer than this are equal but for rounding
+    const int k = p.k, K = p.K;
+    const double alpha = p.params[0], lr = p.params[1];
+    double *logit = p.state, *moment1 = logit + K, *moment2 = moment1 + K, *first = moment2 + K, *steps = first + K;
+    double *norm = p.work, *change = norm + k, *slope = change + k;
+    magnitude::observe(team, p, p.params[2], first, steps + K, norm, change);
+
+    double top = logit[p.rows[0]];
+    for (int i = 1; i < k; ++i) top = fmax(top, logit[p.rows[i]]);
+    const double total = team.sum(k, [&](int i) { return exp(logit[p.rows[i]] - top); });
+    each(team, k, [&](int i) { p.w[i] = k * exp(logit[p.rows[i]] - top) / total; });
+
+    const double mean = team.sum(k, [&](int i) { return norm[i]; }) / k;
+    const double mean_change = team.sum(k, [&](int i) { return change[i]; }) / k;
+    const double level = team.sum(k, [&](int i) { return p.w[i] * (norm[i] / mean); }) / k;
+    each(team, k, [&](int i) {
+      const double size = norm[i] / mean, weighted = p.w[i] * size;
+      const double target = level * pow(change[i] / mean_change, alpha);
+      const double gap = weighted - target;
+      slope[i] = fabs(gap) <= kSame * (weighted + target) ? 0.0 : copysign(size, gap);
+    });
+    const double pull = team.sum(k, [&](int i) { return p.w[i] * slope[i]; }) / k;
+    each(team, k, [&](int i) {
+      const int row = p.rows[i];
+      const double gradient = p.w[i] * (slope[i] - pull);  // through the softmax
+      const double step = steps[row] += 1.0;
+      moment1[row] = kBeta1 * moment1[row] + (1.0 - kBeta1) * gradient;
+      moment2[row] = kBeta2 * moment2[row] + (1.0 - kBeta2) * gradient * gradient;
+      const double direction = moment1[row] / (1.0 - pow(kBeta1, step));
+      const double spread = sqrt(moment2[row] / (1.0 - pow(kBeta2, step)));
+      logit[row] -= lr * direction / (spread + kAdamEps);
+    });
+  }
+};
+
+// NSGD: the scaling part of RotoGrad (Javaloy and Valera, ICLR 2022): one common norm, the mean of all norms weighted by their change.
+// params: update_at. State: first norms; calls.
+template <>
+struct Rule<17> : Rule<-1> {
+  static constexpr bool exists = true;
+  static constexpr const char* name = "NSGD";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
+  MMFAST_HD static int state_size(int K) { return K + 1; }
+  template <class Team>
+  MMFAST_HD static void solve(const Team& team, Problem& p) {
+    double *norm = p.work, *change = norm + p.k;
+    magnitude::observe(team, p, p.params[0], p.state, p.state + p.K, norm, change);
+    const double total = team.sum(p.k, [&](int i) { return change[i]; });
+    const double target = team.sum(p.k, [&](int i) { return change[i] / total * norm[i]; });
+    each(team, p.k, [&](int i) { p.w[i] = target / norm[i]; });
+  }
+};
+
+// CR-MOGM (Zhou et al., "On the convergence of stochastic multi-objective gradient manipulation and beyond", NeurIPS 2022):
+// the running mean of the weights of the step before.
+// params: alpha. State: the running mean of each row; 1 for the rows that have one.
+template <>
+struct Rule<18> : Rule<-1> {
+  static constexpr bool exists = true;
+  static constexpr bool smooths = true;
+  static constexpr const char* name = "CRMOGM";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
+  MMFAST_HD static int state_size(int K) { return 2 * K; }
+  template <class Team>
+  MMFAST_HD static void solve(const Team& team, Problem& p) {
+    const double alpha = p.params[0];
+    double *mean = p.state, *seen = mean + p.K;
+    each(team, p.k, [&](int i) {
+      const int row = p.rows[i];
+      p.w[i] = mean[row] = seen[row] != 0.0 ? alpha * mean[row] + (1.0 - alpha) * p.w[i] : p.w[i];
+      seen[row] = 1.0;
+    });
+  }
+};
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

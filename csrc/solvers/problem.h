@@ -32,13 +32,14 @@ MMFAST_HD inline long iwork_size(int k) { return 8L * k + 64; }
 // A rule is a specialisation of this template in its family's header:
 //   exists = true; name = the Python class; maps_rows = whether it fills map (then w is summed by the driver);
 //   smooths = whether it changes the weights of the step before instead of making its own (CRMOGM);
-//   state_size(K); solve(team, problem).
+//   takes(K, n_params): whether so many parameters are right; state_size(K); solve(team, problem).
 template <int id>
 struct Rule {
   static constexpr bool exists = false;
   static constexpr bool maps_rows = false;
   static constexpr bool smooths = false;
   static constexpr const char* name = "";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 0; }
   MMFAST_HD static int state_size(int) { return 0; }
   template <class Team>
   MMFAST_HD static void solve(const Team&, Problem&) {}

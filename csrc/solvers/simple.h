@@ -30,6 +30,7 @@ template <>
 struct Rule<2> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr const char* name = "Constant";
+  MMFAST_HD static bool takes(int K, int n_params) { return n_params == K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     each(team, p.k, [&](int i) { p.w[i] = p.params[p.rows[i]]; });

@@ -1,50 +1,357 @@
-"""Operators: gram, weights, combine, resolve."""
+"""The operators: gram, weights, combine and resolve. No autograd here; the block is what joins them to it."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mmfast.ops import native, reference
+from mmfast.ops import contract, native, reference
 from mmfast.resolvers.base import Resolver, Rule
+from mmfast.resolvers.elementwise import ElementwiseRule
+
+BACKENDS = ("auto", "cpu", "reference")
 
 
-def _states(chain: list[Rule], batch_shape: torch.Size, k: int) -> list[Tensor | None]:
-    """Each rule's state as [B, S], made on first use."""
+def backends() -> dict[str, tuple[bool, str]]:
+    """Each backend with whether it can be used here, and what it is or why it can't.
+
+    >>> import mmfast as mf
+    >>> mf.backends()["reference"]
+    (True, 'plain torch, any device')
+    """
+    isa = ("portable", "AVX2", "AVX-512")[torch.ops.mmfast.isa()] if native.available else ""
+    return {
+        "cpu": (native.available, f"compiled, {isa}" if native.available else str(native.missing_reason)),
+        "reference": (True, "plain torch, any device"),
+    }
+
+
+def _use_native(device: torch.device, backend: str) -> bool:
+    if backend == "auto":
+        return native.available and device.type == "cpu"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "cpu" and not native.available:
+        raise RuntimeError(f"backend 'cpu' is not available: {native.missing_reason}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs tensors on the CPU, they are on {device}")
+    return backend == "cpu"
+
+
+def _restrict(mask: Tensor | None, missing: Sequence[int], k: int) -> Tensor | None:
+    """The mask's columns of the gradients that are there."""
+    if mask is None or not missing:
+        return mask
+    return mask[..., [i for i in range(k) if i not in missing]]
+
+
+def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Inner products of all pairs of gradients: the only pass that reads all data.
+
+    Args:
+        grads: 1 to 256 tensors of one shape, dtype (float16, bfloat16, float32, float64) and device; any strides.
+        per: "batch" takes each gradient as one vector; "sample" one Gramian per entry of the leading dimension;
+            "batch_sum" the Gramian of the gradients summed over the leading dimension.
+        mask: bool [K], or [B, K] for a mask per sample; False entries count as zero and are not read.
+        backend: "auto", "cpu" (compiled) or "reference" (plain torch).
+
+    Returns:
+        float64 [K, K], or [B, K, K] per sample, freshly allocated. Products are summed in single precision over at most 4096
+        elements (double for float64), then in double, in an order that depends on the number of elements alone: the same bits
+        for every thread count and instruction set.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit.
+
+    >>> import torch, mmfast as mf
+    >>> mf.gram([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])])
+    tensor([[25.,  3.],
+            [ 3.,  1.]], dtype=torch.float64)
+    """
+    code, k = contract.per_code(per), len(grads)
+    contract.check_count(k)
+    if torch.compiler.is_compiling() or not isinstance(grads[0], Tensor) or not _use_native(grads[0].device, backend):
+        contract.check(grads, per, mask, k)
+        if not _use_native(grads[0].device, backend):
+            return reference.gram(grads, mask, per)
+    try:
+        return native.gram(grads, [], mask, code)
+    except (RuntimeError, TypeError):
+        contract.check(grads, per, mask, k)  # says what is wrong in words for people, where it knows
+        raise
+
+
+def combine(grads: Sequence[Tensor], w: Tensor, per: str = "batch", *, backend: str = "auto") -> Tensor:
+    """The weighted sum of the gradients, sum_i w_i g_i.
+
+    Args:
+        grads: as for `gram`.
+        w: weights [K], or [B, K] for per="sample"; any floating dtype, used in single precision (double for float64 gradients).
+        per: "batch", "sample" or "batch_sum" (the same as "batch" here).
+        backend: as for `gram`.
+
+    Returns:
+        A fresh contiguous tensor of the shape and dtype of one gradient; rows are added in order, 16-bit types are rounded once.
+
+    >>> import torch, mmfast as mf
+    >>> mf.combine([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])], torch.tensor([0.5, 1.0]))
+    tensor([2.5000, 2.0000])
+    """
+    code, k = contract.per_code(per), len(grads)
+    contract.check_count(k)
+    contract.check_grads(grads)
+    contract.check_per(per, grads[0].shape)
+    expected = (grads[0].shape[0], k) if per == "sample" else (k,)
+    if not isinstance(w, Tensor) or tuple(w.shape) != expected:
+        raise ValueError(f"w is {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}, expected a tensor of shape {expected}")
+    w = w.to(dtype=torch.float64, device=grads[0].device).contiguous()
+    if not _use_native(grads[0].device, backend):
+        return reference.combine(grads, None, w, per)
+    return native.combine(grads, [], None, w, code)
+
+
+def _steps(chain: list[Rule]) -> tuple[list[int], list[float]]:
+    if len(chain) == 1:
+        params = chain[0].params()
+        return [chain[0].method, len(params)], params
+    parts = [(rule.method, rule.params()) for rule in chain]
+    return [n for method, params in parts for n in (method, len(params))], [x for _, params in parts for x in params]
+
+
+def _states(chain: list[Rule], problems: tuple[int, ...], k: int, device: torch.device) -> list[Tensor | None]:
+    """Each rule's state [*problems, S], made on first use."""
     states: list[Tensor | None] = []
     for rule in chain:
+        rule.check(k)
         size = rule.state_size(k)
         if size and rule.state is None:
-            rule.state = torch.zeros(*batch_shape, size, dtype=torch.float64)
-        if size and rule.state is not None and rule.state.shape != (*batch_shape, size):
+            rule.state = torch.zeros(*problems, size, dtype=torch.float64, device=device)
+        if size and rule.state is not None and rule.state.shape != (*problems, size):
             raise ValueError(
-                f"{type(rule).__name__} keeps state of shape {tuple(rule.state.shape)} from earlier calls, but this Gramian needs "
-                f"{(*batch_shape, size)}; use one resolver per block, or call reset()"
+                f"{type(rule).__name__} keeps state of shape {tuple(rule.state.shape)} from earlier calls, but these gradients need "
+                f"{(*problems, size)}; use one resolver per block, or call its reset()"
             )
-        states.append(rule.state.view(-1, size) if size and rule.state is not None else None)
+        states.append(rule.state)
     return states
 
 
-def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preserve_norm: bool = False, backend: str = "auto") -> Tensor:
-    """Weights [..., K] float64 of the Gramians G [..., K, K]."""
-    chain = resolver.chain() if isinstance(resolver, Rule) else None
-    if chain is None:
-        return resolver(G, mask)
-    G = G.double().contiguous()
-    batch_shape, k = G.shape[:-2], G.shape[-1]
-    states = _states(chain, batch_shape, k)
-    rng = next((rule.rng for rule in chain if rule.rng is not None), None)
-    if native.available and backend != "reference" and G.device.type == "cpu":
-        steps = [n for rule in chain for n in (rule.method, len(rule.params()))]
-        params = [x for rule in chain for x in rule.params()]
-        kept = [s for s in states if s is not None]
-        w, state = native.weights(G, mask, steps, params, torch.cat(kept, -1) if kept else None, rng, preserve_norm)
-        next_states: list[Tensor | None] = list(state.split([rule.state_size(k) for rule in chain], -1)) if kept else [None] * len(chain)
-    else:
-        flat_mask = None if mask is None else mask.expand(*batch_shape, k).reshape(-1, k)
-        w, next_states = reference.solve(G.reshape(-1, k, k), flat_mask, chain, states, rng, preserve_norm)
-        w = w.view(*batch_shape, k)
-    for rule, state in zip(chain, next_states, strict=True):
-        if rule.state is not None and state is not None:
-            rule.state.copy_(state.view_as(rule.state))
+def _keep(chain: list[Rule], states: list[Tensor | None], after: Tensor | None, rng: Tensor | None) -> None:
+    """Writes the next states [*problems, sum of S] back and moves the random stream on."""
+    if after is not None:
+        start = 0
+        for state in states:
+            if state is not None:
+                state.copy_(after[..., start : start + state.shape[-1]])
+                start += state.shape[-1]
     if rng is not None:
         rng[1] += 1
+
+
+def _joined(states: list[Tensor | None]) -> Tensor | None:
+    kept = [s for s in states if s is not None]
+    return None if not kept else kept[0] if len(kept) == 1 else torch.cat(kept, -1)
+
+
+def _stream(chain: list[Rule]) -> Tensor | None:
+    """The random stream of a chain: its first random rule's; the steps draw from different places of it."""
+    for rule in chain:
+        if rule.rng is not None:
+            return rule.rng
+    return None
+
+
+def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preserve_norm: bool = False, backend: str = "auto") -> Tensor:
+    """Weights of a resolver for given Gramians.
+
+    Args:
+        G: Gramians [..., K, K], any floating dtype; solved in float64, each on its own.
+        resolver: how conflicts are resolved.
+        mask: bool [K] or [..., K]; False rows are missing: left out of the problem, weight 0. All-zero rows are missing too.
+        preserve_norm: scale the weights so that the resolved gradient has the norm of the plain sum.
+        backend: as for `gram`.
+
+    Returns:
+        float64 [..., K], fresh. A Gramian with a NaN or infinity gives NaN weights. State and random stream of the resolver advance.
+
+    >>> import torch, mmfast as mf
+    >>> mf.weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), mf.MGDA())
+    tensor([0.6000, 0.4000], dtype=torch.float64)
+    """
+    contract.check_gramian(G)
+    if isinstance(resolver, ElementwiseRule):
+        resolver(G)
+    problems, k = G.shape[:-2], G.shape[-1]
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape not in ((k,), (*problems, k)):
+            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {(k,)} or {(*problems, k)}")
+        mask = mask.contiguous()
+    G = G.detach().double().contiguous()
+    chain = resolver.chain()
+    if chain is None:
+        resolver.check(k)
+        w = resolver(G, mask)
+        return w if not preserve_norm else reference.preserve_norm(G, mask, w)
+    states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain)
+    if _use_native(G.device, backend):
+        steps, params = _steps(chain)
+        w, after = native.weights(G, mask, steps, params, _joined(states), rng, preserve_norm)
+    else:
+        w, after = reference.weights(G, mask, chain, states, rng, preserve_norm)
+    _keep(chain, states, after if any(s is not None for s in states) else None, rng)
     return w
+
+
+def resolve(
+    grads: Sequence[Tensor],
+    resolver: Resolver,
+    per: str = "batch",
+    mask: Tensor | None = None,
+    *,
+    preserve_norm: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """One gradient from K conflicting ones: Gramian, weights and weighted sum in one call.
+
+    Args:
+        grads: 1 to 256 tensors of one shape, dtype and device; entries that are None are missing modalities.
+        resolver: how conflicts are resolved.
+        per: "batch" (one problem), "sample" (one problem per entry of the leading dimension) or "batch_sum" (one problem, of the
+            gradients summed over the leading dimension).
+        mask: bool [K], or [B, K]: False where a gradient (or a sample of it) is missing; what it holds is never read.
+        preserve_norm: give the result the norm of the plain sum, as the impartial-optimisation code does.
+        backend: as for `gram`.
+
+    Returns:
+        A fresh contiguous tensor of the shape and dtype of one gradient. The same inputs, resolver state and seed give the same
+        bits on every run, thread count and instruction set. A non-finite gradient gives a non-finite result.
+
+    >>> import torch, mmfast as mf
+    >>> mf.resolve([torch.tensor([-4.0, 1.0, 1.0]), torch.tensor([6.0, 1.0, 1.0])], mf.MGDA())
+    tensor([0., 1., 1.])
+    """
+    k = len(grads)
+    missing = tuple(i for i, g in enumerate(grads) if g is None)
+    if missing:
+        grads = [g for g in grads if g is not None]
+    return _resolve(grads, resolver, k, missing, per, mask, preserve_norm, False, backend)[0]
+
+
+def resolve_info(
+    grads: Sequence[Tensor],
+    resolver: Resolver,
+    *,
+    k: int,
+    missing: tuple[int, ...] = (),
+    per: str = "batch",
+    mask: Tensor | None = None,
+    preserve_norm: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`resolve`, with what it did: (result, info) with info float64 [K + K * K], or [B, K + K * K] per sample: weights, then Gramian.
+
+    grads are those present, `missing` the ascending places of the others among k. info is None for elementwise resolvers.
+    """
+    return _resolve(grads, resolver, k, missing, per, mask, preserve_norm, True, backend)
+
+
+def _resolve(
+    grads: Sequence[Tensor],
+    resolver: Resolver,
+    k: int,
+    missing: tuple[int, ...],
+    per: str,
+    mask: Tensor | None,
+    preserve_norm: bool,
+    with_info: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    code = contract.per_code(per)
+    if not grads or torch.compiler.is_compiling() or backend != "auto":
+        contract.check(grads, per, mask, k)
+    first = grads[0]
+    if not isinstance(first, Tensor):
+        contract.check_grads(grads)
+    use_native = _use_native(first.device, backend)
+    if not use_native:
+        contract.check(grads, per, mask, k)
+    chain = resolver.chain()
+    if chain is None:
+        resolver.check(k)
+        contract.check(grads, per, mask, k)
+        return _resolve_general(grads, resolver, k, missing, per, mask, preserve_norm, use_native)
+    problems = (first.shape[0],) if code == 1 and first.dim() else ()
+    states, rng = _states(chain, problems, k, first.device), _stream(chain)
+    with_gram = with_info or preserve_norm or any(rule.needs_gram for rule in chain)
+    state = _joined(states)
+    if use_native:
+        steps, params = _steps(chain)
+        try:
+            out, info = native.resolve(grads, missing, mask, steps, params, state, rng, code, preserve_norm, with_gram)
+        except (RuntimeError, TypeError):
+            contract.check(grads, per, mask, k)  # says what is wrong in words for people, where it knows
+            raise
+    else:
+        out, info = reference.resolve(grads, missing, mask, chain, states, rng, per, preserve_norm, with_gram)
+    width = k + k * k
+    if state is not None or rng is not None:
+        _keep(chain, states, None if state is None else info[..., width:], rng)
+    return out, info if state is None else info[..., :width]
+
+
+def _resolve_general(
+    grads: Sequence[Tensor],
+    resolver: Resolver,
+    k: int,
+    missing: tuple[int, ...],
+    per: str,
+    mask: Tensor | None,
+    preserve_norm: bool,
+    use_native: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Resolvers that are not chains of built-in rules: elementwise ones, and a user's own between the compiled passes."""
+    if isinstance(resolver, ElementwiseRule):
+        if preserve_norm:
+            resolver_out = _elementwise(grads, resolver, missing, mask, k, use_native)
+            return reference.with_norm(resolver_out, grads, _restrict(mask, missing, k)), None
+        return _elementwise(grads, resolver, missing, mask, k, use_native), None
+    code = contract.per_code(per)
+    present = _restrict(mask, missing, k)
+    if use_native:
+        G = native.gram(grads, missing, mask, code)
+    else:
+        G = reference.spread(reference.gram(grads, present, per), missing, k)
+    row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
+    if missing:
+        there = torch.ones(k, dtype=torch.bool, device=G.device)
+        for i in missing:
+            there[i] = False
+        row_mask = there if row_mask is None else row_mask & there
+    if row_mask is not None:
+        row_mask = row_mask.expand(G.shape[:-1])
+    w = resolver(G, row_mask)
+    if not isinstance(w, Tensor) or w.shape != G.shape[:-1]:
+        raise ValueError(
+            f"{type(resolver).__name__} returned {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__} for a Gramian of shape "
+            f"{tuple(G.shape)}, expected weights of shape {tuple(G.shape[:-1])}"
+        )
+    w = w.detach().double()
+    if row_mask is not None:
+        w = torch.where(row_mask, w, 0)
+    if preserve_norm:
+        w = reference.preserve_norm(G, row_mask, w)
+    w = w.contiguous()
+    if use_native:
+        out = native.combine(grads, missing, mask, w, code)
+    else:
+        kept = [i for i in range(k) if i not in missing]
+        out = reference.combine(grads, present, w[..., kept] if missing else w, per)
+    return out, torch.cat([w, G.flatten(-2)], -1)
+
+
+def _elementwise(grads: Sequence[Tensor], rule: ElementwiseRule, missing: tuple[int, ...], mask: Tensor | None, k: int, use_native: bool) -> Tensor:
+    if use_native:
+        out = rule.native(list(grads), list(missing), mask)
+    else:
+        out = rule.combine(list(grads), _restrict(mask, missing, k))
+    rule.advance()
+    return out

@@ -1,5 +1,7 @@
 """Every operator in plain torch: any device, any dtype, no host synchronisation. The tests' oracle and the fallback."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,29 +29,30 @@ def _norm_factor(G: Tensor, active: Tensor, w: Tensor) -> Tensor:
     return torch.where(reach > 0, (plain / torch.maximum(ours, floor)).sqrt(), 0)
 
 
-def solve(
-    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None, preserve_norm: bool
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Weights [B, K] of the Gramians G [B, K, K] float64, and the next state of each rule of the chain.
-
-    mask is bool [B, K] or None. A missing row (masked, or all zero) is left out and gets weight 0; a problem with a
-    non-finite number gets NaN weights and keeps its state.
-    """
-    batch, k = G.shape[:2]
+def present(G: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which rows of each problem are there [..., K] (neither masked nor all zero), and which problems are finite in those rows [...]."""
     diagonal = G.diagonal(dim1=-2, dim2=-1)
-    first = diagonal != 0 if mask is None else mask & (diagonal != 0)
-    pair = first.unsqueeze(-1) & first.unsqueeze(-2)
-    finite = torch.where(pair, G, 0).isfinite().all(-1).all(-1)
-    original = torch.where(finite.view(-1, 1, 1) & pair, G, 0)
-    first_scaled, _ = _normalised(original, first & finite.unsqueeze(-1))
+    rows = diagonal != 0 if mask is None else mask & (diagonal != 0)
+    pair = rows.unsqueeze(-1) & rows.unsqueeze(-2)
+    return rows, torch.where(pair, G, 0).isfinite().all(-1).all(-1)
 
-    current, active = original, first & finite.unsqueeze(-1)
+
+def row_map(
+    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """What a chain does to the rows, A [B, K, K] (row i becomes sum_j A[i, j] g_j, the weights are the column sums), and the next states.
+
+    Zero in the rows and columns of missing gradients, and in problems that are not finite; these keep their state.
+    """
+    rows, finite = present(G, mask)
+    active = rows & finite.unsqueeze(-1)
+    current = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G, 0)
     total: Tensor | None = None  # row map of the steps so far
-    w = torch.zeros_like(diagonal)
+    w = torch.zeros_like(G[..., 0])
     next_states: list[Tensor | None] = []
     for s, rule in enumerate(chain):
         scaled, scale = _normalised(current, active)
-        draw = Draw(rng, batch, s) if rule.random and rng is not None else None
+        draw = Draw(rng, G.shape[0], s) if rule.random and rng is not None else None
         p = Problem(scaled, active, scale, states[s], draw)
         if rule.smooths:
             w = torch.where(active, rule.smooth(p, w), 0)  # type: ignore[operator]
@@ -67,13 +70,131 @@ def solve(
         if s + 1 < len(chain) and chain[s + 1].smooths:
             continue
         total = A if total is None else A @ total
-        if s + 1 < len(chain):
-            current = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), A @ scaled @ A.mT * scale.view(-1, 1, 1), 0)
-            current = (current + current.mT) / 2
-            active = active & (current.diagonal(dim1=-2, dim2=-1) != 0)
-    if total is not None and len(next_states) > 1:
-        w = total.sum(-2)
+        current = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), A @ scaled @ A.mT * scale.view(-1, 1, 1), 0)
+        current = (current + current.mT) / 2
+        active = active & (current.diagonal(dim1=-2, dim2=-1) != 0)
+    assert total is not None
+    return total, next_states
+
+
+def solve(
+    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None, preserve_norm: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Weights [B, K] of the Gramians G [B, K, K] float64, and the next state of each rule of the chain.
+
+    mask is bool [B, K] or None. A missing row (masked, or all zero) is left out and gets weight 0; a problem with a
+    non-finite number gets NaN weights and keeps its state.
+    """
+    rows, finite = present(G, mask)
+    A, next_states = row_map(G, mask, chain, states, rng)
+    w = A.sum(-2)
     if preserve_norm:
-        w = w * _norm_factor(first_scaled, first & finite.unsqueeze(-1), w).unsqueeze(-1)
-    nan = torch.where(first, torch.nan, 0.0).to(G.dtype)
+        active = rows & finite.unsqueeze(-1)
+        scaled, _ = _normalised(torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G, 0), active)
+        w = w * _norm_factor(scaled, active, w).unsqueeze(-1)
+    nan = torch.where(rows, torch.nan, 0.0).to(G.dtype)
     return torch.where(finite.unsqueeze(-1), w, nan), next_states
+
+
+_CHUNK = 4096  # elements whose products are summed in single precision; chunks are summed in double
+
+
+def _present(grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Gradients [K, B, M] in accumulator precision, masked entries zero; mask is [K] or [B, K] over these gradients."""
+    first = grads[0]
+    batch = first.shape[0] if first.dim() else 1
+    x = torch.stack([g.reshape(batch, -1) for g in grads])
+    x = x.to(torch.float64 if first.dtype == torch.float64 else torch.float32)
+    if mask is None:
+        return x
+    return torch.where((mask.mT if mask.dim() == 2 else mask.unsqueeze(-1)).unsqueeze(-1), x, 0)
+
+
+def _products(x: Tensor) -> Tensor:
+    """x @ x.mT of [..., K, N] in float64, by chunks."""
+    n = x.shape[-1]
+    whole = n - n % _CHUNK
+    chunks = x[..., :whole].unflatten(-1, (-1, _CHUNK)).movedim(-2, 0)
+    rest = x[..., whole:]
+    return (chunks @ chunks.mT).double().sum(0) + (rest @ rest.mT).double()
+
+
+def gram(grads: Sequence[Tensor], mask: Tensor | None, per: str) -> Tensor:
+    """Gramian [K, K] (per="sample": [B, K, K]) float64 of K gradients; mask [K] or [B, K] bool or None."""
+    x = _present(grads, mask)
+    if per == "sample":
+        return _products(x.movedim(1, 0))
+    return _products(x.double().sum(1).to(x.dtype) if per == "batch_sum" else x.flatten(1))
+
+
+def combine(grads: Sequence[Tensor], mask: Tensor | None, w: Tensor, per: str) -> Tensor:
+    """sum_i w_i g_i; w float64 [K] (per="sample": [B, K])."""
+    x = _present(grads, mask)
+    weights = (w.mT if per == "sample" else w.unsqueeze(-1)).unsqueeze(-1).to(x.dtype)
+    total = weights[0] * x[0]
+    for i in range(1, len(grads)):
+        total = total + weights[i] * x[i]
+    return total.to(grads[0].dtype).view(grads[0].shape)
+
+
+def spread(G: Tensor, missing: Sequence[int], k: int) -> Tensor:
+    """G of the gradients that are there, with zero rows and columns put in at the missing places."""
+    if not missing:
+        return G
+    kept = [i for i in range(k) if i not in missing]
+    rows = G.new_zeros(*G.shape[:-2], k, G.shape[-1]).index_copy(-2, torch.tensor(kept, device=G.device), G)
+    return rows.new_zeros(*G.shape[:-2], k, k).index_copy(-1, torch.tensor(kept, device=G.device), rows)
+
+
+def weights(
+    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None, preserve_norm: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Weights [..., K] of Gramians [..., K, K], and the next states of the chain side by side [..., S]."""
+    problems, k = G.shape[:-2], G.shape[-1]
+    flat_mask = None if mask is None else mask.expand(*problems, k).reshape(-1, k)
+    flat_states = [None if s is None else s.reshape(-1, s.shape[-1]) for s in states]
+    w, after = solve(G.reshape(-1, k, k), flat_mask, chain, flat_states, rng, preserve_norm)
+    kept = [s for s in after if s is not None]
+    return w.view(*problems, k), torch.cat(kept, -1).view(*problems, -1) if kept else None
+
+
+def preserve_norm(G: Tensor, mask: Tensor | None, w: Tensor) -> Tensor:
+    """w scaled so that sum_i w_i g_i has the norm of the plain sum over the rows that are there."""
+    diagonal = G.diagonal(dim1=-2, dim2=-1)
+    active = diagonal != 0 if mask is None else mask & (diagonal != 0)
+    return w * _norm_factor(G, active, w).unsqueeze(-1)
+
+
+def with_norm(out: Tensor, grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """`out` scaled to the norm of the plain sum of the gradients."""
+    plain = _present(grads, mask).sum(0).double().norm()
+    ours = out.double().norm()
+    return (out.double() * torch.where(ours > 0, plain / ours, 0)).to(out.dtype)
+
+
+def resolve(
+    grads: Sequence[Tensor],
+    missing: Sequence[int],
+    mask: Tensor | None,
+    chain: list[Rule],
+    states: list[Tensor | None],
+    rng: Tensor | None,
+    per: str,
+    norm: bool,
+    with_gram: bool,
+) -> tuple[Tensor, Tensor]:
+    """The compiled `resolve` in plain torch: (result, weights | Gramian | next states)."""
+    k = len(grads) + len(missing)
+    kept = [i for i in range(k) if i not in missing]
+    present = mask[..., kept] if mask is not None and missing else mask
+    if with_gram:
+        G = gram(grads, present, per)
+    else:
+        x = _present(grads, present) != 0
+        G = torch.diag_embed(x.any(-1).mT if per == "sample" else x.flatten(1).any(-1)).double()
+    G = spread(G, missing, k)
+    row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
+    w, after = weights(G, row_mask, chain, states, rng, norm)
+    out = combine(grads, present, w[..., kept], per)
+    info = [w, G.flatten(-2)] + ([after] if after is not None else [])
+    return out, torch.cat(info, -1)

@@ -43,6 +43,13 @@ class Resolver(nn.Module):
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(G, mask=None) -> weights")
 
+    def check(self, k: int) -> None:
+        """Raises ValueError where the resolver cannot serve k gradients."""
+
+    def chain(self) -> "list[Rule] | None":
+        """The rules whose steps the compiled solver runs for this resolver, or None where only its `forward` can."""
+        return None
+
     def reset(self) -> None:
         """Forgets what was kept from earlier calls."""
 
@@ -51,7 +58,7 @@ class Rule(Resolver):
     """A built-in rule: hyper-parameters, a plain-torch form (`rule` or `rows`), and the number of its C++ solver."""
 
     method: ClassVar[int]  # id of its Rule<> in csrc/solvers
-    random: ClassVar[bool] = False
+    random: bool = False  # True where it draws random numbers; read once, when the rule is made
     needs_gram: ClassVar[bool] = True  # False where the weights do not depend on the Gramian
     smooths: ClassVar[bool] = False  # True where it changes the weights of the step before (CRMOGM)
 
@@ -84,7 +91,6 @@ class Rule(Resolver):
         return type(self).rows is not Rule.rows
 
     def chain(self) -> "list[Rule] | None":
-        """The rules whose steps the compiled solver runs for this resolver, or None when it can't."""
         return [self]
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Rules that do not look at the Gramian: Sum, Mean, Constant, Random. Mirrors csrc/solvers/simple.h."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,9 +42,16 @@ class Constant(Rule):
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
         self.weights = tuple(float(w) for w in weights)
+        for i, w in enumerate(self.weights):
+            if not math.isfinite(w):
+                raise ValueError(f"weights[{i}] is {w}, expected a finite number")
 
     def params(self) -> list[float]:
         return list(self.weights)
+
+    def check(self, k: int) -> None:
+        if len(self.weights) != k:
+            raise ValueError(f"weights has {len(self.weights)} numbers, expected {k}, one per gradient")
 
     def rule(self, p: Problem) -> Tensor:
         return p.G.new_tensor(self.weights).expand(p.G.shape[:-1])

@@ -1,0 +1,152 @@
+"""Resolvers made of other resolvers: Compose, CRMOGM."""
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.resolvers.base import Problem, Resolver, Rule
+
+
+class Compose(Resolver):
+    """Applies resolvers one after the other, each to the gradients that the one before left (Javaloy et al., ICML 2022).
+
+    Row i of the gradients becomes what the step makes of it: w_i g_i, or for PCGrad and GradVac the corrected g_i. All of it happens on
+    the Gramian, in one call of the compiled solver where every step is a built-in rule.
+
+    Args:
+        resolvers: one or more resolvers; nested ones are laid out flat.
+
+    Example:
+        >>> mf.Compose(mf.GradNorm(alpha=1.0), mf.PCGrad())
+    """
+
+    def __init__(self, *resolvers: Resolver) -> None:
+        super().__init__()
+        if not resolvers:
+            raise ValueError("Compose: no resolver was given, expected one or more")
+        for n, part in enumerate(resolvers):
+            if not isinstance(part, Resolver):
+                raise ValueError(f"Compose: resolvers[{n}] is {part!r}, expected a Resolver")
+        flat = [p for part in resolvers for p in (part.parts if isinstance(part, Compose) else [part])]
+        if len({id(part) for part in flat}) < len(flat):
+            raise ValueError("Compose: one resolver was given twice, expected a new one for each step, because each keeps a state of its own")
+        self.parts = nn.ModuleList(flat)
+
+    def chain(self) -> list[Rule] | None:
+        rules: list[Rule] = []
+        for part in self.parts:
+            steps = part.chain()
+            if steps is None:
+                return None
+            rules += steps
+        return rules
+
+    def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
+        from mmfast import ops
+
+        if self.chain() is not None:
+            return ops.weights(G, self, mask)
+        present, finite = ops.reference.present(G, mask)
+        active = present & finite.unsqueeze(-1)
+        current = _only(G, active)
+        total: Tensor | None = None  # row map of the steps so far
+        for part in self.parts:
+            A = _only(_row_map(current, part, active), active)
+            total = A if total is None else A @ total
+            current = A @ current @ A.mT
+            current = (current + current.mT) / 2
+            active = active & (current.diagonal(dim1=-2, dim2=-1) != 0)
+        assert total is not None
+        return torch.where(present & ~finite.unsqueeze(-1), torch.nan, total.sum(-2))
+
+    def reset(self) -> None:
+        for part in self.parts:
+            part.reset()
+
+    def __repr__(self) -> str:
+        return f"Compose({', '.join(map(repr, self.parts))})"
+
+
+def _row_map(G: Tensor, resolver: Resolver, mask: Tensor) -> Tensor:
+    """What a resolver does to the rows, [..., K, K]: gradient i becomes sum_j A[i, j] g_j."""
+    from mmfast import ops
+
+    if not isinstance(resolver, Rule) or not resolver.maps_rows:
+        return torch.diag_embed(ops.weights(G, resolver, mask))
+    k, rng = G.shape[-1], resolver.rng
+    states = [None if s is None else s.reshape(-1, s.shape[-1]) for s in ops._states([resolver], tuple(G.shape[:-2]), k, G.device)]
+    A, (next_state,) = ops.reference.row_map(G.reshape(-1, k, k), mask.reshape(-1, k), [resolver], states, rng)
+    if resolver.state is not None and next_state is not None:
+        resolver.state.copy_(next_state.view_as(resolver.state))
+    if rng is not None:
+        rng[1] += 1
+    return A.view(G.shape)
+
+
+def _only(G: Tensor, active: Tensor) -> Tensor:
+    """G with zeros in the rows and columns that are not active."""
+    return torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G.double(), 0)
+
+
+class CRMOGM(Rule):
+    """Smooths the weights of another resolver over calls (Zhou et al., "On the convergence of stochastic multi-objective gradient
+    manipulation and beyond", NeurIPS 2022).
+
+    Args:
+        inner: the resolver whose weights to smooth. The first weights of a gradient are taken as they are.
+        alpha: weight of the running mean against the newest weights, from 0 to 1.
+    """
+
+    method = 18
+    smooths = True
+
+    def __init__(self, inner: Resolver, alpha: float = 0.9) -> None:
+        if not isinstance(inner, Resolver):
+            raise ValueError(f"CRMOGM: inner is {inner!r}, expected a Resolver")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"CRMOGM: alpha is {alpha!r}, expected a number from 0 to 1")
+        super().__init__()
+        self.inner, self.alpha = inner, alpha
+
+    def params(self) -> list[float]:
+        return [self.alpha]
+
+    def state_size(self, k: int) -> int:
+        return 2 * k
+
+    def chain(self) -> list[Rule] | None:
+        inner = self.inner.chain()
+        # the compiled solver smooths the weights of one step: those of a composition belong to several
+        return None if inner is None or len(inner) > 1 else [*inner, self]
+
+    def smooth(self, p: Problem, w: Tensor) -> Tensor:
+        """The smoothed weights [B, K] of the weights w of the step before."""
+        assert p.state is not None
+        w, p.next_state = self._mean(p.state, p.active, w)
+        return w
+
+    def _mean(self, state: Tensor, active: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The running mean with w in it, and the next state: that mean of each row, and 1 for the rows that have one."""
+        mean, seen = state.chunk(2, -1)
+        new = torch.where(seen != 0, self.alpha * mean + (1 - self.alpha) * w, w)
+        return new, torch.cat([torch.where(active, new, mean), torch.where(active, 1, seen)], -1)
+
+    def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
+        from mmfast import ops
+
+        if self.chain() is not None:
+            return ops.weights(G, self, mask)
+        present, finite = ops.reference.present(G, mask)
+        active = present & finite.unsqueeze(-1)
+        w = ops.weights(_only(G, active), self.inner, active)
+        ops._states([self], tuple(w.shape[:-1]), w.shape[-1], w.device)
+        assert self.state is not None
+        w, next_state = self._mean(self.state, active, w)
+        self.state.copy_(next_state)
+        return torch.where(finite.unsqueeze(-1), torch.where(active, w, 0), torch.where(present, torch.nan, 0.0).to(w))
+
+    def reset(self) -> None:
+        super().reset()
+        self.inner.reset()
+
+    def extra_repr(self) -> str:
+        return f"{self.inner!r}, alpha={self.alpha}"
