@@ -103,6 +103,13 @@ class Rule(Resolver):
         if self.rng is not None:
             self.rng[1] = 0
 
+    def _apply(self, fn, recurse=True):
+        state = self.state
+        super()._apply(fn, recurse)
+        if state is not None and self.state is not None and self.state.dtype != state.dtype:
+            self.state = state.to(self.state.device)  # stays float64 in a model that changes its dtype
+        return self
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # the state takes its shape from the first problem it meets, so a saved one may be larger than ours
         saved = state_dict.get(prefix + "state")

@@ -1,0 +1,321 @@
+"""The impartiality block: one tensor feeds K branches, and their gradients are resolved into one on the way back.
+
+Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from mmfast import _standin as ops
+from mmfast.resolvers.base import Resolver, Rule
+from mmfast.scaling import LocalScale
+from mmfast.stats import BlockStats
+
+MAX_BRANCHES = 256
+GRANULARITIES = ("batch", "sample", "batch_sum")
+_NO_BACKWARD_YET = -1.0  # fills the record before the first backward pass; no squared norm is negative
+
+
+class _Plan(NamedTuple):
+    """Everything about a fork that is known before its tensor."""
+
+    k: int
+    resolver: Resolver
+    per: str
+    preserve_norm: bool
+    block: "ImpartialityBlock | None"  # which keeps the Gramian and the weights
+
+
+def _like_before(before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """`before` on the device of `after`: what is float64 stays float64 when a model changes its dtype."""
+    return after if before is None or after is None or before.is_meta or before.dtype == after.dtype else before.to(after.device)
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask)
+        ctx.plan = plan
+        return (y,) * plan.k  # autograd makes a view of each
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the resolved gradient of a fork has no gradient of its own, but this backward pass was asked to be differentiable "
+                "(create_graph=True); call it with create_graph=False, or leave the fork out of the part that is differentiated twice"
+            )
+        k, resolver, per, preserve_norm, block = ctx.plan
+        present = [g for g in grads if g is not None]
+        if not present:
+            return None, None, None
+        missing = tuple(i for i, g in enumerate(grads) if g is None) if len(present) < k else ()
+        (mask,) = ctx.saved_tensors
+        out, info = ops.resolve_info(present, resolver, k=k, missing=missing, per=per, mask=mask, preserve_norm=preserve_norm)
+        if block is not None:
+            block._keep(info, mask)
+        return out, None, None
+
+
+def _check_plan(k: int, resolver: Resolver | str, per: str) -> Resolver:
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k is a {type(k).__name__}, expected an int")
+    if not 1 <= k <= MAX_BRANCHES:
+        raise ValueError(f"k is {k}, expected 1 to {MAX_BRANCHES} branches")
+    if isinstance(resolver, str):
+        from mmfast.resolvers import resolver as by_name
+
+        resolver = by_name(resolver)
+    if not isinstance(resolver, Resolver):
+        what = f"the class {resolver.__name__}" if isinstance(resolver, type) else f"a {type(resolver).__name__}"
+        raise TypeError(f"resolver is {what}, expected an instance of mmfast.Resolver or the name of one")
+    if per not in GRANULARITIES:
+        raise ValueError(f"per is {per!r}, expected one of {', '.join(map(repr, GRANULARITIES))}")
+    return resolver
+
+
+def _check_tensors(y: Tensor, mask: Tensor | None, plan: _Plan) -> None:
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y is a {type(y).__name__}, expected a tensor")
+    if not y.is_floating_point():
+        raise TypeError(f"y is of {y.dtype}, expected a floating-point tensor")
+    if plan.per != "batch" and y.dim() == 0:
+        raise ValueError(f"y has no dimension, but per={plan.per!r} needs the batch as its first")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}, expected a bool tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is of {mask.dtype}, expected torch.bool")
+    shape = tuple(mask.shape)
+    if shape != (plan.k,) and (plan.per != "sample" or shape != (y.shape[0], plan.k)):
+        expected = f"({plan.k},)" + (f" or ({y.shape[0]}, {plan.k})" if plan.per == "sample" else "; one mask per sample needs per='sample'")
+        raise ValueError(f"mask has shape {shape}, expected {expected}")
+    if mask.device != y.device:
+        raise ValueError(f"mask is on {mask.device}, expected {y.device} like y")
+
+
+def _stateless(resolver: Resolver, k: int) -> list[Rule]:
+    """The rules of a resolver that keep state and have none yet."""
+    chain = resolver.chain() if isinstance(resolver, Rule) else None
+    return [rule for rule in chain or () if rule.state is None and rule.state_size(k)]
+
+
+def _fork(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
+    _check_tensors(y, mask, plan)
+    if torch.compiler.is_compiling() and _stateless(plan.resolver, plan.k):
+        raise RuntimeError("a compiled backward pass can't create a resolver's state: run one step without torch.compile first")
+    if y.requires_grad and torch.is_grad_enabled():
+        return _Fork.apply(y, mask, plan)  # type: ignore[no-any-return]
+    return tuple(y.view_as(y) for _ in range(plan.k))
+
+
+def fork(
+    y: Tensor, k: int, resolver: Resolver | str, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True
+) -> tuple[Tensor, ...]:
+    """Splits a tensor into k aliases, one per branch, whose gradients are resolved into the tensor's gradient.
+
+    Use each alias in exactly one branch. A branch that sends no gradient back is a missing modality and is left out of the problem.
+    Based on Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
+
+    Args:
+        y: floating-point tensor of any shape; the first dimension is the batch where `per` needs one.
+        k: number of branches, 1 to 256.
+        resolver: the rule, or its name. A rule that keeps state belongs to one fork: give every fork its own, and keep it between calls.
+        per: "batch" resolves one problem, each gradient flattened; "sample" one for each index of the first dimension; "batch_sum" one,
+            from the gradients summed over the first dimension.
+        mask: bool [k], False where a branch is to be left out; for per="sample" also [B, k].
+        preserve_norm: scales the result to the length of the plain sum of the gradients, as the paper does.
+
+    Returns:
+        k tensors that share y's memory; changing one in place is an error. The gradient is deterministic, up to the draws of a random rule.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; nothing was computed.
+        RuntimeError: in the backward pass, where create_graph=True asks to differentiate through it.
+
+    Example:
+        >>> y = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> a, b = mf.fork(y, 2, mf.Mean(), preserve_norm=False)
+        >>> (3 * a + b).sum().backward()
+        >>> y.grad
+        tensor([2., 2.])
+    """
+    resolver = _check_plan(k, resolver, per)
+    plan = _Plan(k, resolver, per, preserve_norm, None)
+    return _fork(y, mask, plan)
+
+
+class _Scale(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by beta."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, beta: float) -> Tensor:  # type: ignore[override]
+        ctx.beta = beta  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.beta, None
+
+
+def _scale_outputs(output: Any, beta: float, name: str) -> Any:
+    """The output of a branch, tensors in tuples, lists and dicts included, with gradients multiplied by beta."""
+    if isinstance(output, Tensor):
+        return _Scale.apply(output, beta) if output.requires_grad else output
+    if isinstance(output, dict):
+        return type(output)((key, _scale_outputs(value, beta, name)) for key, value in output.items())
+    if isinstance(output, (tuple, list)):
+        values = [_scale_outputs(value, beta, name) for value in output]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    if output is None or isinstance(output, (bool, int, float, str)):
+        return output
+    raise TypeError(
+        f"branch {name} returned a {type(output).__name__}, which the local step can't scale; return tensors, or tuples, lists and dicts of them"
+    )
+
+
+def _check_local(local: Any, k: int) -> tuple[float, ...]:
+    values = local.beta if isinstance(local, LocalScale) else local
+    try:
+        beta = tuple(float(b) for b in values)
+    except (TypeError, ValueError):
+        raise TypeError(f"local is a {type(local).__name__}, expected {k} numbers, or a StandardScale, DimRatio or LipschitzScale") from None
+    if len(beta) != k:
+        raise ValueError(f"local has {len(beta)} numbers, expected {k}, one per branch")
+    for i, b in enumerate(beta):
+        if not (math.isfinite(b) and b > 0):
+            raise ValueError(f"local[{i}] is {b}, expected a positive finite number")
+    return beta
+
+
+class ImpartialityBlock(nn.Module):
+    """Runs K branches on one tensor and resolves their gradients there, so that no branch is trained at the others' expense.
+
+    Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022, Algorithm 1.
+
+    Args:
+        branches: K modules, in a list, an `nn.ModuleList`, or an `nn.ModuleDict`.
+        resolver: the rule of the global step, or its name; each block needs its own.
+        local: the local step beta: K positive numbers, or a `StandardScale`, `DimRatio` or `LipschitzScale`. Branch i receives the gradient
+            of its output times beta_i, so its parameters' gradients carry beta_i too; the resolver acts on the shared tensor alone.
+        per: "batch", "sample" or "batch_sum", see `fork`.
+        preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> block = mf.ImpartialityBlock([nn.Linear(4, 1), nn.Linear(4, 2)], mf.Mean(), local=[1.0, 0.5])
+        >>> one, two = block(torch.randn(8, 4, requires_grad=True))
+        >>> (one.sum() + two.sum()).backward()
+        >>> block.stats().weights.shape
+        torch.Size([2])
+    """
+
+    beta: Tensor | None
+    _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
+
+    def __init__(
+        self,
+        branches: Sequence[nn.Module] | nn.ModuleList | nn.ModuleDict,
+        resolver: Resolver | str,
+        *,
+        local: LocalScale | Sequence[float] | Tensor | None = None,
+        per: str = "batch",
+        preserve_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if not isinstance(branches, (nn.ModuleList, nn.ModuleDict)):
+            if isinstance(branches, nn.Module) or not isinstance(branches, Sequence):
+                raise TypeError(f"branches is a {type(branches).__name__}, expected a list of modules, a ModuleList or a ModuleDict")
+            for i, branch in enumerate(branches):
+                if not isinstance(branch, nn.Module):
+                    raise TypeError(f"branches[{i}] is a {type(branch).__name__}, expected an nn.Module")
+            branches = nn.ModuleList(branches)
+        k = len(branches)
+        if not 1 <= k <= MAX_BRANCHES:
+            raise ValueError(f"branches has {k} modules, expected 1 to {MAX_BRANCHES}")
+        self.branches = branches
+        self.resolver = _check_plan(k, resolver, per)
+        self.per = per
+        self.preserve_norm = preserve_norm
+        self._beta = None if local is None else _check_local(local, k)
+        self.register_buffer("beta", None if self._beta is None else torch.tensor(self._beta, dtype=torch.float64))
+        self.register_buffer("_info", torch.full((k + k * k,), _NO_BACKWARD_YET, dtype=torch.float64), persistent=False)
+        for rule in _stateless(self.resolver, k) if per != "sample" else ():
+            rule.state = torch.zeros(rule.state_size(k), dtype=torch.float64)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the branches: the keys of a ModuleDict, or "0", "1", ..."""
+        return tuple(self.branches._modules)
+
+    def forward(self, y: Tensor, mask: Tensor | None = None, **kwargs: Any) -> tuple[Any, ...] | dict[str, Any]:
+        """Every branch's output for the shared tensor.
+
+        Args:
+            y: floating-point tensor; what each branch takes as its first argument.
+            mask: bool [K] (for per="sample" also [B, K]), False where a branch's gradient is to be left out.
+            kwargs: handed to every branch.
+
+        Returns:
+            The branches' outputs in a tuple, or in a dict for a ModuleDict.
+        """
+        aliases = _fork(y, mask, _Plan(len(self.branches), self.resolver, self.per, self.preserve_norm, self))
+        outputs = {}
+        for i, (alias, (name, branch)) in enumerate(zip(aliases, self.branches._modules.items(), strict=True)):
+            output = branch(alias, **kwargs)  # type: ignore[misc]
+            outputs[name] = output if self._beta is None else _scale_outputs(output, self._beta[i], name)
+        return outputs if isinstance(self.branches, nn.ModuleDict) else tuple(outputs.values())
+
+    def stats(self) -> BlockStats:
+        """What the last backward pass through this block saw; the one method that waits for the device.
+
+        Where the block was called more than once in a forward pass, it is the call whose gradient was computed last.
+
+        Returns:
+            A `BlockStats` of float64 tensors on the CPU, with a leading B for per="sample".
+
+        Raises:
+            RuntimeError: no backward pass yet, or the resolver works elementwise and has neither weights nor Gramian.
+        """
+        info = self._info
+        if info is None:
+            raise RuntimeError(
+                f"{type(self.resolver).__name__} works on each element by itself and has neither weights nor Gramian; "
+                "call mmfast.gram on the gradients to see how they conflict"
+            )
+        if (info == _NO_BACKWARD_YET).all():
+            raise RuntimeError("no backward pass has reached this block yet; call loss.backward() before stats()")
+        return BlockStats.of(self.names, info)
+
+    def _keep(self, info: Tensor | None, mask: Tensor | None) -> None:
+        if info is not None and mask is not None:
+            pair = mask.unsqueeze(-1) & mask.unsqueeze(-2)
+            info = torch.where(torch.cat([mask, pair.flatten(-2)], -1), info, 0)
+        if not torch.compiler.is_compiling():
+            self._buffers["_info"] = info
+        elif info is not None and self._info is not None and self._info.shape == info.shape:
+            self._info.copy_(info)  # a graph can write into a tensor of ours, not bind a name
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ImpartialityBlock":
+        beta, info = self.beta, self._info
+        super()._apply(fn, recurse)
+        self.beta, self._info = _like_before(beta, self.beta), _like_before(info, self._info)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.beta is not None and prefix + "beta" in state_dict:
+            self._beta = tuple(self.beta.tolist())
+
+    def extra_repr(self) -> str:
+        local = "" if self._beta is None else f", local=[{', '.join(f'{b:.4g}' for b in self._beta)}]"
+        return f"per={self.per!r}, preserve_norm={self.preserve_norm}{local}"

@@ -1,0 +1,604 @@
+"""fork and ImpartialityBlock: what they compute, and that they live in a training loop like any other module."""
+
+import copy
+import io
+import pickle
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmfast.block import ImpartialityBlock, fork
+from mmfast.resolvers.base import Resolver, Rule
+from mmfast.resolvers.simple import Constant, Mean, Random, Sum
+from mmfast.scaling import DimRatio
+
+K, B, H = 3, 6, 5
+
+# torch.compile itself uses what torch calls deprecated
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch", "ignore:.*should not be instantiated")
+
+
+class ByLength(Resolver):
+    """Every present gradient at unit length; counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.calls.add_(1)
+        d = G.diagonal(dim1=-2, dim2=-1)
+        present = d > 0 if mask is None else (d > 0) & mask
+        return torch.where(present, d.clamp(min=1e-300).rsqrt(), 0)
+
+
+class Counting(Rule):
+    """The plain sum times the number of calls so far: a rule with state, in plain torch."""
+
+    def state_size(self, k):
+        return 1
+
+    def rule(self, p):
+        p.next_state = p.state + 1
+        return p.next_state.expand(p.G.shape[:-1])
+
+
+def materialised(y: Tensor, branches, losses) -> list[Tensor | None]:
+    """The gradient of each branch's loss at y, by plain autograd."""
+    leaf = y.detach().clone().requires_grad_()
+    grads = []
+    for branch, loss in zip(branches, losses, strict=True):
+        value = loss(branch(leaf))
+        grads.append(torch.autograd.grad(value, leaf)[0] if isinstance(value, Tensor) else None)
+    return grads
+
+
+def by_hand(grads, weigh, per, mask=None, preserve_norm=True) -> Tensor:
+    """sum_i w_i g_i in float64 by loops; weigh(rows) gives the weights of the rows [present, n] of one problem."""
+    like = next(g for g in grads if g is not None)
+    if per == "sample":
+        rows = []
+        for b in range(like.shape[0]):
+            m = mask[b] if mask is not None and mask.dim() == 2 else mask
+            rows.append(by_hand([None if g is None else g[b] for g in grads], weigh, "batch", m, preserve_norm))
+        return torch.stack(rows)
+    there = [i for i, g in enumerate(grads) if g is not None and (mask is None or mask[i])]
+    out = torch.zeros_like(like, dtype=torch.float64)
+    if not there:
+        return out
+    problem = torch.stack([(grads[i].sum(0) if per == "batch_sum" else grads[i]).double().flatten() for i in there])
+    w = weigh(problem, there)
+    if preserve_norm:
+        w = w * problem.sum(0).norm() / (w @ problem).norm()
+    return out + sum(w[n] * grads[i].double() for n, i in enumerate(there))
+
+
+def unit(problem, there):
+    return 1 / problem.norm(dim=1)
+
+
+LOSSES = [lambda o: o.square().sum(), lambda o: 3 * o.sin().sum(), lambda o: o.exp().mean()]
+
+
+def make_branches(dtype=torch.float64):
+    return [nn.Sequential(nn.Linear(H, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype) for _ in range(K)]
+
+
+@pytest.mark.parametrize("preserve_norm", [True, False])
+@pytest.mark.parametrize("kind", ["no mask", "[k]", "[B, k]"])
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_gradient_is_the_resolved_one(per, kind, preserve_norm):
+    mask = {"no mask": None, "[k]": torch.tensor([True, False, True]), "[B, k]": torch.rand(B, K) > 0.4}[kind]
+    if kind == "[B, k]" and per != "sample":
+        return
+    branches, y = make_branches(), torch.randn(B, H, dtype=torch.float64, requires_grad=True)
+    aliases = fork(y, K, ByLength(), per=per, mask=mask, preserve_norm=preserve_norm)
+    sum(loss(branch(a)) for loss, branch, a in zip(LOSSES, branches, aliases, strict=True)).backward()
+    expected = by_hand(materialised(y, branches, LOSSES), unit, per, mask, preserve_norm)
+    torch.testing.assert_close(y.grad, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_result_has_the_dtype_and_shape_of_the_tensor(dtype):
+    for shape in [(), (7,), (2, 3, 4), (0, 4)]:
+        y = torch.randn(shape, dtype=dtype, requires_grad=True)
+        a, b = fork(y, 2, Mean(), preserve_norm=False)
+        (a.sum() * 2 + (b * 4).sum()).backward()
+        assert y.grad.dtype == dtype and torch.equal(y.grad, torch.full(shape, 3.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+def test_sum_is_plain_autograd_exactly(k, per):
+    """Gradients are small integers, so that every order of summation gives the same bits."""
+    y = torch.randint(-8, 9, (B, H)).float().requires_grad_()
+    factors = torch.randint(-8, 9, (k, B, H)).float()
+    for aliases in (fork(y, k, Sum(), per=per), (y,) * k):
+        y.grad = None
+        sum((f * a).sum() for f, a in zip(factors, aliases, strict=True)).backward()
+        if aliases[0] is not y:
+            ours = y.grad
+    assert torch.equal(ours, y.grad)
+
+
+def test_sum_passes_gradcheck():
+    def model(y):
+        a, b, c = fork(y, 3, Sum())
+        return a.sin() * b + c.square()
+
+    assert torch.autograd.gradcheck(model, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
+
+
+def test_preserve_norm_keeps_the_length_of_the_plain_sum():
+    y, factors = torch.randn(B, H, dtype=torch.float64, requires_grad=True), torch.randn(K, B, H, dtype=torch.float64)
+    for preserve_norm in (True, False):
+        y.grad = None
+        aliases = fork(y, K, Constant([1.0, 20.0, 300.0]), preserve_norm=preserve_norm)
+        sum((f * a).sum() for f, a in zip(factors, aliases, strict=True)).backward()
+        plain = (factors * torch.tensor([1.0, 20.0, 300.0]).view(-1, 1, 1)).sum(0)
+        expected = plain * factors.sum(0).norm() / plain.norm() if preserve_norm else plain
+        torch.testing.assert_close(y.grad, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["unused", "zero", "masked"])
+def test_missing_branch_is_left_out(how):
+    y = torch.ones(4, requires_grad=True)
+    mask = torch.tensor([True, True, False]) if how == "masked" else None
+    a, b, c = fork(y, 3, Mean(), mask=mask, preserve_norm=False)
+    third = {"unused": 0, "zero": (0 * c).sum(), "masked": 100 * c.sum()}[how]
+    (2 * a.sum() + 4 * b.sum() + third).backward()
+    assert torch.equal(y.grad, torch.full((4,), 3.0))  # the mean of two, not of three
+
+
+def test_no_branch_has_a_gradient():
+    x = torch.ones(3, requires_grad=True)
+    y = 2 * x
+    fork(y, 2, Mean())
+    (y.detach() * x).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x.grad = None
+    Silent.apply(fork(2 * x, 2, Mean())[0]).sum().backward()
+    assert x.grad is None
+
+
+def test_mask_of_nothing_gives_zero():
+    y = torch.ones(3, requires_grad=True)
+    a, b = fork(y, 2, Mean(), mask=torch.tensor([False, False]))
+    (a + b).sum().backward()
+    assert torch.equal(y.grad, torch.zeros(3))
+
+
+def test_non_finite_gradients_stay_non_finite():
+    y = torch.ones(3, requires_grad=True)
+    a, b = fork(y, 2, Mean())
+    (a * float("inf") + b).sum().backward()
+    assert not y.grad.isfinite().any()
+
+
+def test_without_gradients_the_aliases_are_plain_views():
+    leaf = torch.randn(2, 3, requires_grad=True)
+    with torch.no_grad():
+        silent = fork(leaf, 3, Mean())
+    for aliases, y in ((silent, leaf), (fork(leaf.detach(), 3, Mean()), leaf)):
+        assert len(aliases) == 3 and len({id(a) for a in aliases}) == 3
+        for a in aliases:
+            assert a.grad_fn is None and a.data_ptr() == y.data_ptr() and a.shape == y.shape
+
+
+def test_aliases_share_memory_and_refuse_in_place_changes():
+    y = torch.randn(2, 3, requires_grad=True)
+    a, b = fork(y, 2, Mean())
+    assert a.data_ptr() == b.data_ptr() == y.data_ptr() and a is not b
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        a.add_(1)
+
+
+def test_mask_changed_before_the_backward_pass_is_noticed():
+    y, mask = torch.ones(3, requires_grad=True), torch.tensor([True, True])
+    a, b = fork(y, 2, Mean(), mask=mask)
+    mask[0] = False
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (a + b).sum().backward()
+
+
+def test_double_backward_is_refused():
+    y = torch.randn(3, requires_grad=True)
+    a, b = fork(y, 2, Mean())
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad((a * b).sum(), y, create_graph=True)
+    a, b = fork(y, 2, Mean())
+    loss = (a * b).sum()
+    loss.backward(retain_graph=True)  # going back twice is another thing, and fine
+    once = y.grad.clone()
+    loss.backward()
+    assert torch.equal(y.grad, 2 * once)
+
+
+ERRORS = [
+    (lambda y: fork(y, 0, Mean()), ValueError, "k is 0"),
+    (lambda y: fork(y, 257, Mean()), ValueError, "k is 257"),
+    (lambda y: fork(y, 2.0, Mean()), TypeError, "k is a float"),
+    (lambda y: fork(y, 2, nn.Linear(2, 2)), TypeError, "resolver is a Linear"),
+    (lambda y: fork(y, 2, Mean()(torch.eye(2))), TypeError, "resolver is a Tensor"),
+    (lambda y: fork(y, 2, Mean), TypeError, "resolver is the class Mean"),
+    (lambda y: fork(y, 2, Mean(), per="row"), ValueError, "per is 'row'"),
+    (lambda y: fork([1.0], 2, Mean()), TypeError, "y is a list"),
+    (lambda y: fork(torch.arange(4), 2, Mean()), TypeError, "y is of torch.int64"),
+    (lambda y: fork(y.to(torch.complex64), 2, Mean()), TypeError, "y is of torch.complex64"),
+    (lambda y: fork(y.sum(), 2, Mean(), per="sample"), ValueError, "y has no dimension"),
+    (lambda y: fork(y, 2, Mean(), mask=[True, False]), TypeError, "mask is a list"),
+    (lambda y: fork(y, 2, Mean(), mask=torch.ones(2)), TypeError, "mask is of torch.float32"),
+    (lambda y: fork(y, 2, Mean(), mask=torch.ones(3, dtype=torch.bool)), ValueError, r"mask has shape \(3,\), expected \(2,\)"),
+    (lambda y: fork(y, 2, Mean(), mask=torch.ones(4, 2, dtype=torch.bool)), ValueError, "per='sample'"),
+    (lambda y: fork(y, 2, Mean(), per="sample", mask=torch.ones(3, 2, dtype=torch.bool)), ValueError, r"expected \(2,\) or \(4, 2\)"),
+    (lambda y: fork(y, 2, Mean(), mask=torch.ones(2, dtype=torch.bool, device="meta")), ValueError, "mask is on meta"),
+    (lambda y: ImpartialityBlock([], Mean()), ValueError, "branches has 0 modules"),
+    (lambda y: ImpartialityBlock(nn.Linear(2, 2), Mean()), TypeError, "branches is a Linear"),
+    (lambda y: ImpartialityBlock([nn.Linear(2, 2), len], Mean()), TypeError, r"branches\[1\] is a builtin"),
+    (lambda y: ImpartialityBlock([nn.Linear(2, 2)], Mean(), local=[1.0, 2.0]), ValueError, "local has 2 numbers, expected 1"),
+    (lambda y: ImpartialityBlock([nn.Linear(2, 2)], Mean(), local=[0.0]), ValueError, r"local\[0\] is 0.0"),
+    (lambda y: ImpartialityBlock([nn.Linear(2, 2)], Mean(), local=torch.tensor([float("nan")])), ValueError, r"local\[0\] is nan"),
+    (lambda y: ImpartialityBlock([nn.Linear(2, 2)], Mean(), local=2.0), TypeError, "local is a float"),
+]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("call, error, message", ERRORS)
+def test_errors_come_in_the_forward_pass(call, error, message, grad):
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
+        call(torch.randn(4, 3, requires_grad=True))
+
+
+class Model(nn.Module):
+    """A shared layer and a block; branch outputs are summed into one loss."""
+
+    def __init__(self, resolver=None, dtype=torch.float64, **kwargs):
+        super().__init__()
+        self.shared = nn.Linear(4, H, dtype=dtype)
+        self.block = ImpartialityBlock(make_branches(dtype), resolver or ByLength(), **kwargs)
+
+    def forward(self, x, mask=None):
+        return self.block(self.shared(x).tanh(), mask)
+
+
+def total(outputs, used=range(K)):
+    return sum(LOSSES[i](outputs[i]) for i in used)
+
+
+def gradients(model, x, used=range(K), forward=None):
+    model.zero_grad()
+    total((model if forward is None else forward)(x), used).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("local", [None, [2.0, 1.0, 0.25], torch.tensor([2.0, 1.0, 0.25]), DimRatio([1, 2, 8])])
+def test_heads_get_beta_and_the_shared_tensor_gets_the_resolver(x, local):
+    model = Model(Constant([1.0, 10.0, 100.0]), local=local, preserve_norm=False)
+    beta = [1.0] * K if local is None else [float(b) for b in getattr(local, "beta", local)]
+    ours = gradients(model, x)
+    y = model.shared(x).tanh().detach()
+    expected = torch.zeros_like(y)
+    for i, branch in enumerate(model.block.branches):
+        leaf = y.clone().requires_grad_()
+        branch.zero_grad()
+        LOSSES[i](branch(leaf)).backward()
+        expected += 10.0**i * beta[i] * leaf.grad
+        for name, p in branch.named_parameters():
+            torch.testing.assert_close(ours[f"block.branches.{i}.{name}"], beta[i] * p.grad, rtol=1e-14, atol=0)
+    model.zero_grad()
+    model.shared(x).tanh().backward(expected)
+    torch.testing.assert_close(ours["shared.weight"], model.shared.weight.grad, rtol=1e-12, atol=1e-14)
+
+
+Pair = namedtuple("Pair", "mean scale")
+
+
+class Structured(nn.Module):
+    """Returns tensors in a container of the given kind, with an integer tensor among them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(H, 2, dtype=torch.float64)
+
+    def forward(self, y):
+        out = self.linear(y)
+        index = out.argmax(-1)
+        return {
+            "tuple": lambda: (out, index),
+            "list": lambda: [out, None, index],
+            "named": lambda: Pair(out, index),
+            "dict": lambda: {"mean": out, "more": [index, 3]},
+            "integers": lambda: index,
+            "distribution": lambda: torch.distributions.Normal(out, 1),
+        }[self.kind]()
+
+
+def test_branches_may_return_containers():
+    y = torch.randn(B, H, dtype=torch.float64, requires_grad=True)
+    kinds = {kind: Structured(kind) for kind in ("tuple", "list", "named", "dict", "integers")}
+    block = ImpartialityBlock(nn.ModuleDict(kinds), Sum(), local=[2.0, 3.0, 4.0, 5.0, 6.0])
+    out = block(y)
+    assert list(out) == list(kinds) == list(block.names)
+    assert isinstance(out["named"], Pair) and out["list"][1] is None and out["dict"]["more"][1] == 3
+    assert out["integers"].dtype == torch.int64 and out["tuple"][1].dtype == torch.int64
+    (out["tuple"][0] + out["list"][0] + out["named"].mean + out["dict"]["mean"]).sum().backward()
+    for beta, kind in zip((2.0, 3.0, 4.0, 5.0), ("tuple", "list", "named", "dict"), strict=False):
+        assert torch.equal(kinds[kind].linear.bias.grad, torch.full((2,), B * beta, dtype=torch.float64))
+    assert block.stats().missing.tolist() == [False] * 4 + [True]
+
+
+def test_output_that_the_local_step_cannot_reach_is_refused():
+    y = torch.randn(B, H, dtype=torch.float64, requires_grad=True)
+    branch = {"a": Structured("distribution")}
+    assert isinstance(ImpartialityBlock(nn.ModuleDict(branch), Sum())(y)["a"], torch.distributions.Normal)
+    with pytest.raises(TypeError, match="branch a returned a Normal"):
+        ImpartialityBlock(nn.ModuleDict(branch), Sum(), local=[2.0])(y)
+
+
+def test_arguments_reach_every_branch():
+    class Shift(nn.Module):
+        def forward(self, y, by):
+            return y + by
+
+    one, two = ImpartialityBlock([Shift(), Shift()], Sum())(torch.zeros(3), by=2.0)
+    assert torch.equal(one, torch.full((3,), 2.0)) and torch.equal(two, one)
+
+
+def test_frozen_branches_and_inputs(x):
+    model = Model()
+    everything = gradients(model, x)
+    model.block.branches[1].requires_grad_(False)
+    some = gradients(model, x)
+    assert set(everything) - set(some) == {name for name in everything if name.startswith("block.branches.1.")}
+    assert all(torch.equal(some[name], everything[name]) for name in some)
+    model.shared.requires_grad_(False)  # nobody asks for the shared gradient: the heads train on
+    assert all(torch.equal(grad, everything[name]) for name, grad in gradients(model, x).items())
+
+
+def test_eval_and_no_grad_change_nothing_but_the_graph(x):
+    model = Model(local=[1.0, 2.0, 3.0])
+    outputs = model(x)
+    model.eval()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(outputs, model(x), strict=True))
+    assert model.block.resolver.calls == 0
+
+
+def test_stats_are_those_of_the_gradients(x):
+    model = Model(local=[1.0, 2.0, 3.0])
+    y = model.shared(x).tanh()
+    model.block(y)
+    gradients(model, x, used=(0, 2))
+    stats = model.block.stats()
+    g = materialised(y, model.block.branches, LOSSES)
+    g = [g[0].flatten(), None, 3 * g[2].flatten()]
+    assert stats.missing.tolist() == [False, True, False] and stats.names == ("0", "1", "2")
+    torch.testing.assert_close(stats.norms, torch.stack([g[0].norm(), torch.zeros_like(g[0][0]), g[2].norm()]))
+    cosine = torch.cosine_similarity(g[0], g[2], dim=0)
+    torch.testing.assert_close(stats.cosines[0, 2], cosine)
+    assert stats.cosines[1].isnan().all() and stats.conflict_rate == float(cosine < 0)
+    d = g[0] / g[0].norm() + g[2] / g[2].norm()
+    d = d * (g[0] + g[2]).norm() / d.norm()
+    torch.testing.assert_close(stats.weights[0] * g[0] + stats.weights[2] * g[2], d)
+    assert stats.weights[1] == 0
+    torch.testing.assert_close(stats.cosine_to_direction[2], torch.cosine_similarity(g[2], d, dim=0))
+    assert stats.cosine_to_direction[1].isnan() and stats.magnitude_similarity[0, 1].isnan()
+    assert all(name in str(stats) for name in ("weight", "missing", "conflicting"))
+
+
+def test_masked_branch_does_not_count_in_stats(x):
+    model = Model()
+    total(model(x, torch.tensor([True, False, True]))).backward()
+    masked = model.block.stats()
+    gradients(model, x, used=(0, 2))
+    unused = model.block.stats()
+    for field in ("gram", "weights", "missing", "norms", "cosines", "conflict_rate", "cosine_to_direction"):
+        torch.testing.assert_close(getattr(masked, field), getattr(unused, field), equal_nan=True)
+
+
+def test_stats_per_sample(x):
+    model = Model(per="sample")
+    mask = torch.ones(B, K, dtype=torch.bool)
+    mask[2] = torch.tensor([False, True, False])
+    total(model(x, mask)).backward()
+    stats = model.block.stats()
+    g = torch.stack(materialised(model.shared(x).tanh(), model.block.branches, LOSSES), 1)  # [B, K, H]
+    torch.testing.assert_close(stats.gram[0], g[0] @ g[0].mT)
+    assert torch.equal(stats.missing, ~mask) and stats.weights.shape == (B, K) and stats.cosines.shape == (B, K, K)
+    assert stats.conflict_rate.shape == (B,) and stats.conflict_rate[2].isnan() and not stats.conflict_rate[0].isnan()
+    assert "conflicting" in str(stats)
+
+
+def test_stats_need_a_backward_pass_and_a_gramian(x, monkeypatch):
+    model = Model()
+    with pytest.raises(RuntimeError, match="no backward pass has reached this block yet"):
+        model.block.stats()
+    model(x)
+    with pytest.raises(RuntimeError, match="no backward pass has reached this block yet"):
+        model.block.stats()
+    model.block._keep(None, None)  # what an elementwise resolver leaves
+    with pytest.raises(RuntimeError, match="ByLength works on each element by itself"):
+        model.block.stats()
+
+
+def test_gradient_accumulation(x):
+    model = Model()
+    first, second = gradients(model, x), gradients(model, 2 * x)
+    model.zero_grad()
+    for data in (x, 2 * x):
+        total(model(data)).backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, first[name] + second[name])
+
+
+def test_several_blocks_and_a_block_within_a_block(x):
+    inner = ImpartialityBlock(make_branches(), Constant([1.0, 0.0, 0.0]), preserve_norm=False)
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, y):
+            return torch.cat(self.inner(y), -1)
+
+    outer = ImpartialityBlock([Nested(), nn.Linear(H, 1, dtype=torch.float64)], Constant([1.0, 0.0]), preserve_norm=False)
+    y = torch.randn(B, H, dtype=torch.float64, requires_grad=True)
+    a, b = outer(y)
+    (a.square().sum() + b.sum()).backward()
+    (expected,) = materialised(y, [inner.branches[0]], [lambda o: o.square().sum()])
+    torch.testing.assert_close(y.grad, expected, rtol=1e-12, atol=1e-14)
+    assert outer.stats().weights.tolist() == [1, 0] and inner.stats().weights.tolist() == [1, 0, 0]
+
+
+def test_a_block_used_twice_in_one_pass(x):
+    model = Model()
+    alone = [gradients(model, x), gradients(model, -x)]
+    model.zero_grad()
+    (total(model(x)) + total(model(-x))).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, alone[0][name] + alone[1][name], rtol=1e-12, atol=1e-14)
+    assert model.block.resolver.calls == 4
+    twice = model.block.stats().gram
+    gradients(model, x)  # of the two, the call that came first goes back last
+    torch.testing.assert_close(twice, model.block.stats().gram)
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2)])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(x, reentrant, used):
+    model = Model(local=[1.0, 2.0, 3.0])
+    expected = gradients(model, x, used)
+    stats = model.block.stats()
+    leaf = x.requires_grad_()  # the reentrant kind needs an input that has a gradient
+    ours = gradients(model, leaf, used, lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    for name, grad in expected.items():
+        assert torch.equal(ours[name], grad)
+    assert torch.equal(model.block.stats().gram, stats.gram) and torch.equal(model.block.stats().missing, stats.missing)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+@pytest.mark.parametrize("resolver", [ByLength, Random, Counting])
+def test_copies_go_on_alike(x, how, resolver):
+    model = Model(resolver(), local=[1.0, 2.0, 3.0])
+    gradients(model, x)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        other = Model(resolver(), local=[9.0, 9.0, 9.0])
+        other.load_state_dict(torch.load(file))
+    assert how == "save" or torch.equal(other.block.stats().gram, model.block.stats().gram)
+    one, two = gradients(model, x), gradients(other, x)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not {t.data_ptr() for t in model.state_dict().values()} & {t.data_ptr() for t in other.state_dict().values()}
+
+
+def test_state_dict_names_and_record():
+    model = Model(Counting(), local=[1.0, 2.0, 3.0])
+    keys = {k for k in model.state_dict() if "branches" not in k and k.startswith("block")}
+    assert keys == {"block.beta", "block.resolver.state"}
+
+
+def test_change_of_dtype(x):
+    model = Model(Counting(), local=[1.0, 2.0, 1 / 3])
+    gradients(model, x)
+    model.to(torch.bfloat16)
+    block = model.block
+    assert block.beta.dtype == block.resolver.state.dtype == block.stats().gram.dtype == torch.float64
+    assert block.beta.tolist() == [1.0, 2.0, 1 / 3]
+    grads = gradients(model, x.to(torch.bfloat16))
+    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in grads.values())
+    assert block.resolver.state.item() == 2
+    assert {b.device.type for b in model.to("meta").buffers()} == {"meta"}
+
+
+def test_autocast(x):
+    model = Model(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(x.float())
+        assert outputs[0].dtype == torch.bfloat16
+    total([o.float() for o in outputs]).backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert model.block.stats().weights.isfinite().all()
+
+
+def test_repr():
+    text = repr(Model(Mean(), local=[1.0, 2.0, 1 / 3], per="sample").block)
+    assert "per='sample', preserve_norm=True, local=[1, 2, 0.3333]" in text and "(resolver): Mean()" in text
+
+
+COMPILED = [
+    ("plain", Mean, {}, None, (0, 1, 2)),
+    ("missing branch", Mean, {}, None, (0, 2)),
+    ("own resolver", ByLength, {}, None, (0, 2)),
+    ("state", Counting, {}, None, (0, 1, 2)),
+    ("random", Random, {}, None, (0, 1)),
+    ("mask and local step", ByLength, {"local": [1.0, 2.0, 3.0]}, torch.tensor([True, False, True]), (0, 1, 2)),
+    ("batch_sum", ByLength, {"per": "batch_sum"}, None, (0, 1, 2)),
+    ("per sample", ByLength, {"per": "sample"}, torch.rand(B, K) > 0.3, (0, 1, 2)),
+]
+
+
+@compiles
+@pytest.mark.parametrize("resolver, kwargs, mask, used", [c[1:] for c in COMPILED], ids=[c[0] for c in COMPILED])
+def test_compiled_equals_eager(x, resolver, kwargs, mask, used):
+    torch._dynamo.reset()
+    eager = Model(resolver(), **kwargs)
+    if kwargs.get("per") == "sample":
+        total(eager(x, mask), used).backward()  # makes room for the statistics of this batch size
+    model = copy.deepcopy(eager)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for scale in (1.0, -2.0, 3.0):
+        expected = gradients(eager, scale * x, used, lambda x: eager(x, mask))
+        ours = gradients(model, scale * x, used, lambda x: step(x, mask))
+        for name in expected:
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-12, atol=1e-14)
+        one, two = eager.block.stats(), model.block.stats()
+        torch.testing.assert_close(one.gram, two.gram, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(one.weights, two.weights, rtol=1e-12, atol=1e-14)
+        assert torch.equal(one.missing, two.missing)
+
+
+@compiles
+def test_inductor_equals_eager(x):
+    torch._dynamo.reset()
+    eager = Model(Counting(), local=[1.0, 2.0, 3.0])
+    model = copy.deepcopy(eager)
+    step = torch.compile(model, fullgraph=True)
+    for _ in range(2):
+        expected, ours = gradients(eager, x, (0, 2)), gradients(model, x, (0, 2), step)
+        for name in expected:
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-10, atol=1e-12)
+    assert torch.equal(eager.block.stats().missing, model.block.stats().missing)
+
+
+@compiles
+def test_state_that_a_compiled_pass_cannot_create_is_refused():
+    torch._dynamo.reset()
+    resolver, y = Counting(), torch.ones(3, requires_grad=True)
+    compiled = torch.compile(lambda y: fork(y, 2, resolver), fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="run one step without torch.compile first"):
+        compiled(y)
