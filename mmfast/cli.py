@@ -51,7 +51,7 @@ def demo(
 
     from mmfast.demo import data as tables
     from mmfast.demo import figure, report, run
-    from mmfast.demo._standin import resolver
+    from mmfast.resolvers import resolver
 
     console = Console()
     started = time.perf_counter()

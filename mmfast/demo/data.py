@@ -89,6 +89,7 @@ def read_csv(path: Path, types: dict[str, str] | None = None) -> Table:
     """
     types = types or {}
     names, rows, lines = _cells(path)
+    _check_rows(path, len(rows))
     for name, kind in types.items():
         if name not in names:
             raise DataError(f"--types names the column {name!r}, which {path.name} does not have; it has {', '.join(names)}")
@@ -109,9 +110,13 @@ def read_csv(path: Path, types: dict[str, str] | None = None) -> Table:
     if empty.any():
         notes.append(f"{int(empty.sum())} row(s) without any value dropped")
         x = x[~empty]
-    if len(x) < LEAST_ROWS:
-        raise DataError(f"{path.name} has {len(x)} usable row(s), at least {LEAST_ROWS} are needed")
+    _check_rows(path, len(x))
     return Table(path.name.removesuffix(".gz").removesuffix(".csv"), columns, x.contiguous(), notes)
+
+
+def _check_rows(path: Path, count: int) -> None:
+    if count < LEAST_ROWS:
+        raise DataError(f"{path.name} has {count} usable row(s), at least {LEAST_ROWS} are needed")
 
 
 def _text(path: Path) -> Iterator[str]:

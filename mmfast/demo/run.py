@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mmfast.demo import _standin as mf
+from mmfast.block import ImpartialityBlock
 from mmfast.demo import naive
 from mmfast.demo.data import Column, Part, Split, Table, split
 from mmfast.demo.model import VAE, Join, Loop
 from mmfast.models.likelihoods import Joint
+from mmfast.ops import gram
+from mmfast.resolvers import resolver
 from mmfast.stats import cosines, norms
 
 WITHOUT, WITH = "without block", "with block"
@@ -95,12 +97,12 @@ def test_errors(predicted: Tensor, part: Part, columns: list[Column]) -> Tensor:
 
 def conflict(model: VAE, part: Part) -> Conflict:
     """The conflict of the model's K gradients on some rows, and what the block's last weights make of their norms."""
-    G = mf.gram(model.gradients(part.x, part.seen)).cpu()
+    G = gram(model.gradients(part.x, part.seen)).cpu()
     i, j = torch.triu_indices(len(G), len(G), 1)
     cosine = cosines(G)[i, j]
     cosine = cosine[~cosine.isnan()]
     negative = cosine[cosine < 0]
-    resolved = _spread(model.heads.stats().weights.abs() * norms(G)) if isinstance(model.heads, mf.ImpartialityBlock) else None
+    resolved = _spread(model.heads.stats().weights.abs() * norms(G)) if isinstance(model.heads, ImpartialityBlock) else None
     return Conflict(len(negative) / max(1, len(cosine)), negative.mean().item() if len(negative) else 0.0, _spread(norms(G)), resolved)
 
 
@@ -204,7 +206,7 @@ def time_steps(table: Table, parts: Split, settings: Settings, tick: Callable[[i
 
 def block(heads: nn.ModuleList, rule: str) -> nn.Module:
     """The impartiality block with the rule of that name."""
-    return mf.ImpartialityBlock(heads, mf.resolver(rule))
+    return ImpartialityBlock(heads, resolver(rule))
 
 
 def run(table: Table, settings: Settings, progress: Progress) -> Result:
