@@ -15,7 +15,9 @@ except ModuleNotFoundError:
 BUILTIN = ("diabetes", "wine")
 EXTRAS = {"rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
-app = typer.Typer(help="Impartial multimodal training, made free.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Impartial multimodal training, in one fused pass.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 def _fail(message: str) -> NoReturn:
@@ -34,7 +36,9 @@ def _types(text: str) -> dict[str, str]:
 
 @app.command()
 def demo(
-    data: Annotated[str, typer.Option(help="diabetes, wine, or a CSV file (.csv, .csv.gz) whose first line names the columns.")] = "diabetes",
+    data: Annotated[
+        str, typer.Option(help="diabetes, wine, or a CSV file (.csv, .csv.gz) whose first line names the columns.")
+    ] = "diabetes",
     types: Annotated[str, typer.Option(help="Kinds that a CSV's columns have: col=real|positive|count|binary|categorical,...")] = "",
     rule: Annotated[str, typer.Option(help="The rule of the block, such as gradnorm, pcgrad, upgrad, imtlg.")] = "gradnorm",
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows; by default about 8,000 steps' worth.")] = None,
@@ -74,7 +78,13 @@ def demo(
     settings = run.Settings(rule=rule, seeds=seeds, epochs=epochs)
     if quick:
         settings.steps, settings.timing_rounds, settings.timing_steps = 40, 2, 2
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[remark]}"))
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}"),
+    )
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, object] = {}
 
@@ -86,7 +96,9 @@ def demo(
         result = run.run(table, settings, progress)
     report.show(console, result)
     written = [figure.draw(result, out / "demo.png"), *report.write_csv(result, out)]
-    console.print(f"\nWritten to {out}: {', '.join(path.name for path in written)}  ({time.perf_counter() - started:.0f} s in all)", highlight=False)
+    console.print(
+        f"\nWritten to {out}: {', '.join(path.name for path in written)}  ({time.perf_counter() - started:.0f} s in all)", highlight=False
+    )
 
 
 @app.command()

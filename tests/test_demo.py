@@ -14,10 +14,10 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from typer.testing import CliRunner  # noqa: E402
+from typer.testing import CliRunner
 
-from mmfast.cli import app  # noqa: E402
-from mmfast.demo import data, naive, report, run  # noqa: E402
+from mmfast.cli import app
+from mmfast.demo import data, naive, report, run
 
 DTYPE = torch.float64
 
@@ -54,7 +54,9 @@ def test_prediction_is_the_best_guess_in_original_units(name, w):
     best = likelihood.predict(raw, w)
     assert best.shape == (7,)
     if isinstance(likelihood, Categorical | Bernoulli | Poisson):
-        others = torch.arange(4.0 if isinstance(likelihood, Categorical) else 2.0 if isinstance(likelihood, Bernoulli) else 30.0, dtype=DTYPE)
+        others = torch.arange(
+            4.0 if isinstance(likelihood, Categorical) else 2.0 if isinstance(likelihood, Bernoulli) else 30.0, dtype=DTYPE
+        )
         others = others.unsqueeze(1).expand(-1, 7)
     else:
         others = best * torch.tensor([[0.9], [0.999], [1.001], [1.1]], dtype=DTYPE)
@@ -121,7 +123,12 @@ def test_kinds_are_inferred(tmp_path, name, separator):
         "change": "real",
         "income": "positive",
     }
-    assert [note.split(" dropped: ")[0] for note in table.notes] == ["column 'row'", "column 'same'", "column 'comment'", "column 'nothing'"]
+    assert [note.split(" dropped: ")[0] for note in table.notes] == [
+        "column 'row'",
+        "column 'same'",
+        "column 'comment'",
+        "column 'nothing'",
+    ]
     at = {column.name: i for i, column in enumerate(table.columns)}
     assert table.columns[at["city"]].labels == ["A", "B", "C"] and table.columns[at["flag"]].labels == ["no", "yes"]
     assert table.x[4, at["city"]] == 1 and table.x[5, at["city"]].isnan()  # row 4 is "ABC"[1]; row 5 is empty
@@ -150,7 +157,10 @@ BAD_FILES = {
     "open quote": (HEAD + rows_of(USUAL) + '"1,2\n', "line 42"),
     "few rows": (HEAD + rows_of(USUAL, 7), "7 usable row"),
     "one column": ("a\n" + rows_of(USUAL[:1]), "1 usable column"),
-    "constant": ("a,b,c\n" + rows_of((USUAL[0], lambda i: 1, lambda i: "x")), "1 usable column(s), at least 2 are needed; column 'b' dropped"),
+    "constant": (
+        "a,b,c\n" + rows_of((USUAL[0], lambda i: 1, lambda i: "x")),
+        "1 usable column(s), at least 2 are needed; column 'b' dropped",
+    ),
 }
 
 
@@ -247,7 +257,9 @@ def test_a_whole_run(tmp_path, source):
         conflicts = list(csv.DictReader(f))
     assert {row["model"] for row in conflicts} == {run.WITHOUT, run.WITH}
     for row in conflicts:
-        assert 0 <= float(row["share_in_conflict"]) <= 1 and -1 <= float(row["mean_conflicting_cosine"]) <= 0 and float(row["norm_ratio"]) >= 1
+        assert (
+            0 <= float(row["share_in_conflict"]) <= 1 and -1 <= float(row["mean_conflicting_cosine"]) <= 0 and float(row["norm_ratio"]) >= 1
+        )
         assert (row["norm_ratio_after"] == "") == (row["model"] == run.WITHOUT)
     with (out / "speed.csv").open() as f:
         speeds = list(csv.DictReader(f))
@@ -268,8 +280,16 @@ def outcome(seed, *errors):
 @pytest.mark.parametrize(
     "without, with_block, expected",
     [
-        ([(0.2, 0.4), (0.4, 0.4)], [(0.1, 0.3), (0.1, 0.5)], ["0.3500 without the block, 0.2500 with it: 29% lower", "2 of 2 seeds", "Better on 1 of 2 features, no better on 1: y"]),
-        ([(0.2, 0.4)], [(0.3, 0.4)], ["(one seed): 0.3000 without the block, 0.3500 with it: 17% higher", "no better on 2: x, y", "does not pay"]),
+        (
+            [(0.2, 0.4), (0.4, 0.4)],
+            [(0.1, 0.3), (0.1, 0.5)],
+            ["0.3500 without the block, 0.2500 with it: 29% lower", "2 of 2 seeds", "Better on 1 of 2 features, no better on 1: y"],
+        ),
+        (
+            [(0.2, 0.4)],
+            [(0.3, 0.4)],
+            ["(one seed): 0.3000 without the block, 0.3500 with it: 17% higher", "no better on 2: x, y", "does not pay"],
+        ),
         ([(0.2, 0.4)], [(float("nan"), float("nan"))], ["1 of 1 seeds have no result"]),
     ],
 )

@@ -59,7 +59,19 @@ def builtin(name: str) -> Table:
     from sklearn import datasets
 
     if name == "diabetes":
-        names = ["age", "sex", "bmi", "blood_pressure", "cholesterol", "ldl", "hdl", "chol_hdl_ratio", "log_triglycerides", "glucose", "progression"]
+        names = [
+            "age",
+            "sex",
+            "bmi",
+            "blood_pressure",
+            "cholesterol",
+            "ldl",
+            "hdl",
+            "chol_hdl_ratio",
+            "log_triglycerides",
+            "glucose",
+            "progression",
+        ]
         kinds = ["count", "binary", "positive", "positive", "positive", "positive", "positive", "positive", "real", "count", "count"]
         bunch = datasets.load_diabetes(scaled=False)
     else:
@@ -120,7 +132,11 @@ def _check_rows(path: Path, count: int) -> None:
 
 
 def _text(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rt", encoding="utf-8-sig", newline="") if path.suffix == ".gz" else path.open(encoding="utf-8-sig", newline="") as f:
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8-sig", newline="") as f
+    ):
         yield from f
 
 

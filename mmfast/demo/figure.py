@@ -16,13 +16,13 @@ from mmfast.demo.report import change, medians, percent, seed_means
 from mmfast.demo.run import WITH, WITHOUT, Conflict, Result
 
 GREY, BLUE, LIGHT, INK = "#9aa0a6", "#1a5fb4", "#e3e6e8", "#202124"
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
-        "axes.titlepad": 10,
+    "axes.titlepad": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": "#5f6368",
@@ -51,7 +51,9 @@ def _errors(ax: Axes, result: Result) -> None:
     ax.grid(axis="x", color=LIGHT, lw=0.8)
     ax.tick_params(length=0)
     ax.spines["left"].set_visible(False)
-    ax.set_xlabel(f"error on held-out rows: error rate, or RMSE / range{'; thin lines: range over the seeds' if len(result.outcomes[WITH]) > 1 else ''}")
+    ax.set_xlabel(
+        f"error on held-out rows: error rate, or RMSE / range{'; thin lines: range over the seeds' if len(result.outcomes[WITH]) > 1 else ''}"
+    )
     ax.set_title("Reconstruction error of each feature")
     ax.plot([], [], "o", color=GREY, ms=7, label="without block")
     ax.plot([], [], "o", color=BLUE, ms=7, label=f"with block ({result.settings.rule})")

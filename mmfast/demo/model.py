@@ -1,6 +1,7 @@
 """A variational autoencoder with one linear head per feature; what lies between the shared decoder and the heads is exchangeable."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class Loop(nn.Module):
 
 
 def _layers(sizes: Sequence[int], activation: type[nn.Module]) -> list[nn.Module]:
-    return [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), activation())]
+    return [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), activation())]
 
 
 class VAE(nn.Module):
@@ -49,6 +50,7 @@ class VAE(nn.Module):
                 if isinstance(m, nn.Linear):
                     nn.init.xavier_uniform_(m.weight, gain)
                     nn.init.constant_(m.bias, 0.01)
+        self.branches = list(heads)  # a plain list: they are registered once, in what joins them
         self.heads = join(heads)
 
     def decode(self, y: Tensor) -> Tensor:
@@ -78,5 +80,5 @@ class VAE(nn.Module):
         with torch.no_grad():
             y = self.decoder(self.mean(self.encoder(x * seen)))
         y.requires_grad_()
-        losses = -(self.joint.log_prob(torch.cat([head(y) for head in self.heads.branches], -1), x) * seen).sum(0)
+        losses = -(self.joint.log_prob(torch.cat([head(y) for head in self.branches], -1), x) * seen).sum(0)
         return [torch.autograd.grad(loss, y, retain_graph=True)[0] for loss in losses]

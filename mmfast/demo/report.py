@@ -33,9 +33,9 @@ def change(before: float, after: float) -> float:
     return after / before - 1 if before > 0 else math.nan
 
 
-def _grid(console: Console, title: str, remark: str = "", **options: bool) -> Grid:
+def _grid(console: Console, title: str, remark: str = "", show_footer: bool = False) -> Grid:
     console.print(f"\n[bold]{title}[/] {remark}", highlight=False)
-    return Grid(box=box.SIMPLE_HEAD, header_style="", pad_edge=False, **options)
+    return Grid(box=box.SIMPLE_HEAD, header_style="", pad_edge=False, show_footer=show_footer)
 
 
 def _error(x: float) -> str:
@@ -63,13 +63,17 @@ def verdict(result: Result) -> list[str]:
     change_of_mean = change(a, b)
     word = "lower" if b < a else "higher" if b > a else "no different"
     seeds = f"median of {len(means)} seeds" if len(means) > 1 else "one seed"
-    lines.append(f"Mean error over the features ({seeds}): {_error(a)} without the block, {_error(b)} with it: {abs(change_of_mean):.0%} {word}.")
+    lines.append(
+        f"Mean error over the features ({seeds}): {_error(a)} without the block, {_error(b)} with it: {abs(change_of_mean):.0%} {word}."
+    )
     if len(means) > 1:
         lines.append(f"The block has the lower mean in {sum(y < x for x, y in means)} of {len(means)} seeds.")
     names = [column.name for column in result.table.columns]
     no_better = [name for name, x, y in zip(names, before, after, strict=True) if not y < x]
     helped = len(names) - len(no_better)
-    lines.append(f"Better on {helped} of {len(names)} features" + (f", no better on {len(no_better)}: {', '.join(no_better)}." if no_better else "."))
+    lines.append(
+        f"Better on {helped} of {len(names)} features" + (f", no better on {len(no_better)}: {', '.join(no_better)}." if no_better else ".")
+    )
     if not b < a:
         lines.append(f"On these data {result.settings.rule} does not pay; another --rule may.")
     return lines
@@ -104,7 +108,12 @@ def show(console: Console, result: Result) -> None:
     """Everything measured, as tables."""
     settings = result.settings
     before, after = medians(result, WITHOUT), medians(result, WITH)
-    grid = _grid(console, "Reconstruction error on held-out rows", "(error rate of classes, RMSE / range of numbers; less is better)", show_footer=True)
+    grid = _grid(
+        console,
+        "Reconstruction error on held-out rows",
+        "(error rate of classes, RMSE / range of numbers; less is better)",
+        show_footer=True,
+    )
     means = [statistics.median(seed_means(result, name)) for name in (WITHOUT, WITH)]
     grid.add_column("feature", "mean", footer_style="bold", no_wrap=True)
     grid.add_column("kind")
@@ -163,6 +172,14 @@ def write_csv(result: Result, folder: Path) -> list[Path]:
     ]
     return [
         _write(folder / "errors.csv", ["feature", "kind", "measure", "seed", "without_block", "with_block"], errors),
-        _write(folder / "conflict.csv", ["model", "seed", "step", "share_in_conflict", "mean_conflicting_cosine", "norm_ratio", "norm_ratio_after"], conflicts),
-        _write(folder / "speed.csv", ["block", "rule", "steps_per_second", "remark"], [(s.label, s.rule, s.per_second, s.reason) for s in result.speeds]),
+        _write(
+            folder / "conflict.csv",
+            ["model", "seed", "step", "share_in_conflict", "mean_conflicting_cosine", "norm_ratio", "norm_ratio_after"],
+            conflicts,
+        ),
+        _write(
+            folder / "speed.csv",
+            ["block", "rule", "steps_per_second", "remark"],
+            [(s.label, s.rule, s.per_second, s.reason) for s in result.speeds],
+        ),
     ]

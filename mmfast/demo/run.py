@@ -1,10 +1,10 @@
 """Trains the two models, measures what their gradients do where they meet, and times the ways to write the block."""
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Settings:
     epochs: int | None = None  # as many as make `steps` if left out
     steps: int = 8000
     batch: int = 64
-    timing_rounds: int = 15
+    timing_rounds: int = 20
     timing_steps: int = 8
 
 
@@ -163,20 +163,20 @@ def train(table: Table, parts: Split, seed: int, join: Join, settings: Settings,
 
 def _contenders(k: int, rule: str) -> list[tuple[str, str, Join | None, str]]:
     """(label, rule, join or None, reason) of everything to be timed."""
+    written_out = naive.rules(k)
     rules = [rule]
-    if "PCGrad" not in rules and (naive.torchjd_rule(rule) is None or rule not in naive.rules(k)):
+    if rule != "PCGrad" and (naive.torchjd_rule(rule) is None or rule not in written_out):
         rules.append("PCGrad")  # everyone has it
     found: list[tuple[str, str, Join | None, str]] = [("no block", "", Loop, "")]
     for name in rules:
-        found.append(("mmfast", name, lambda heads, name=name: block(heads, name), ""))
+        found.append(("mmfast", name, partial(block, rule=name), ""))
         peer = naive.torchjd_rule(name)
         if peer is not None:
-            found.append(("TorchJD", name, lambda heads, peer=peer: naive.Materialised(heads, peer), ""))
-        elif name == rules[-1]:
-            installed = importlib.util.find_spec("torchjd") is not None
-            found.append(("TorchJD", name, None, "does not have this rule" if installed else "not installed: pip install torchjd"))
-        if name in naive.rules(k):
-            found.append(("naive loops", name, lambda heads, f=naive.rules(k)[name]: naive.Materialised(heads, f), ""))
+            found.append(("TorchJD", name, partial(naive.Materialised, aggregate=peer), ""))
+        elif name == "PCGrad":
+            found.append(("TorchJD", name, None, "not installed: pip install torchjd"))
+        if name in written_out:
+            found.append(("naive loops", name, partial(naive.Materialised, aggregate=written_out[name]), ""))
     return found
 
 
@@ -209,12 +209,25 @@ def block(heads: nn.ModuleList, rule: str) -> nn.Module:
     return ImpartialityBlock(heads, resolver(rule))
 
 
+def _tick(progress: Progress, task: str, before: int, total: int, done: int, remark: str) -> None:
+    progress(task, before + done, total, remark)
+
+
 def run(table: Table, settings: Settings, progress: Progress) -> Result:
     """Both trainings on every seed, then the timing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much on a busy machine
+    try:
+        return _run(table, settings, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(table: Table, settings: Settings, progress: Progress) -> Result:
     parts = split(table, 0)
     epochs = settings.epochs or max(1, round(settings.steps / (len(parts.train.x) // _batch(settings, parts))))
     rounds = settings.timing_rounds + 1
-    joins: dict[str, Join] = {WITHOUT: Loop, WITH: lambda heads: block(heads, settings.rule)}
+    joins: dict[str, Join] = {WITHOUT: Loop, WITH: partial(block, rule=settings.rule)}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in joins}
     for task in joins:
         progress(task, 0, settings.seeds * epochs, "")
@@ -222,11 +235,7 @@ def run(table: Table, settings: Settings, progress: Progress) -> Result:
     for seed in range(settings.seeds):
         parts = split(table, seed)
         for name, join in joins.items():
-            before = seed * epochs
-
-            def tick(epoch: int, remark: str, name: str = name, before: int = before) -> None:
-                progress(name, before + epoch, settings.seeds * epochs, remark)
-
+            tick = partial(_tick, progress, name, seed * epochs, settings.seeds * epochs)
             outcomes[name].append(train(table, parts, seed, join, settings, epochs, tick))
-    speeds = time_steps(table, parts, settings, lambda i, remark: progress("speed", i, rounds, remark))
+    speeds = time_steps(table, parts, settings, partial(_tick, progress, "speed", 0, rounds))
     return Result(table, settings, epochs, outcomes, speeds)

@@ -7,7 +7,7 @@ many features of one kind.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,35 +123,38 @@ class Joint(nn.Module):
     """
 
     w: Tensor
+    _features: Tensor
+    _outputs: Tensor
+    _order: Tensor
 
     def __init__(self, likelihoods: Sequence[Likelihood], w: Tensor | None = None) -> None:
         super().__init__()
         self.likelihoods = list(likelihoods)
         self.sizes = [likelihood.n_outputs for likelihood in likelihoods]  # outputs of each head, in order
-        self.register_buffer("w", torch.ones(len(self.sizes)) if w is None else w.float())
-        starts = torch.tensor([0, *self.sizes]).cumsum(0)
         groups: dict[Likelihood, list[int]] = {}
         for i, likelihood in enumerate(likelihoods):
             groups.setdefault(likelihood, []).append(i)
-        self._groups = []
-        for g, (likelihood, members) in enumerate(groups.items()):
-            features = torch.tensor(members)
-            outputs = (starts[features, None] + torch.arange(likelihood.n_outputs)).flatten()
-            self.register_buffer(f"_features{g}", features, persistent=False)
-            self.register_buffer(f"_outputs{g}", outputs, persistent=False)
-            self._groups.append(likelihood)
-        self.register_buffer("_order", torch.tensor([i for members in groups.values() for i in members]).argsort(), persistent=False)
+        self._groups = [(likelihood, len(members)) for likelihood, members in groups.items()]
+        features = torch.tensor([i for members in groups.values() for i in members])  # kind by kind
+        heads = torch.arange(sum(self.sizes)).split(self.sizes)
+        self.register_buffer("w", torch.ones(len(self.sizes)) if w is None else w.float())
+        self.register_buffer("_features", features, persistent=False)
+        self.register_buffer("_outputs", torch.cat([heads[i] for i in features]), persistent=False)
+        self.register_buffer("_order", features.argsort(), persistent=False)  # and back
 
-    def _parts(self, raw: Tensor):
-        for g, likelihood in enumerate(self._groups):
-            features, outputs = getattr(self, f"_features{g}"), getattr(self, f"_outputs{g}")
-            yield likelihood, features, raw.index_select(-1, outputs).unflatten(-1, (len(features), likelihood.n_outputs))
+    def _by_kind(self, raw: Tensor) -> Iterator[tuple[Likelihood, Tensor, Tensor]]:
+        """Each kind's likelihood, its raw outputs [..., features of that kind, n_outputs], and their w."""
+        widths, counts = [n * part.n_outputs for part, n in self._groups], [n for _, n in self._groups]
+        raws, ws = raw.index_select(-1, self._outputs).split(widths, -1), self.w[self._features].split(counts)
+        for (part, n), r, w in zip(self._groups, raws, ws, strict=True):
+            yield part, r.unflatten(-1, (n, part.n_outputs)), w
 
     def log_prob(self, raw: Tensor, x: Tensor) -> Tensor:
         """Log-likelihood of each feature, [..., K], from all heads' outputs side by side, raw [..., sum(sizes)], and x [..., K]."""
-        parts = [part.log_prob(r, x.index_select(-1, i), self.w[i]) for part, i, r in self._parts(raw)]
+        xs = x.index_select(-1, self._features).split([n for _, n in self._groups], -1)
+        parts = [part.log_prob(r, x_part, w) for (part, r, w), x_part in zip(self._by_kind(raw), xs, strict=True)]
         return torch.cat(parts, -1).index_select(-1, self._order)
 
     def predict(self, raw: Tensor) -> Tensor:
         """Point predictions [..., K], in original units."""
-        return torch.cat([part.predict(r, self.w[i]) for part, i, r in self._parts(raw)], -1).index_select(-1, self._order)
+        return torch.cat([part.predict(r, w) for part, r, w in self._by_kind(raw)], -1).index_select(-1, self._order)
