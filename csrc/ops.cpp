@@ -1,5 +1,4 @@
 // Operator schemas, the checks that memory safety needs, and the CPU registration. Messages for people come from Python.
-#include <cstdlib>
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -9,21 +8,7 @@
 namespace mmfast {
 namespace {
 
-const CpuKernels* pick() {
-  const char* forced = std::getenv("MMFAST_CPU_ISA");
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-  if (avx512 && (!forced || !std::strcmp(forced, "avx512"))) return &kernels_avx512;
-  if (avx2 && (!forced || std::strcmp(forced, "portable"))) return &kernels_avx2;
-#endif
-  (void)forced;
-  return &kernels_portable;
-}
-
-const CpuKernels* kernels = pick();
+const CpuKernels* kernels = choose_kernels();
 
 Pool torch_pool() {
   return {static_cast<int>(torch::stable::get_num_threads()),
@@ -241,9 +226,6 @@ Tensor trimmed_mean_cpu(Tensors grads, std::vector<int64_t> missing, std::option
   return out;
 }
 
-// Which instruction set runs: 0 portable, 1 AVX2, 2 AVX-512.
-int64_t isa() { return kernels == &kernels_portable ? 0 : kernels == &kernels_avx2 ? 1 : 2; }
-
 }  // namespace
 }  // namespace mmfast
 
@@ -256,7 +238,6 @@ STABLE_TORCH_LIBRARY(mmfast, m) {
       "bool preserve_norm, bool with_gram) -> (Tensor, Tensor)");
   m.def("graddrop(Tensor[] grads, int[] missing, Tensor? mask, float leak, Tensor rng) -> Tensor");
   m.def("trimmed_mean(Tensor[] grads, int[] missing, Tensor? mask, int trim) -> Tensor");
-  m.def("isa() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
@@ -267,5 +248,3 @@ STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
   m.impl("graddrop", TORCH_BOX(&mmfast::graddrop_cpu));
   m.impl("trimmed_mean", TORCH_BOX(&mmfast::trimmed_mean_cpu));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(mmfast, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&mmfast::isa)); }

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from mmfast import _standin as ops
+from mmfast import ops
+from mmfast.ops import contract
+from mmfast.resolvers import resolver as by_name
 from mmfast.resolvers.base import Resolver, Rule
+from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.scaling import LocalScale
 from mmfast.stats import BlockStats
 
-MAX_BRANCHES = 256
-GRANULARITIES = ("batch", "sample", "batch_sum")
 _NO_BACKWARD_YET = -1.0  # fills the record before the first backward pass; no squared norm is negative
 
 
@@ -59,52 +60,39 @@ class _Fork(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         out, info = ops.resolve_info(present, resolver, k=k, missing=missing, per=per, mask=mask, preserve_norm=preserve_norm)
         if block is not None:
-            block._keep(info, mask)
+            block._keep(info)
         return out, None, None
 
 
 def _check_plan(k: int, resolver: Resolver | str, per: str) -> Resolver:
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k is a {type(k).__name__}, expected an int")
-    if not 1 <= k <= MAX_BRANCHES:
-        raise ValueError(f"k is {k}, expected 1 to {MAX_BRANCHES} branches")
+    if not 1 <= k <= contract.MAX_GRADS:
+        raise ValueError(f"k is {k}, expected 1 to {contract.MAX_GRADS} branches")
+    contract.per_code(per)
     if isinstance(resolver, str):
-        from mmfast.resolvers import resolver as by_name
-
         resolver = by_name(resolver)
     if not isinstance(resolver, Resolver):
         what = f"the class {resolver.__name__}" if isinstance(resolver, type) else f"a {type(resolver).__name__}"
         raise TypeError(f"resolver is {what}, expected an instance of mmfast.Resolver or the name of one")
-    if per not in GRANULARITIES:
-        raise ValueError(f"per is {per!r}, expected one of {', '.join(map(repr, GRANULARITIES))}")
+    resolver.check(k)
     return resolver
 
 
 def _check_tensors(y: Tensor, mask: Tensor | None, plan: _Plan) -> None:
     if not isinstance(y, Tensor):
         raise TypeError(f"y is a {type(y).__name__}, expected a tensor")
-    if not y.is_floating_point():
-        raise TypeError(f"y is of {y.dtype}, expected a floating-point tensor")
-    if plan.per != "batch" and y.dim() == 0:
-        raise ValueError(f"y has no dimension, but per={plan.per!r} needs the batch as its first")
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask is a {type(mask).__name__}, expected a bool tensor")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask is of {mask.dtype}, expected torch.bool")
-    shape = tuple(mask.shape)
-    if shape != (plan.k,) and (plan.per != "sample" or shape != (y.shape[0], plan.k)):
-        expected = f"({plan.k},)" + (f" or ({y.shape[0]}, {plan.k})" if plan.per == "sample" else "; one mask per sample needs per='sample'")
-        raise ValueError(f"mask has shape {shape}, expected {expected}")
-    if mask.device != y.device:
-        raise ValueError(f"mask is on {mask.device}, expected {y.device} like y")
+    if y.dtype not in contract.DTYPES:
+        raise TypeError(f"y is {y.dtype}, expected one of {', '.join(map(str, contract.DTYPES))}")
+    if y.dim() == 0:
+        contract.check_per(plan.per, y.shape)
+    if mask is not None:
+        contract.check_mask(mask, plan.k, y.shape, y.device)
 
 
 def _stateless(resolver: Resolver, k: int) -> list[Rule]:
     """The rules of a resolver that keep state and have none yet."""
-    chain = resolver.chain() if isinstance(resolver, Rule) else None
-    return [rule for rule in chain or () if rule.state is None and rule.state_size(k)]
+    return [rule for rule in resolver.chain() or () if rule.state is None and rule.state_size(k)]
 
 
 def _fork(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
@@ -130,7 +118,7 @@ def fork(
         resolver: the rule, or its name. A rule that keeps state belongs to one fork: give every fork its own, and keep it between calls.
         per: "batch" resolves one problem, each gradient flattened; "sample" one for each index of the first dimension; "batch_sum" one,
             from the gradients summed over the first dimension.
-        mask: bool [k], False where a branch is to be left out; for per="sample" also [B, k].
+        mask: bool [k], False where a branch is to be left out, or [B, k] to leave it out of some entries of the first dimension.
         preserve_norm: scales the result to the length of the plain sum of the gradients, as the paper does.
 
     Returns:
@@ -186,7 +174,9 @@ def _check_local(local: Any, k: int) -> tuple[float, ...]:
     try:
         beta = tuple(float(b) for b in values)
     except (TypeError, ValueError):
-        raise TypeError(f"local is a {type(local).__name__}, expected {k} numbers, or a StandardScale, DimRatio or LipschitzScale") from None
+        raise TypeError(
+            f"local is a {type(local).__name__}, expected {k} numbers, or a StandardScale, DimRatio or LipschitzScale"
+        ) from None
     if len(beta) != k:
         raise ValueError(f"local has {len(beta)} numbers, expected {k}, one per branch")
     for i, b in enumerate(beta):
@@ -240,8 +230,8 @@ class ImpartialityBlock(nn.Module):
                     raise TypeError(f"branches[{i}] is a {type(branch).__name__}, expected an nn.Module")
             branches = nn.ModuleList(branches)
         k = len(branches)
-        if not 1 <= k <= MAX_BRANCHES:
-            raise ValueError(f"branches has {k} modules, expected 1 to {MAX_BRANCHES}")
+        if not 1 <= k <= contract.MAX_GRADS:
+            raise ValueError(f"branches has {k} modules, expected 1 to {contract.MAX_GRADS}")
         self.branches = branches
         self.resolver = _check_plan(k, resolver, per)
         self.per = per
@@ -262,7 +252,7 @@ class ImpartialityBlock(nn.Module):
 
         Args:
             y: floating-point tensor; what each branch takes as its first argument.
-            mask: bool [K] (for per="sample" also [B, K]), False where a branch's gradient is to be left out.
+            mask: bool [K] or [B, K], False where a branch's gradient is to be left out, see `fork`.
             kwargs: handed to every branch.
 
         Returns:
@@ -287,7 +277,7 @@ class ImpartialityBlock(nn.Module):
             RuntimeError: no backward pass yet, or the resolver works elementwise and has neither weights nor Gramian.
         """
         info = self._info
-        if info is None:
+        if info is None or isinstance(self.resolver, ElementwiseRule):
             raise RuntimeError(
                 f"{type(self.resolver).__name__} works on each element by itself and has neither weights nor Gramian; "
                 "call mmfast.gram on the gradients to see how they conflict"
@@ -296,10 +286,7 @@ class ImpartialityBlock(nn.Module):
             raise RuntimeError("no backward pass has reached this block yet; call loss.backward() before stats()")
         return BlockStats.of(self.names, info)
 
-    def _keep(self, info: Tensor | None, mask: Tensor | None) -> None:
-        if info is not None and mask is not None:
-            pair = mask.unsqueeze(-1) & mask.unsqueeze(-2)
-            info = torch.where(torch.cat([mask, pair.flatten(-2)], -1), info, 0)
+    def _keep(self, info: Tensor | None) -> None:
         if not torch.compiler.is_compiling():
             self._buffers["_info"] = info
         elif info is not None and self._info is not None and self._info.shape == info.shape:

@@ -119,15 +119,16 @@ def _smoothness(kind: str, x: Tensor) -> tuple[float, ...]:
     In an exponential family that Hessian is minus the covariance of the sufficient statistics, whatever the data.
     """
     if kind == "exponential":
-        return (x.mean().item() ** 2,)
+        mean = x.mean().item()
+        return (mean * mean,)
     if kind == "gamma":
         shape, rate = _gamma_fit(x)
         cross = 1 / rate
-        return torch.polygamma(1, torch.tensor(shape, dtype=torch.float64)).item() + cross, cross + shape / rate**2
+        return torch.polygamma(1, torch.tensor(shape, dtype=torch.float64)).item() + cross, cross + shape * cross * cross
     x = x.log() if kind == "positive" else x
     mean, variance = x.mean().item(), x.var(correction=0).item()
     cross = 2 * abs(mean) * variance  # of x and x^2
-    return variance + cross, cross + 2 * variance**2 + 4 * mean**2 * variance
+    return variance + cross, cross + 2 * variance * variance + 4 * mean * mean * variance
 
 
 def _positive_root(terms: dict[int, float], goal: float) -> float:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.optimize
 import torch
 from torch import Tensor
 
-from mmfast.resolvers import compose, magnitude, projection, robust, simple
+from mmfast.resolvers import compose, cone, magnitude, projection, robust, simple
 from mmfast.resolvers.base import Resolver
 
 # The two-row example every multi-task library is checked on: J and the golden weights of it.
@@ -77,6 +78,67 @@ def _torchjd_krum() -> object:
     return Krum(1)
 
 
+def _peer(name: str) -> Callable[[], object]:
+    def make() -> object:
+        import torchjd.aggregation
+
+        return getattr(torchjd.aggregation, name)()
+
+    return make
+
+
+def _cosines(G: Tensor) -> tuple[Tensor, Tensor]:
+    size = G.diagonal().sqrt()
+    return size, G / (size.unsqueeze(-1) * size)
+
+
+def _stacked(C: Tensor) -> np.ndarray:
+    """Rows whose Gramian is C, free of the rounding that makes dependent rows look independent."""
+    values, vectors = torch.linalg.eigh(C)
+    return (vectors * torch.where(values > 1e-13 * values[-1], values, 0).sqrt()).numpy()
+
+
+def _complementary(C: Tensor, l: Tensor, slack: Tensor, reach: Tensor) -> float:
+    """How far l >= 0, slack >= 0 and l * slack = 0 are from holding."""
+    return max(float(-l.min() / reach), float(-slack.min() / reach), float((l * slack).abs().max() / reach**2))
+
+
+def dual_cone_residual(G: Tensor, u: Tensor, v: Tensor) -> float:
+    """v projects the direction of u on the cone without conflict: u <= v, 0 <= Gv, u'Gv = v'Gv."""
+    size, C = _cosines(G)
+    u, v = u * size, v * size
+    return _complementary(C, v - u, C @ v, v.abs().sum())
+
+
+def _upgrad_residual(G: Tensor, w: Tensor) -> float:
+    """Against the projection of each row by another solver; in terms of J'w, for w is not unique where rows are dependent."""
+    size, C = _cosines(G)
+    rows = _stacked(C)
+    identity = np.eye(len(rows))
+    v = torch.from_numpy(np.stack([identity[i] + scipy.optimize.nnls(rows.T, -rows[i])[0] for i in range(len(rows))]))
+    expected = (size / len(w)) @ v
+    return float((C @ (w * size - expected)).abs().max() / expected.sum())
+
+
+def _pcd_residual(G: Tensor, w: Tensor, tau: float = 0.02) -> float:
+    """At the first step, where every average is the gradient's own square norm: w times the norms is f (1, l)."""
+    size, C = _cosines(G)
+    v = w * size
+    l, slack = v[1:] / v[0], C[1:] @ v / v[0] - tau
+    norm = abs(float((v @ C @ v).clamp(min=0).sqrt() / size[0]) - 1) / max(1.0, float(v.abs().sum() / size[0]))
+    if l.numel() == 0 or not (l.any() or slack.min() < 0):
+        return norm
+    if l.any():
+        return max(norm, _complementary(C[1:, 1:], l, slack, 1 + l.sum()))
+    # The primary gradient alone despite a violated constraint: some combination of the constraints must contradict itself (Farkas).
+    margin = (tau - C[1:, 0]).numpy()
+    system = np.vstack([_stacked(C)[1:].T, margin])
+    return max(norm, scipy.optimize.nnls(system, np.eye(len(system))[-1])[1])
+
+
+# With c the cosine of the golden rows, -22 / sqrt(18 38), the direction is c_1 + (tau - c) c_2; its square norm 1 - c^2 + tau^2.
+_PCD_FIRST = (200 / 684 + 0.02**2) ** -0.5
+
 RULES: dict[str, Row] = {
     "Sum": Row(lambda k: simple.Sum(), golden=(1, 1)),
     "Mean": Row(lambda k: simple.Mean(), golden=(0.5, 0.5)),
@@ -99,4 +161,28 @@ RULES: dict[str, Row] = {
     "Krum": Row(lambda k: robust.Krum(1), residual=_krum(1, 1, 2), min_k=4),
     "Krum plain": Row(lambda k: robust.Krum(1, distance="plain"), residual=_krum(1, 1, 1), min_k=4, torchjd=_torchjd_krum),
     "Multi-Krum": Row(lambda k: robust.Krum(2, n_selected=3), residual=_krum(2, 3, 2), min_k=5),
+    "UPGrad": Row(
+        lambda k: cone.UPGrad(),
+        residual=_upgrad_residual,
+        nonconflicting=True,
+        golden=(10 / 9, 15 / 19),
+        golden_tolerance=1e-12,
+        torchjd=_peer("UPGrad"),
+    ),
+    "DualProj": Row(
+        lambda k: cone.DualProj(),
+        residual=lambda G, w: dual_cone_residual(G, torch.full_like(w, 1 / len(w)), w),
+        nonconflicting=True,
+        golden=(11 / 18, 1 / 2),
+        golden_tolerance=1e-12,
+        torchjd=_peer("DualProj"),
+    ),
+    "PCD": Row(
+        lambda k: cone.PCD(),
+        residual=_pcd_residual,
+        equivariant=False,
+        golden=(_PCD_FIRST, (0.02 + 22 / 684**0.5) * (18 / 38) ** 0.5 * _PCD_FIRST),
+        golden_tolerance=1e-12,
+        torchjd=_peer("PCD"),
+    ),
 }

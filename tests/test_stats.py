@@ -36,7 +36,15 @@ def test_against_the_gradients(J, scale):
     torch.testing.assert_close(stats.cosine_to_direction(G, w), torch.cosine_similarity(J, (w @ J).unsqueeze(0), dim=-1))
 
 
-ALL = [stats.norms, stats.cosines, stats.conflict_rate, stats.magnitude_similarity, stats.singular_values, stats.condition_number, stats.curvature_bound]
+ALL = [
+    stats.norms,
+    stats.cosines,
+    stats.conflict_rate,
+    stats.magnitude_similarity,
+    stats.singular_values,
+    stats.condition_number,
+    stats.curvature_bound,
+]
 
 
 @pytest.mark.parametrize("function", ALL)
@@ -95,6 +103,6 @@ def test_errors(function):
 
 @pytest.mark.parametrize("module", [block, scaling, stats])
 def test_examples_in_the_docstrings(module):
-    mf = SimpleNamespace(**vars(block), **{n: vars(scaling)[n] for n in ("StandardScale", "DimRatio", "LipschitzScale") if n not in vars(block)}, Mean=Mean)
+    mf = SimpleNamespace(**{**vars(scaling), **vars(block), "Mean": Mean})
     result = doctest.testmod(module, extraglobs={"mf": mf, "torch": torch, "nn": nn})
     assert result.attempted > 0 and result.failed == 0

@@ -73,6 +73,14 @@ struct CpuKernels {
   void (*trimmed_mean)(const Pool&, const Grads&, const ElementwiseArgs&, void* out);
 };
 
-extern const CpuKernels kernels_avx512, kernels_avx2, kernels_portable;
+extern const CpuKernels kernels_avx512, kernels_avx2, kernels_portable;  // the first two exist on x86 only
+
+// The tables this processor can run, widest first.
+struct Available {
+  const CpuKernels* tables[3];
+  int n = 0;
+};
+Available available_kernels();
+const CpuKernels* choose_kernels();  // the widest, or the one that MMFAST_CPU_ISA names
 
 }  // namespace mmfast

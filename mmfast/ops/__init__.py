@@ -19,9 +19,8 @@ def backends() -> dict[str, tuple[bool, str]]:
     >>> mf.backends()["reference"]
     (True, 'plain torch, any device')
     """
-    isa = ("portable", "AVX2", "AVX-512")[torch.ops.mmfast.isa()] if native.available else ""
     return {
-        "cpu": (native.available, f"compiled, {isa}" if native.available else str(native.missing_reason)),
+        "cpu": (native.available, f"compiled, {native.cpu_isa()}" if native.available else str(native.missing_reason)),
         "reference": (True, "plain torch, any device"),
     }
 

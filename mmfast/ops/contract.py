@@ -28,7 +28,7 @@ def check_grads(grads: Sequence[Tensor]) -> None:
     for i, g in enumerate(grads):
         if not isinstance(g, Tensor):
             raise TypeError(f"grads[{i}] is a {type(g).__name__}, expected a tensor")
-        if g.layout != torch.strided:
+        if not torch.compiler.is_compiling() and g.layout != torch.strided:  # a traced backward pass may not ask for it
             raise TypeError(f"grads[{i}] has layout {g.layout}, expected torch.strided; use to_dense()")
         if g.dtype not in DTYPES:
             raise TypeError(f"grads[{i}] is {g.dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")

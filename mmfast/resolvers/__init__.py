@@ -4,14 +4,16 @@ import difflib
 
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.compose import CRMOGM, Compose
+from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
 from mmfast.resolvers.magnitude import NSGD, GradNorm
 from mmfast.resolvers.projection import GradVac, PCGrad
 from mmfast.resolvers.robust import Krum
 from mmfast.resolvers.simple import Constant, Mean, Random, Sum
 
-_RULES: list[type[Rule]] = [
+_RULES: list[type[Resolver]] = [
     Constant,
     CRMOGM,
+    GradDrop,
     GradNorm,
     GradVac,
     Krum,
@@ -20,6 +22,7 @@ _RULES: list[type[Rule]] = [
     PCGrad,
     Random,
     Sum,
+    TrimmedMean,
 ]
 
 __all__ = ["Compose", "Resolver", "Rule", "resolver", *(rule.__name__ for rule in _RULES)]

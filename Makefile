@@ -1,0 +1,50 @@
+# Every target does all of its own set-up in .venv: run it on a fresh clone.
+#   make demo | test | bench | lint | sanitize | clean
+# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" fetches the small CPU-only torch instead of the CUDA one.
+
+PYTHON ?= python3
+PYTEST ?= -q
+PIP_FLAGS ?=
+export MMFAST_HOST ?= 1
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+SOURCES := setup.py mmfast/__init__.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test bench lint sanitize clean
+
+demo: .venv/installed-demo .venv/built
+	$(BIN)/mmfast demo
+
+test: .venv/installed-dev .venv/built
+	$(BIN)/python -m pytest $(PYTEST)
+
+bench: .venv/installed-dev .venv/built
+	$(BIN)/python -m benchmarks.bench
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The sanitizers must be loaded before Python; torch never frees some of its memory, so leaks are not looked for.
+sanitize: .venv/installed-dev
+	MMFAST_SANITIZE=1 MMFAST_HOST=0 MMFAST_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 MMFAST_LIBRARY=$(CURDIR)/build/sanitize/lib/mmfast/_C.so $(BIN)/python -m pytest --capture=sys $(PYTEST)
+
+clean:
+	rm -rf .venv build dist *.egg-info mmfast/_*.so mmfast/_build.json
+
+.venv/created:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/installed-%: .venv/created pyproject.toml constraints.txt
+	$(PIP) setuptools ninja pybind11 torch
+	$(PIP) --no-build-isolation -e '.[$*]'
+	touch $@
+
+.venv/built: $(SOURCES) .venv/created
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@

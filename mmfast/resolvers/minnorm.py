@@ -1,0 +1,196 @@
+"""Rules that look for the shortest vector of the gradients' hull: MGDA, CAGrad.
+
+csrc/solvers/minnorm.h solves them by an active set; the plain-torch forms here are interior-point methods, so each checks the other.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmfast.resolvers.base import Problem, Rule
+
+# a squared length below this part of its summands' is what rounding left over: its direction means nothing
+CANCELLED = 1e-12
+ITERATIONS = 40
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
+
+
+def _times(C: Tensor, x: Tensor) -> Tensor:
+    return (C @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _longest_step(*moves: tuple[Tensor, Tensor]) -> Tensor:
+    """The largest step up to 1 that keeps every (value, change) positive, less a little."""
+    limits = torch.cat([torch.where(change < 0, -value / change, torch.inf) for value, change in moves], -1)
+    return (0.995 * limits.amin(-1, keepdim=True)).clamp(max=1)
+
+
+def _solver(C: Tensor, diagonal: Tensor):
+    """r -> (C + diag(diagonal))^-1 r for r [B, K]; a small ridge keeps the factor of a singular C finite."""
+    ridge = (C.shape[-1] + 8) * 1e-15
+    L, _ = torch.linalg.cholesky_ex(C + torch.diag_embed(diagonal + ridge), check_errors=False)
+    return lambda r: torch.cholesky_solve(r.unsqueeze(-1), L).squeeze(-1)
+
+
+def _advance(step: Tensor, *moves: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """value + step * change, or value where the change is not finite (the problem is solved as far as the digits go)."""
+    sound = torch.cat([change for _, change in moves], -1).isfinite().all(-1, keepdim=True)
+    return [torch.where(sound, value + step * change, value) for value, change in moves]
+
+
+def _quadratic(C: Tensor, q: Tensor, a: Tensor, active: Tensor, simplex: bool) -> Tensor:
+    """argmin over x >= 0 (and a'x = 1 if simplex) of x'Cx / 2 + q'x, by Mehrotra's predictor and corrector."""
+    count = active.sum(-1, keepdim=True).clamp(min=1)
+    x = torch.where(active, 1 / a.sum(-1, keepdim=True), 1)
+    s, y = x.clone(), torch.zeros_like(x[..., :1])
+    for _ in range(ITERATIONS):
+        dual = torch.where(active, s + a * y - q - _times(C, x), 0)
+        primal = 1 - _dot(a, x)
+        mu = _dot(x, s * active) / count
+        solve = _solver(C, s / x)
+        along = solve(a)
+        dx = ds = torch.zeros_like(x)
+        for centring in (False, True):
+            target = -x * s
+            if centring:
+                step = _longest_step((x, dx), (s, ds))
+                ahead = _dot(x + step * dx, (s + step * ds) * active) / count
+                target = target + mu * (ahead / mu) ** 3 - dx * ds
+            target = torch.where(active, target, 0)
+            dx = solve(dual + target / x)
+            dy = (primal - _dot(a, dx)) / _dot(a, along) if simplex else torch.zeros_like(y)
+            dx = torch.where(active, dx + along * dy, 0)
+            ds = (target - s * dx) / x
+        x, s, y = _advance(_longest_step((x, dx), (s, ds)), (x, dx), (s, ds), (y, dy))
+    return torch.where(active, x, 0)
+
+
+def _ball(C: Tensor, b: Tensor, a: Tensor, active: Tensor, c: float) -> Tensor:
+    """argmin over x >= 0 with a'x = 1 of b'x + c |U'x|, where C = U U'.
+
+    The norm is smoothed along with the barrier, and c U'x / |U'x| = U'z is a variable of its own, of length at most c
+    (Chan, Golub & Mulet, "A nonlinear primal-dual method for total variation-based image restoration", 1999): that keeps
+    Newton's method on its way where the norm bends.
+    """
+    count = active.sum(-1, keepdim=True).clamp(min=1)
+    x = torch.where(active, 1 / a.sum(-1, keepdim=True), 1)
+    z, nu = torch.zeros_like(x), torch.zeros_like(x[..., :1])
+    s = torch.full_like(x, 1 + c)
+    sigma = 1.0
+    for _ in range(ITERATIONS):
+        xa = torch.where(active, x, 0)
+        Cx, Cz = _times(C, xa), _times(C, z)
+        dual = torch.where(active, s + nu * a - b - Cz, 0)
+        primal = 1 - _dot(a, xa)
+        yy = _dot(xa, Cx).clamp(min=0)
+        mu = _dot(xa, s) / count
+        goal = sigma * mu
+        bend = goal / (2 * c)
+        root = (yy + bend.square()).sqrt()
+        tau = bend + root
+        solve = _solver(C * (c / tau).unsqueeze(-1), s / x)
+        E, N, g = solve(Cz / tau), solve(a), Cx / root
+        det = 1 - _dot(g, E)
+        N = N + E * _dot(g, N) / det
+        target = torch.where(active, goal - x * s, 0)
+        F = solve(dual + target / x + Cz - Cx * c / tau)
+        F = F + E * _dot(g, F) / det
+        dnu = (primal - _dot(a, F)) / _dot(a, N)
+        dx = torch.where(active, F + N * dnu, 0)
+        ds = torch.where(active, (target - s * dx) / x, 0)
+        dz = (c * (xa + dx) - z * _dot(g, dx)) / tau - z
+        step = _longest_step((x, dx), (s, ds))
+        sigma = torch.where(step > 0.9, 0.1, 0.5)
+        x, s, z, nu = _advance(step, (x, dx), (s, ds), (z, dz), (nu, dnu))
+        z = z * (c / _dot(z, _times(C, z)).clamp(min=0).sqrt()).clamp(max=1)
+    return torch.where(active, x, 0)
+
+
+def _cosines(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """(cosines, norms of the rows, their inverses relative to the largest; 0 where a row does not take part)."""
+    norm = p.G.diagonal(dim1=-2, dim2=-1).sqrt()
+    shortest = torch.where(p.active, norm, torch.inf).amin(-1, keepdim=True)
+    return p.G / norm.unsqueeze(-1) / norm.unsqueeze(-2), norm, torch.where(p.active, shortest / norm, 0)
+
+
+class MGDA(Rule):
+    """Multiple-gradient descent (Sener & Koltun, "Multi-task learning as multi-objective optimization", 2018): the shortest vector of the hull.
+
+    Args:
+        normalize: "none", or "l2" to find the weights a_i on gradients of length 1; the weights are then a_i / |g_i|.
+    """
+
+    method = 6
+
+    def __init__(self, normalize: str = "none") -> None:
+        super().__init__()
+        if normalize in ("loss", "loss+"):
+            raise ValueError(f'normalize is "{normalize}", but a resolver sees gradients, not losses; expected "none" or "l2"')
+        if normalize not in ("none", "l2"):
+            raise ValueError(f'normalize is {normalize!r}, expected "none" or "l2"')
+        self.normalize = normalize
+
+    def params(self) -> list[float]:
+        return [float(self.normalize == "l2")]
+
+    def rule(self, p: Problem) -> Tensor:
+        C, norm, a = _cosines(p)
+        if self.normalize == "l2":
+            a = p.active.double()
+        x = a * _quadratic(C, torch.zeros_like(a), a, p.active, simplex=True)
+        w = x / x.sum(-1, keepdim=True)
+        return w / norm / p.scale.sqrt().unsqueeze(-1) if self.normalize == "l2" else w
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize!r}"
+
+
+class CAGrad(Rule):
+    """Conflict-averse gradient descent (Liu et al., 2021): within c |g0| of the mean gradient g0, the vector whose worst inner product is best.
+
+    The weights are 1/K + c |g0| / |g_w| w. Two limits: where the mean gradient is zero it is returned as it is; where zero lies in the
+    hull (no direction helps all) and the ball holds directions that harm none, the one nearest to the mean gradient is returned.
+
+    Args:
+        c: radius of the ball, relative to |g0|; finite and not negative. 0 gives the mean.
+        rescale: 0 as in the paper's formula, 1 to divide by 1 + c^2, 2 to divide by 1 + c.
+    """
+
+    method = 7
+
+    def __init__(self, c: float = 0.5, rescale: int = 0) -> None:
+        super().__init__()
+        if not (math.isfinite(c) and c >= 0):
+            raise ValueError(f"c is {c}, expected a finite number that is not negative")
+        if rescale not in (0, 1, 2):
+            raise ValueError(f"rescale is {rescale}, expected 0, 1 or 2")
+        self.c = float(c)
+        self.rescale = int(rescale)
+
+    def params(self) -> list[float]:
+        return [self.c, float(self.rescale)]
+
+    def rule(self, p: Problem) -> Tensor:
+        C, norm, a = _cosines(p)
+        share = p.active / p.count.clamp(min=1).unsqueeze(-1)
+        mean2 = torch.einsum("bi,bij,bj->b", share, p.G, share).clamp(min=0).unsqueeze(-1)
+        shrink = (1.0, 1 / (1 + self.c**2), 1 / (1 + self.c))[self.rescale]
+        known = mean2 > CANCELLED * _dot(share, norm).square()
+        if self.c == 0:
+            return shrink * share
+        length = torch.where(known, mean2, 1).sqrt()
+        b = torch.where(p.active, _times(p.G, share) / norm / length, 0)  # cosines with the mean gradient
+        x = _ball(C, b, a, p.active, self.c)
+        length2 = _dot(x, _times(C, x))
+        away = length2 > CANCELLED * x.sum(-1, keepdim=True).square()
+        inside = _quadratic(C, b, a, p.active, simplex=False)
+        inside = inside * (self.c / _dot(inside, _times(C, inside)).sqrt()).clamp(max=1)
+        z = torch.where(away, self.c * x / length2.sqrt(), inside)
+        return shrink * (share + torch.where(known & p.active, z * length / norm, 0))
+
+    def extra_repr(self) -> str:
+        return f"c={self.c}, rescale={self.rescale}"

@@ -1,0 +1,214 @@
+"""The compiled library: what it needs, what it exports, which instruction set runs, and what happens without it."""
+
+import copy
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import gramian
+from rule_table import RULES
+
+from mmfast import ops
+from mmfast.ops import native
+from mmfast.resolvers.base import Rule
+
+ROOT = Path(__file__).parent.parent
+X86 = platform.machine() == "x86_64"
+CPU_FLAGS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"avx2", "fma", "f16c"}, "portable": set()}
+compiled = pytest.mark.skipif(not native.available, reason=f"nothing compiled to look at: {native.missing_reason}")
+
+
+def python(*arguments, folder=ROOT, **environment):
+    """Runs Python elsewhere; an environment value of None unsets the variable."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    env = {name: value for name, value in env.items() if value is not None}
+    return subprocess.run([sys.executable, *arguments], check=False, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def has_isa(isa):
+    if not X86:
+        return isa == "portable"
+    return CPU_FLAGS[isa] <= set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+
+
+@compiled
+def test_library_needs_only_the_stable_abi():
+    """No Python, no C++ symbol of torch: one binary serves every Python and every torch from 2.10 on."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    if "-fsanitize" in native.read_facts(native.PATH).get("flags", ""):
+        pytest.skip("a sanitized library takes malloc and others from its sanitizer")
+    lines = subprocess.check_output(["nm", "-D", native.PATH], text=True).splitlines()
+    symbols = [line.split()[-2:] for line in lines]
+    needed = {name for kind, name in symbols if kind == "U"}
+    system = {name for name in needed if re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_Z(T[ISV])?N?K?S[a-z]", name)}  # libc, std::
+    torchs = {name for name in needed if re.match(r"(aoti_torch|torch)_[a-z0-9_]+$", name)}
+    assert torchs
+    assert needed - system - torchs == set()
+    ours = {name for kind, name in symbols if kind == "T"}
+    assert ours - {"_init", "_fini"} == {"mmfast_cpu_isa"}
+
+
+@compiled
+def test_every_instruction_set_gives_the_same_bits():
+    code = """
+import torch
+from problems import gramian
+from rule_table import RULES
+from mmfast import ops
+from mmfast.ops import native
+print(native.cpu_isa())
+for name, row in RULES.items():
+    torch.manual_seed(0)
+    for k in (row.min_k, row.min_k + 4, 33):
+        print(name, k, [x.hex() for x in ops.weights(gramian(k), row.make(k)).tolist()])
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    answers = {}
+    for isa in filter(has_isa, CPU_FLAGS):
+        run = python("-c", code, MMFAST_CPU_ISA=isa, PYTHONPATH=path)
+        assert run.returncode == 0, run.stderr
+        chosen, answers[isa] = run.stdout.split("\n", 1)
+        assert chosen == isa
+    widest = next(iter(answers))
+    assert native.cpu_isa() == os.environ.get("MMFAST_CPU_ISA", widest)
+    for isa, answer in answers.items():
+        assert answer == answers[widest], isa
+
+
+def test_reasons(tmp_path):
+    """Whatever is wrong with the library, the reason names it, what it was built as, and the line that builds it."""
+    library = tmp_path / "_C.so"
+    assert "does not exist" in native.load(library) and native.BUILD_LINE in native.load(library)
+    library.write_text("not a library")
+    (tmp_path / "_build.json").write_text(json.dumps({"version": "1.2.3", "compiler": "g++ 99"}))
+    reason = native.load(library)
+    assert f"does not load with torch {torch.__version__}" in reason
+    assert str(library) in reason and "version: 1.2.3, compiler: g++ 99" in reason and native.BUILD_LINE in reason
+
+
+def test_without_a_library_the_reference_serves(tmp_path):
+    library = tmp_path / "_C.so"
+    library.write_bytes(b"\x7fELF broken")
+    code = """
+import torch
+from mmfast import ops
+from mmfast.ops import native
+from mmfast.resolvers.simple import Mean
+assert native.cpu_isa() is None
+print(native.available, native.missing_reason, ops.weights(torch.eye(4), Mean()).tolist())
+"""
+    run = python("-c", code, MMFAST_LIBRARY=str(library))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"False {library} ") and run.stdout.endswith("[0.25, 0.25, 0.25, 0.25]\n")
+
+
+@compiled
+def test_facts():
+    facts = native.read_facts(native.PATH)
+    assert re.match(r"\d+\.\d+\.\d+", facts["version"])
+    assert facts["MMFAST_BUILD"] in ("cpu", "cuda") and facts["torch"] and facts["compiler"] and "-O" in facts["flags"]
+    assert facts["isas"] == (list(CPU_FLAGS) if X86 else ["portable"])
+    assert str(ROOT) not in json.dumps(facts)  # it travels in wheels
+
+
+@pytest.mark.parametrize("build", ["none", "auto"])
+def test_install_without_a_compiler(tmp_path, build):
+    """The pure-Python package works, from any folder."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "mmfast", tmp_path / "mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    environment = {"MMFAST_BUILD": build, "PATH": str(tmp_path / "empty"), "CXX": None, "MMFAST_LIBRARY": None}
+    run = python("setup.py", "-q", "build", "--build-lib", str(tmp_path / "lib"), folder=tmp_path, **environment)
+    assert run.returncode == 0, run.stderr
+    assert ("NOTHING IS COMPILED" in run.stderr) == (build == "auto")
+    assert (tmp_path / "lib/mmfast/__init__.py").exists() and not list((tmp_path / "lib").rglob("*.so"))
+    code = "import mmfast.ops as o, torch; from mmfast.resolvers.simple import Sum; print(o.native.available, o.weights(torch.eye(2), Sum()).sum().item())"
+    run = python("-c", code, folder="/", PYTHONPATH=str(tmp_path / "lib"), MMFAST_LIBRARY=None)
+    assert run.stdout == "False 2.0\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("build", "path", "complaint"),
+    [
+        ("gpu", None, "MMFAST_BUILD is 'gpu'; it must be auto, cuda, cpu or none"),
+        ("cpu", "/nowhere", "MMFAST_BUILD=cpu is impossible: no C++ compiler was found"),
+        ("cuda", "/nowhere", "MMFAST_BUILD=cuda is impossible: no C++ compiler was found"),
+    ],
+)
+def test_impossible_builds_fail(build, path, complaint):
+    run = python("setup.py", "--version", MMFAST_BUILD=build, CXX=None, **({"PATH": path} if path else {}))
+    assert run.returncode != 0 and complaint in run.stderr
+
+
+def test_core_needs_no_numpy():
+    code = "import sys; sys.modules['numpy'] = None; import mmfast.ops as o, torch; from mmfast.resolvers.simple import Sum; o.weights(torch.eye(2), Sum())"
+    run = python("-c", code)
+    assert run.returncode == 0, run.stderr
+
+
+def rule_classes(base=Rule):
+    for rule in base.__subclasses__():
+        if rule.__module__.startswith("mmfast."):
+            yield rule
+        yield from rule_classes(rule)
+
+
+class TestHost:
+    @pytest.fixture
+    def host(self):
+        return pytest.importorskip("mmfast._host", reason="MMFAST_HOST=1 was not set when mmfast was built", exc_type=ImportError)
+
+    def test_every_rule_has_its_solver(self, host):
+        ours = {
+            rule.method: {"name": rule.__name__, "maps_rows": rule.rows is not Rule.rows, "smooths": rule.smooths}
+            for rule in rule_classes()
+            if hasattr(rule, "method")
+        }
+        assert ours == host.rules()
+
+    @pytest.mark.parametrize("name", RULES)
+    def test_solves_as_the_operator_does(self, host, name):
+        """Same bits on arrays as on tensors, with and without a mask, state handed on by the caller."""
+        if not native.available:
+            pytest.skip(native.missing_reason)
+        k = RULES[name].min_k + 3
+        resolver = RULES[name].make(k)
+        chain = resolver.chain()
+        if chain is None:
+            pytest.skip(f"{name} is not run by the compiled solver")
+        G = torch.stack([gramian(k, seed=s) for s in range(2)])
+        mask = torch.ones(k, dtype=torch.bool)
+        mask[1] = False
+        steps = [n for rule in chain for n in (rule.method, len(rule.params()))]
+        params = [x for rule in chain for x in rule.params()]
+        rng = next((copy.copy(rule.rng.tolist()) for rule in chain if rule.rng is not None), [0, 0])
+        state = None
+        for counter, rows in enumerate((None, mask, None)):
+            w, state = host.solve(
+                G.numpy(), steps, params, None if rows is None else rows.numpy(), state, seed=rng[0], counter=rng[1] + counter
+            )
+            assert torch.equal(torch.from_numpy(w), ops.weights(G, resolver, rows))
+
+    def test_refuses_what_it_cannot_solve(self, host):
+        G = torch.eye(3).numpy()
+        for arguments, complaint in [
+            ((G[:2], [0, 0], []), r"G must have shape \[\.\.\., K, K\]"),
+            ((G, [0], []), "pairs"),
+            ((G, [31, 0], []), "names rule 31"),
+            ((G, [0, 1], []), "params must hold as many"),
+            ((G, [0, 0], [], G[0, :2] > 0), "mask must have shape"),
+            ((G, [0, 0], [], None, G), "state must have shape"),
+        ]:
+            with pytest.raises(ValueError, match=complaint):
+                host.solve(*arguments)
+        with pytest.raises(ValueError, match="isa is 'mmx'"):
+            host.solve(G, [0, 0], [], isa="mmx")
+        assert host.isa in host.isas()
