@@ -109,12 +109,11 @@ def doctor() -> None:
     import mmfast
     from mmfast.ops import native
 
-    facts = {"mmfast": mmfast.__version__, "python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    facts: dict[str, object] = {"mmfast": mmfast.__version__, "python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
     for name, (available, reason) in mmfast.backends().items():
-        facts[f"backend {name}"] = "available" if available else f"not available: {reason}"
-    facts["CPU kernels"] = native.cpu_isa() or "none"
+        facts[f"backend {name}"] = reason if available else f"not available: {reason}"
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    facts |= {f"built with {name}": value for name, value in native.facts.items() if value}
+    facts |= {f"built {name}": value for name, value in native.read_facts(native.PATH).items() if value}
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
