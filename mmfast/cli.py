@@ -109,7 +109,12 @@ def doctor() -> None:
     import mmfast
     from mmfast.ops import native
 
-    facts: dict[str, object] = {"mmfast": mmfast.__version__, "python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    facts: dict[str, object] = {
+        "mmfast": mmfast.__version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     for name, (available, reason) in mmfast.backends().items():
         facts[f"backend {name}"] = reason if available else f"not available: {reason}"
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from mmfast.demo.report import change, medians, percent, seed_means
+from mmfast.demo.report import change, mean_error, medians, percent
 from mmfast.demo.run import WITH, WITHOUT, Conflict, Result
 
 GREY, BLUE, LIGHT, INK = "#9aa0a6", "#1a5fb4", "#e3e6e8", "#202124"
@@ -74,7 +74,8 @@ def _conflict(share: Axes, ratio: Axes, result: Result) -> None:
         _over_time(share, result, name, lambda c: 100 * c.share, color=colour, lw=1.6, label=name)
         _over_time(ratio, result, name, lambda c: c.imbalance, color=colour, lw=1.6)
     dashes = {"color": BLUE, "lw": 1.6, "ls": (0, (3, 1.5)), "label": "with block, after its weights"}
-    _over_time(ratio, result, WITH, lambda c: c.resolved or 1.0, **dashes)
+    if all(c.resolved is not None for outcome in result.outcomes[WITH] for c in outcome.conflicts):
+        _over_time(ratio, result, WITH, lambda c: c.resolved or 1.0, **dashes)
     share.set_ylim(0, None)
     share.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f} %"))
     share.set_title("Pairs of gradients that conflict")
@@ -118,7 +119,7 @@ def draw(result: Result, path: Path) -> Path:
         share = figure.add_subplot(grid[0, 1])
         _conflict(share, figure.add_subplot(grid[1, 1], sharex=share), result)
         _speed(figure.add_subplot(grid[2, 1]), result)
-        a, b = (statistics.median(seed_means(result, name)) for name in (WITHOUT, WITH))
+        a, b = (mean_error(result, name) for name in (WITHOUT, WITH))
         seeds = len(result.outcomes[WITH])
         figure.suptitle(
             f"{result.table.name}: mean error {a:.3f} without the block, {b:.3f} with it ({percent(change(a, b))}), "

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,12 @@ Aggregate = Callable[[Tensor], Tensor]  # [K, N] gradients -> [N]
 
 class _Copies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, k: int, aggregate: Aggregate) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, y: Tensor, k: int, aggregate: Aggregate) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.aggregate = aggregate
         return tuple(y.view_as(y) for _ in range(k))
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return ctx.aggregate(torch.stack(grads).flatten(1)).view_as(grads[0]), None, None
 
 

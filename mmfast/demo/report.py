@@ -28,6 +28,12 @@ def seed_means(result: Result, name: str) -> list[float]:
     return [outcome.errors.nanmean().item() for outcome in result.outcomes[name]]
 
 
+def mean_error(result: Result, name: str) -> float:
+    """The median over the seeds of the mean over the features; seeds that diverged are left out."""
+    means = [m for m in seed_means(result, name) if not math.isnan(m)]
+    return statistics.median(means) if means else math.nan
+
+
 def change(before: float, after: float) -> float:
     """Relative change; NaN where it has no meaning."""
     return after / before - 1 if before > 0 else math.nan
@@ -39,7 +45,7 @@ def _grid(console: Console, title: str, remark: str = "", show_footer: bool = Fa
 
 
 def _error(x: float) -> str:
-    return f"{x:.4f}" if x < 100 else f"{x:.2g}"
+    return "-" if math.isnan(x) else f"{x:.4f}" if x < 100 else f"{x:.2g}"
 
 
 def _times(x: float) -> str:
@@ -57,9 +63,9 @@ def verdict(result: Result) -> list[str]:
     means = list(zip(seed_means(result, WITHOUT), seed_means(result, WITH), strict=True))
     failed = sum(math.isnan(a) or math.isnan(b) for a, b in means)
     lines = [f"{failed} of {len(means)} seeds have no result: a training diverged."] if failed else []
-    if failed == len(means):
+    a, b = mean_error(result, WITHOUT), mean_error(result, WITH)
+    if math.isnan(a) or math.isnan(b):
         return lines
-    a, b = (statistics.median(m for m in column if not math.isnan(m)) for column in zip(*means, strict=True))
     change_of_mean = change(a, b)
     word = "lower" if b < a else "higher" if b > a else "no different"
     seeds = f"median of {len(means)} seeds" if len(means) > 1 else "one seed"
@@ -114,7 +120,7 @@ def show(console: Console, result: Result) -> None:
         "(error rate of classes, RMSE / range of numbers; less is better)",
         show_footer=True,
     )
-    means = [statistics.median(seed_means(result, name)) for name in (WITHOUT, WITH)]
+    means = [mean_error(result, name) for name in (WITHOUT, WITH)]
     grid.add_column("feature", "mean", footer_style="bold", no_wrap=True)
     grid.add_column("kind")
     grid.add_column("without", _error(means[0]), justify="right", footer_style="bold")

@@ -86,7 +86,7 @@ def test_errors(predicted: Tensor, part: Part, columns: list[Column]) -> Tensor:
     for i, column in enumerate(columns):
         seen = part.seen[:, i] > 0
         p, x = predicted[seen, i].double(), part.x[seen, i].double()
-        if not len(x):
+        if not len(x) or (not column.discrete and x.max() == x.min()):  # nothing to divide by
             errors.append(torch.tensor(torch.nan, dtype=torch.float64))
         elif column.discrete:
             errors.append((p != x).double().mean())
@@ -102,8 +102,19 @@ def conflict(model: VAE, part: Part) -> Conflict:
     cosine = cosines(G)[i, j]
     cosine = cosine[~cosine.isnan()]
     negative = cosine[cosine < 0]
-    resolved = _spread(model.heads.stats().weights.abs() * norms(G)) if isinstance(model.heads, ImpartialityBlock) else None
-    return Conflict(len(negative) / max(1, len(cosine)), negative.mean().item() if len(negative) else 0.0, _spread(norms(G)), resolved)
+    return Conflict(
+        share=len(negative) / max(1, len(cosine)),
+        cosine=negative.mean().item() if len(negative) else 0.0,
+        imbalance=_spread(norms(G)),
+        resolved=_resolved(model.heads, norms(G)),
+    )
+
+
+def _resolved(heads: nn.Module, lengths: Tensor) -> float | None:
+    try:
+        return _spread(heads.stats().weights.abs() * lengths) if isinstance(heads, ImpartialityBlock) else None
+    except RuntimeError:  # an elementwise rule has no weights
+        return None
 
 
 def _spread(x: Tensor) -> float:
