@@ -237,12 +237,12 @@ def test_naive_pcgrad_removes_the_conflict():
     torch.testing.assert_close(resolved, expected / expected.norm() * g.sum(0).norm())
 
 
-@pytest.mark.parametrize("source", ["wine", "csv"])
-def test_a_whole_run(tmp_path, source):
+@pytest.mark.parametrize("source, rule", [("wine", "pcgrad"), ("csv", "grad-drop")])
+def test_a_whole_run(tmp_path, source, rule):
     path = save(tmp_path, "a,b,c\n" + rows_of((*USUAL, lambda i: "" if i % 6 == 0 else "xyz"[i % 3]), 60))
     out = tmp_path / "out"
     choice = "wine" if source == "wine" else str(path)
-    result = CliRunner().invoke(app, ["demo", "--quick", "--data", choice, "--seeds", "2", "--rule", "pcgrad", "--out", str(out)])
+    result = CliRunner().invoke(app, ["demo", "--quick", "--data", choice, "--seeds", "2", "--rule", rule, "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert "Training steps per second" in result.output and "Better on" in result.output
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -260,10 +260,11 @@ def test_a_whole_run(tmp_path, source):
         assert (
             0 <= float(row["share_in_conflict"]) <= 1 and -1 <= float(row["mean_conflicting_cosine"]) <= 0 and float(row["norm_ratio"]) >= 1
         )
-        assert (row["norm_ratio_after"] == "") == (row["model"] == run.WITHOUT)
+        assert (row["norm_ratio_after"] != "") == (row["model"] == run.WITH and rule == "pcgrad")  # GradDrop has no weights
     with (out / "speed.csv").open() as f:
         speeds = list(csv.DictReader(f))
-    assert [row["block"] for row in speeds] == ["no block", "mmfast", "TorchJD", "naive loops"]
+    assert speeds[0]["block"] == "no block" and {row["block"] for row in speeds} == {"no block", "mmfast", "TorchJD", "naive loops"}
+    assert {row["rule"] for row in speeds[1:]} == ({"PCGrad"} if rule == "pcgrad" else {"GradDrop", "PCGrad"})
     assert all(bool(row["steps_per_second"]) != bool(row["remark"]) for row in speeds)
 
 

@@ -90,7 +90,8 @@ def _conflict(share: Axes, ratio: Axes, result: Result) -> None:
     for ax in (share, ratio):
         ax.grid(axis="y", color=LIGHT, lw=0.8)
         ax.set_xlim(0, None)
-        ax.legend(frameon=False, fontsize=8.5, loc="lower left", ncols=2)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8.5, loc="lower left", ncols=2)
         ax.tick_params(length=0, which="both")
 
 
