@@ -1,0 +1,290 @@
+"""Tables with columns of several kinds: scikit-learn's own, or a user's CSV with kinds inferred and errors that name the line."""
+
+import csv
+import gzip
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmfast.models.likelihoods import Bernoulli, Categorical, Likelihood, LogNormal, Normal, Poisson
+
+KINDS = ("real", "positive", "count", "binary", "categorical")
+MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
+LARGEST_COUNT = 2000  # whole numbers beyond are measurements rather than counts
+FEW = 5  # whole numbers with at most so many values are codes
+MOST_CLASSES = 30
+LEAST_ROWS = 30
+
+
+class DataError(ValueError):
+    """What is wrong with the data, for the person who brought them."""
+
+
+@dataclass
+class Column:
+    """One feature: its name, its kind, and the labels of its classes if it has any."""
+
+    name: str
+    kind: str
+    labels: list[str] = field(default_factory=list)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        plain: dict[str, Likelihood] = {"real": Normal(), "positive": LogNormal(), "count": Poisson(), "binary": Bernoulli()}
+        return plain[self.kind] if self.kind in plain else Categorical(len(self.labels))
+
+    @property
+    def discrete(self) -> bool:
+        return self.kind in ("binary", "categorical")
+
+
+@dataclass
+class Table:
+    """Rows of features; x is [rows, columns] float64 with NaN where a cell is missing, classes as 0, 1, ..."""
+
+    name: str
+    columns: list[Column]
+    x: Tensor
+    notes: list[str] = field(default_factory=list)
+
+
+def builtin(name: str) -> Table:
+    """A table that comes with scikit-learn: "diabetes" (442 patients) or "wine" (178 wines of three cultivars)."""
+    from sklearn import datasets
+
+    if name == "diabetes":
+        names = [
+            "age",
+            "sex",
+            "bmi",
+            "blood_pressure",
+            "cholesterol",
+            "ldl",
+            "hdl",
+            "chol_hdl_ratio",
+            "log_triglycerides",
+            "glucose",
+            "progression",
+        ]
+        kinds = ["count", "binary", "positive", "positive", "positive", "positive", "positive", "positive", "real", "count", "count"]
+        bunch = datasets.load_diabetes(scaled=False)
+    else:
+        bunch = datasets.load_wine()
+        names = [*(n.replace("od280/od315_of_diluted_wines", "od280_od315") for n in bunch.feature_names), "cultivar"]
+        kinds = ["count" if n in ("magnesium", "proline") else "positive" for n in names[:-1]] + ["categorical"]
+    x = torch.cat([torch.as_tensor(bunch.data), torch.as_tensor(bunch.target, dtype=torch.float64).unsqueeze(1)], 1)
+    columns = []
+    for i, (column, kind) in enumerate(zip(names, kinds, strict=True)):
+        labels = []
+        if kind in ("binary", "categorical"):
+            values, x[:, i] = x[:, i].unique(return_inverse=True)
+            labels = [f"{v:g}" for v in values]
+        columns.append(Column(column, kind, labels))
+    return Table(name, columns, x)
+
+
+def read_csv(path: Path, types: dict[str, str] | None = None) -> Table:
+    """The table in a CSV file (.csv or .csv.gz; comma, semicolon or tab; first line names the columns).
+
+    Args:
+        path: the file.
+        types: kinds of columns, by name, that inference should not decide.
+
+    Raises:
+        DataError: naming the line and column where something is wrong.
+    """
+    types = types or {}
+    names, rows, lines = _cells(path)
+    _check_rows(path, len(rows))
+    for name, kind in types.items():
+        if name not in names:
+            raise DataError(f"--types names the column {name!r}, which {path.name} does not have; it has {', '.join(names)}")
+        if kind not in KINDS:
+            raise DataError(f"--types {name}={kind}: a kind is one of {', '.join(KINDS)}")
+    notes, columns, values = [], [], []
+    for i, name in enumerate(names):
+        column, value, note = _column(name, [row[i] for row in rows], lines, types.get(name))
+        if column is None:
+            notes.append(note)
+        else:
+            columns.append(column)
+            values.append(value)
+    if len(columns) < 2:
+        raise DataError(f"{path.name} has {len(columns)} usable column(s), at least 2 are needed" + "".join(f"; {note}" for note in notes))
+    x = torch.tensor(values, dtype=torch.float64).T
+    empty = x.isnan().all(1)
+    if empty.any():
+        notes.append(f"{int(empty.sum())} row(s) without any value dropped")
+        x = x[~empty]
+    _check_rows(path, len(x))
+    return Table(path.name.removesuffix(".gz").removesuffix(".csv"), columns, x.contiguous(), notes)
+
+
+def _check_rows(path: Path, count: int) -> None:
+    if count < LEAST_ROWS:
+        raise DataError(f"{path.name} has {count} usable row(s), at least {LEAST_ROWS} are needed")
+
+
+def _text(path: Path) -> Iterator[str]:
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8-sig", newline="") as f
+    ):
+        yield from f
+
+
+def _cells(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
+    """Names of the columns, the cells, and the line each row ends on."""
+    try:
+        text = list(_text(path))
+    except OSError as error:  # gzip.BadGzipFile is one
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (UnicodeDecodeError, EOFError, zlib.error):
+        raise DataError(f"{path} cannot be read: it is not {'a whole gzip file of' if path.suffix == '.gz' else ''} UTF-8 text") from None
+    first = next((line for line in text if line.strip()), None)
+    if first is None:
+        raise DataError(f"{path.name} is empty")
+    reader = csv.reader(text, delimiter=max(",;\t", key=first.count), strict=True)
+    names: list[str] = []
+    rows, lines = [], []
+    try:
+        for row in reader:
+            row = [cell.strip() for cell in row]
+            if not any(row) and len(row) < 2:
+                continue  # an empty line
+            if not names:
+                names = row
+                _check_names(path, names, reader.line_num)
+            elif len(row) != len(names):
+                raise DataError(f"{path.name}, line {reader.line_num}: {len(row)} cells, expected {len(names)} as in the first line")
+            else:
+                rows.append(row)
+                lines.append(reader.line_num)
+    except csv.Error as error:
+        raise DataError(f"{path.name}, line {reader.line_num}: {error}") from None
+    if not rows:
+        raise DataError(f"{path.name} has a first line with the names of {len(names)} column(s), but no rows")
+    return names, rows, lines
+
+
+def _check_names(path: Path, names: list[str], line: int) -> None:
+    if all(_number(name) is not None for name in names):
+        raise DataError(f"{path.name}, line {line}: only numbers; the first line must name the columns")
+    repeated = [name for name, n in Counter(names).items() if n > 1 and name]
+    if repeated:
+        raise DataError(f"{path.name}, line {line}: the column name {repeated[0]!r} is used {names.count(repeated[0])} times")
+    for i, name in enumerate(names):
+        names[i] = name or f"column_{i + 1}"  # R writes row numbers under an empty name
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _column(name: str, cells: list[str], lines: list[int], kind: str | None) -> tuple[Column | None, list[float], str]:
+    """The column, its values (NaN where missing); or None, nothing, and why it is dropped."""
+    here = f"column {name!r}"
+    present = [(cell, line) for cell, line in zip(cells, lines, strict=True) if cell.lower() not in MISSING]
+    distinct = {cell for cell, _ in present}
+    if len(distinct) < 2:
+        return None, [], f"{here} dropped: " + (f"every value is {distinct.pop()}" if distinct else "it has no values")
+    numbers = {cell: _number(cell) for cell in distinct}
+    bad = [(cell, line) for cell, line in present if numbers[cell] is None]
+    as_numbers = kind in ("real", "positive", "count") or (kind is None and len(bad) < 0.5 * len(present))
+    if as_numbers and bad:
+        cell, line = bad[0]
+        raise DataError(
+            f"line {line}, {here}: {cell!r} is not a number, though {len(present) - len(bad)} of {len(present)} values are; "
+            f"correct it, leave the cell empty, or say --types {name}=categorical"
+        )
+    if not as_numbers:
+        if kind is None and len(distinct) > MOST_CLASSES:
+            return None, [], f"{here} dropped: text with {len(distinct)} different values"
+        return _classes(name, cells, kind, distinct, numeric=not bad)
+    for cell, line in present:
+        if not math.isfinite(numbers[cell] or 0.0):
+            raise DataError(f"line {line}, {here}: {cell} is not a finite number")
+    values = [math.nan if cell.lower() in MISSING else float(numbers[cell] or 0.0) for cell in cells]
+    seen = {float(numbers[cell] or 0.0) for cell in distinct}
+    if len(seen) < 2:
+        return None, [], f"{here} dropped: every value is {seen.pop():g}"
+    whole = all(v == int(v) for v in seen)
+    if kind is None:
+        if values == [values[0] + i for i in range(len(values))]:
+            return None, [], f"{here} dropped: it numbers the rows"
+        if len(seen) == 2 or (whole and len(seen) <= FEW):
+            return _classes(name, cells, "binary" if len(seen) == 2 else "categorical", distinct, numeric=True)
+        kind = "count" if whole and 0 <= min(seen) and max(seen) <= LARGEST_COUNT else "positive" if min(seen) > 0 else "real"
+    wrong = {"positive": lambda v: v <= 0, "count": lambda v: v < 0 or v != int(v), "real": lambda v: False}[kind]
+    for cell, line in present:
+        if wrong(float(numbers[cell] or 0.0)):
+            raise DataError(f"line {line}, {here}: {cell} is not a {'positive number' if kind == 'positive' else 'count'}")
+    return Column(name, kind), values, ""
+
+
+def _classes(name: str, cells: list[str], kind: str | None, distinct: set[str], numeric: bool) -> tuple[Column | None, list[float], str]:
+    """A column of classes, in the order of their numbers or letters; cells that are the same number are one class."""
+    keys = {cell: float(cell) if numeric else cell for cell in distinct}
+    order = sorted(set(keys.values()))  # type: ignore[type-var]
+    if len(order) < 2:
+        return None, [], f"column {name!r} dropped: every value is {order[0]}"
+    kind = kind or ("binary" if len(order) == 2 else "categorical")
+    if kind == "binary" and len(order) > 2:
+        raise DataError(f"--types {name}=binary, but the column has {len(order)} different values")
+    if len(order) > MOST_CLASSES:
+        raise DataError(f"--types {name}={kind}, but the column has {len(order)} different values, at most {MOST_CLASSES} are allowed")
+    code = {key: float(i) for i, key in enumerate(order)}
+    values = [math.nan if cell.lower() in MISSING else code[keys[cell]] for cell in cells]
+    return Column(name, kind, [f"{key:g}" if isinstance(key, float) else str(key) for key in order]), values, ""
+
+
+@dataclass
+class Part:
+    """Rows for the model: x with missing cells filled by some valid value, and 1 where a cell was observed."""
+
+    x: Tensor  # [rows, columns] float32
+    seen: Tensor  # [rows, columns] float32
+
+
+@dataclass
+class Split:
+    """A random 70 / 10 / 20 split and the local step (scales w) found on its training rows."""
+
+    train: Part
+    validation: Part
+    test: Part
+    w: Tensor  # [columns]
+    shift: Tensor  # [columns] taken off the real columns
+
+
+def split(table: Table, seed: int) -> Split:
+    """Splits at random and standardises as Javaloy et al. do: w = 1 / std for real, 1 / std(log) for positive, 1 for discrete columns."""
+    order = torch.randperm(len(table.x), generator=torch.Generator().manual_seed(seed))
+    a, b = round(0.7 * len(order)), round(0.8 * len(order))
+    rows = table.x[order[:a]]
+    w = torch.ones(len(table.columns), dtype=torch.float64)
+    shift, fill = torch.zeros_like(w), torch.zeros_like(w)
+    for i, column in enumerate(table.columns):
+        seen = rows[~rows[:, i].isnan(), i]
+        if column.kind == "real" and len(seen):
+            shift[i] = seen.mean()
+        if column.kind == "positive":
+            fill[i], seen = 1.0, seen.log()
+        if column.kind in ("real", "positive") and len(seen) > 1 and seen.std() > 0:
+            w[i] = 1 / seen.std()
+
+    def part(index: Tensor) -> Part:
+        x = table.x[index] - shift
+        return Part(torch.where(x.isnan(), fill, x).float(), (~x.isnan()).float())
+
+    return Split(part(order[:a]), part(order[a:b]), part(order[b:]), w.float(), shift.float())

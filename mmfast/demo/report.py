@@ -1,0 +1,191 @@
+"""What was measured, for a person: tables and a verdict in the terminal, CSV files, and a figure."""
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table as Grid
+from torch import Tensor
+
+from mmfast.demo.data import Table
+from mmfast.demo.run import WITH, WITHOUT, Conflict, Result
+
+MEASURE = {True: "error rate", False: "RMSE / range"}
+
+
+def medians(result: Result, name: str) -> Tensor:
+    """Median over the seeds of each feature's test error, [K]; NaN only where every seed failed."""
+    return torch.stack([outcome.errors for outcome in result.outcomes[name]]).nanquantile(0.5, 0)
+
+
+def seed_means(result: Result, name: str) -> list[float]:
+    """Each seed's mean over the features."""
+    return [outcome.errors.nanmean().item() for outcome in result.outcomes[name]]
+
+
+def mean_error(result: Result, name: str) -> float:
+    """The median over the seeds of the mean over the features; seeds that diverged are left out."""
+    means = [m for m in seed_means(result, name) if not math.isnan(m)]
+    return statistics.median(means) if means else math.nan
+
+
+def change(before: float, after: float) -> float:
+    """Relative change; NaN where it has no meaning."""
+    return after / before - 1 if before > 0 else math.nan
+
+
+def _grid(console: Console, title: str, remark: str = "", show_footer: bool = False) -> Grid:
+    console.print(f"\n[bold]{title}[/] {remark}", highlight=False)
+    return Grid(box=box.SIMPLE_HEAD, header_style="", pad_edge=False, show_footer=show_footer)
+
+
+def _error(x: float) -> str:
+    return "-" if math.isnan(x) else f"{x:.4f}" if x < 100 else f"{x:.2g}"
+
+
+def _times(x: float) -> str:
+    return f"{x:,.0f} x" if x >= 10 else f"{x:.1f} x"
+
+
+def percent(x: float) -> str:
+    """A relative change, with its sign."""
+    return "" if math.isnan(x) else f"{100 * x:+.0f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def verdict(result: Result) -> list[str]:
+    """What the errors say, good and bad."""
+    before, after = medians(result, WITHOUT), medians(result, WITH)
+    means = list(zip(seed_means(result, WITHOUT), seed_means(result, WITH), strict=True))
+    failed = sum(math.isnan(a) or math.isnan(b) for a, b in means)
+    lines = [f"{failed} of {len(means)} seeds have no result: a training diverged."] if failed else []
+    a, b = mean_error(result, WITHOUT), mean_error(result, WITH)
+    if math.isnan(a) or math.isnan(b):
+        return lines
+    change_of_mean = change(a, b)
+    word = "lower" if b < a else "higher" if b > a else "no different"
+    seeds = f"median of {len(means)} seeds" if len(means) > 1 else "one seed"
+    lines.append(
+        f"Mean error over the features ({seeds}): {_error(a)} without the block, {_error(b)} with it: {abs(change_of_mean):.0%} {word}."
+    )
+    if len(means) > 1:
+        lines.append(f"The block has the lower mean in {sum(y < x for x, y in means)} of {len(means)} seeds.")
+    names = [column.name for column in result.table.columns]
+    no_better = [name for name, x, y in zip(names, before, after, strict=True) if not y < x]
+    helped = len(names) - len(no_better)
+    lines.append(
+        f"Better on {helped} of {len(names)} features" + (f", no better on {len(no_better)}: {', '.join(no_better)}." if no_better else ".")
+    )
+    if not b < a:
+        lines.append(f"On these data {result.settings.rule} does not pay; another --rule may.")
+    return lines
+
+
+def conflict_summary(result: Result, name: str) -> Conflict:
+    """Medians over the training and the seeds."""
+    seen = [c for outcome in result.outcomes[name] for c in outcome.conflicts]
+    resolved = [c.resolved for c in seen if c.resolved is not None]
+    share, cosine, imbalance = (statistics.median(values) for values in zip(*((c.share, c.cosine, c.imbalance) for c in seen), strict=True))
+    return Conflict(share, cosine, imbalance, statistics.median(resolved) if resolved else None)
+
+
+def show_columns(console: Console, table: Table) -> None:
+    """The columns of a table with their kinds."""
+    grid = _grid(console, f"{table.name}: {len(table.x):,} rows, {len(table.columns)} features")
+    for heading, justify in (("feature", "left"), ("kind", "left"), ("values", "left"), ("missing", "right")):
+        grid.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for i, column in enumerate(table.columns):
+        x = table.x[:, i]
+        seen = x[~x.isnan()]
+        shown = ", ".join(column.labels[:6]) + (", ..." if len(column.labels) > 6 else "")
+        values = shown if column.labels else f"{seen.min():.6g} to {seen.max():.6g}"
+        missing = 1 - len(seen) / len(x)
+        grid.add_row(column.name, column.kind, values, f"{missing:.1%}" if missing else "")
+    console.print(grid)
+    for note in table.notes:
+        console.print(f"[yellow]note:[/] {note}")
+
+
+def show(console: Console, result: Result) -> None:
+    """Everything measured, as tables."""
+    settings = result.settings
+    before, after = medians(result, WITHOUT), medians(result, WITH)
+    grid = _grid(
+        console,
+        "Reconstruction error on held-out rows",
+        "(error rate of classes, RMSE / range of numbers; less is better)",
+        show_footer=True,
+    )
+    means = [mean_error(result, name) for name in (WITHOUT, WITH)]
+    grid.add_column("feature", "mean", footer_style="bold", no_wrap=True)
+    grid.add_column("kind")
+    grid.add_column("without", _error(means[0]), justify="right", footer_style="bold")
+    grid.add_column(f"with {settings.rule}", _error(means[1]), justify="right", footer_style="bold")
+    grid.add_column("change", percent(change(*means)), justify="right", footer_style="bold")
+    for column, a, b in zip(result.table.columns, before.tolist(), after.tolist(), strict=True):
+        colour = "green" if b < a else "red" if b > a else "dim"
+        grid.add_row(column.name, column.kind, _error(a), _error(b), f"[{colour}]{percent(change(a, b))}[/]")
+    console.print(grid)
+    for line in verdict(result):
+        console.print(line, highlight=False)
+
+    grid = _grid(console, "Gradients where the features meet", "(pairs with a negative cosine, largest norm over smallest; medians)")
+    for heading in ("", "in conflict", "mean cosine", "norm ratio", "after the block"):
+        grid.add_column(heading, justify="right" if heading else "left")
+    for name in (WITHOUT, WITH):
+        c = conflict_summary(result, name)
+        grid.add_row(name, f"{c.share:.0%}", f"{c.cosine:.3f}", _times(c.imbalance), "" if c.resolved is None else _times(c.resolved))
+    console.print(grid)
+
+    grid = _grid(console, "Training steps per second")
+    for heading, justify in (("block", "left"), ("rule", "left"), ("steps / s", "right"), ("cost of a step", "right"), ("", "left")):
+        grid.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    base, top = result.speeds[0].per_second or 1.0, max(s.per_second or 0.0 for s in result.speeds)
+    for s in result.speeds:
+        if s.per_second is None:
+            grid.add_row(s.label, s.rule, f"[dim]{s.reason}[/]", "", "", style="dim")
+        else:
+            bar = "█" * max(1, round(20 * s.per_second / top))
+            grid.add_row(s.label, s.rule, f"{s.per_second:,.0f}", f"{base / s.per_second:.2f} x", f"[cyan]{bar}[/]")
+    console.print(grid)
+
+
+def _write(path: Path, header: list[str], rows: Iterable[Iterable[object]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+def write_csv(result: Result, folder: Path) -> list[Path]:
+    """The numbers as three CSV files: errors, conflict, speed."""
+    pairs = list(zip(result.outcomes[WITHOUT], result.outcomes[WITH], strict=True))
+    errors = [
+        (column.name, column.kind, MEASURE[column.discrete], a.seed, a.errors[i].item(), b.errors[i].item())
+        for i, column in enumerate(result.table.columns)
+        for a, b in pairs
+    ]
+    conflicts = [
+        (name, outcome.seed, step, c.share, c.cosine, c.imbalance, c.resolved)
+        for name, outcomes in result.outcomes.items()
+        for outcome in outcomes
+        for step, c in zip(outcome.steps, outcome.conflicts, strict=True)
+    ]
+    return [
+        _write(folder / "errors.csv", ["feature", "kind", "measure", "seed", "without_block", "with_block"], errors),
+        _write(
+            folder / "conflict.csv",
+            ["model", "seed", "step", "share_in_conflict", "mean_conflicting_cosine", "norm_ratio", "norm_ratio_after"],
+            conflicts,
+        ),
+        _write(
+            folder / "speed.csv",
+            ["block", "rule", "steps_per_second", "remark"],
+            [(s.label, s.rule, s.per_second, s.reason) for s in result.speeds],
+        ),
+    ]

@@ -1,0 +1,252 @@
+"""Trains the two models, measures what their gradients do where they meet, and times the ways to write the block."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.block import ImpartialityBlock
+from mmfast.demo import naive
+from mmfast.demo.data import Column, Part, Split, Table, split
+from mmfast.demo.model import VAE, Join, Loop
+from mmfast.models.likelihoods import Joint
+from mmfast.ops import gram
+from mmfast.resolvers import resolver
+from mmfast.stats import cosines, norms
+
+WITHOUT, WITH = "without block", "with block"
+HIDDEN = 50
+CHECKS = 60  # how often a training is validated and its gradients are looked at
+
+Progress = Callable[[str, int, int, str], None]  # task, done, total, remark
+
+
+@dataclass
+class Conflict:
+    """How the K gradients at the shared representation relate, at one moment of a training."""
+
+    share: float  # of the pairs have a negative cosine
+    cosine: float  # mean of the negative ones; 0 if there are none
+    imbalance: float  # largest over smallest norm
+    resolved: float | None  # the same of the norms times the block's weights, where there is a block
+
+
+@dataclass
+class Outcome:
+    """What one training came to: test errors at the step with the best validation likelihood, and the conflicts on the way."""
+
+    seed: int
+    errors: Tensor  # [K]
+    best_step: int
+    steps: list[int] = field(default_factory=list)
+    conflicts: list[Conflict] = field(default_factory=list)
+
+
+@dataclass
+class Speed:
+    """Training steps per second, median over the rounds; None with a reason where it could not run."""
+
+    label: str
+    rule: str
+    per_second: float | None
+    reason: str = ""
+
+
+@dataclass
+class Settings:
+    """What a run of the demonstration needs to know."""
+
+    rule: str = "GradNorm"
+    seeds: int = 3
+    epochs: int | None = None  # as many as make `steps` if left out
+    steps: int = 8000
+    batch: int = 64
+    timing_rounds: int = 20
+    timing_steps: int = 8
+
+
+@dataclass
+class Result:
+    """All that was measured on one table."""
+
+    table: Table
+    settings: Settings
+    epochs: int
+    outcomes: dict[str, list[Outcome]]
+    speeds: list[Speed]
+
+
+def test_errors(predicted: Tensor, part: Part, columns: list[Column]) -> Tensor:
+    """Per feature: share of wrong classes, or root mean squared error over the range of the observed values."""
+    errors = []
+    for i, column in enumerate(columns):
+        seen = part.seen[:, i] > 0
+        p, x = predicted[seen, i].double(), part.x[seen, i].double()
+        if not len(x) or (not column.discrete and x.max() == x.min()):  # nothing to divide by
+            errors.append(torch.tensor(torch.nan, dtype=torch.float64))
+        elif column.discrete:
+            errors.append((p != x).double().mean())
+        else:
+            errors.append((p - x).square().mean().sqrt() / (x.max() - x.min()))
+    return torch.stack(errors)
+
+
+def conflict(model: VAE, part: Part) -> Conflict:
+    """The conflict of the model's K gradients on some rows, and what the block's last weights make of their norms."""
+    G = gram(model.gradients(part.x, part.seen)).cpu()
+    i, j = torch.triu_indices(len(G), len(G), 1)
+    cosine = cosines(G)[i, j]
+    cosine = cosine[~cosine.isnan()]
+    negative = cosine[cosine < 0]
+    return Conflict(
+        share=len(negative) / max(1, len(cosine)),
+        cosine=negative.mean().item() if len(negative) else 0.0,
+        imbalance=_spread(norms(G)),
+        resolved=_resolved(model.heads, norms(G)),
+    )
+
+
+def _resolved(heads: nn.Module, lengths: Tensor) -> float | None:
+    try:
+        return _spread(heads.stats().weights.abs() * lengths) if isinstance(heads, ImpartialityBlock) else None
+    except RuntimeError:  # an elementwise rule has no weights
+        return None
+
+
+def _spread(x: Tensor) -> float:
+    """Largest over smallest, zeros left out."""
+    x = x[x > 0]
+    return (x.max() / x.min()).item() if len(x) else 1.0
+
+
+def _model(table: Table, parts: Split, seed: int, join: Join) -> VAE:
+    torch.manual_seed(seed)  # the same first weights whatever joins the heads
+    k = len(table.columns)
+    return VAE(Joint([column.likelihood for column in table.columns], parts.w), HIDDEN, max(1, (k + 1) // 2), join)
+
+
+def _stepper(model: VAE) -> Callable[[Tensor, Tensor], None]:
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+    def step(x: Tensor, seen: Tensor) -> None:
+        optimiser.zero_grad()
+        model.loss(x, seen).backward()
+        optimiser.step()
+
+    return step
+
+
+def _batch(settings: Settings, parts: Split) -> int:
+    return min(settings.batch, len(parts.train.x))
+
+
+def train(table: Table, parts: Split, seed: int, join: Join, settings: Settings, epochs: int, tick: Callable[[int, str], None]) -> Outcome:
+    """Trains one model and keeps the test errors of its best moment on the validation rows."""
+    model = _model(table, parts, seed, join)
+    step = _stepper(model)
+    batch, rows = _batch(settings, parts), len(parts.train.x)
+    probe = Part(parts.train.x[:256], parts.train.seen[:256])
+    outcome = Outcome(seed, torch.full((len(table.columns),), torch.nan, dtype=torch.float64), 0)
+    best, done = -torch.inf, 0
+    every = max(1, epochs // CHECKS)
+    torch.manual_seed(seed + 1)  # the same batches and noise for both models
+    for epoch in range(epochs):
+        for index in torch.randperm(rows)[: rows // batch * batch].view(-1, batch):
+            step(parts.train.x[index], parts.train.seen[index])
+            done += 1
+        if (epoch + 1) % every and epoch + 1 < epochs:
+            continue
+        _, log_prob = model.reconstruct(parts.validation.x, parts.validation.seen)
+        score = ((log_prob * parts.validation.seen).sum() / parts.validation.seen.sum()).item()
+        if score > best:
+            best, outcome.best_step = score, done
+            predicted, _ = model.reconstruct(parts.test.x, parts.test.seen)
+            outcome.errors = test_errors(predicted, parts.test, table.columns)
+        outcome.steps.append(done)
+        outcome.conflicts.append(conflict(model, probe))
+        tick(epoch + 1, f"test error {outcome.errors.nanmean():.3f}")
+    return outcome
+
+
+def _contenders(k: int, rule: str) -> list[tuple[str, str, Join | None, str]]:
+    """(label, rule, join or None, reason) of everything to be timed."""
+    written_out = naive.rules(k)
+    rules = [rule]
+    if rule != "PCGrad" and (naive.torchjd_rule(rule) is None or rule not in written_out):
+        rules.append("PCGrad")  # everyone has it
+    found: list[tuple[str, str, Join | None, str]] = [("no block", "", Loop, "")]
+    for name in rules:
+        found.append(("mmfast", name, partial(block, rule=name), ""))
+        peer = naive.torchjd_rule(name)
+        if peer is not None:
+            found.append(("TorchJD", name, partial(naive.Materialised, aggregate=peer), ""))
+        elif name == "PCGrad":
+            found.append(("TorchJD", name, None, "not installed: pip install torchjd"))
+        if name in written_out:
+            found.append(("naive loops", name, partial(naive.Materialised, aggregate=written_out[name]), ""))
+    return found
+
+
+def time_steps(table: Table, parts: Split, settings: Settings, tick: Callable[[int, str], None]) -> list[Speed]:
+    """Steps per second of every way to write the block: in turns, so that a busy machine is unfair to none; the median counts."""
+    batch = _batch(settings, parts)
+    x, seen = parts.train.x[:batch], parts.train.seen[:batch]
+    contenders = _contenders(len(table.columns), settings.rule)
+    steps = [None if join is None else _stepper(_model(table, parts, 0, join)) for _, _, join, _ in contenders]
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for i in range(settings.timing_rounds + 1):
+        for step, times in zip(steps, seconds, strict=True):
+            if step is None:
+                continue
+            for _ in range(settings.timing_steps):
+                start = time.perf_counter()
+                step(x, seen)
+                times.append(time.perf_counter() - start)
+            if i == 0:
+                times.clear()  # warm-up
+        tick(i + 1, "")
+    return [
+        Speed(label, rule, 1 / statistics.median(times) if times else None, reason)
+        for (label, rule, _, reason), times in zip(contenders, seconds, strict=True)
+    ]
+
+
+def block(heads: nn.ModuleList, rule: str) -> nn.Module:
+    """The impartiality block with the rule of that name."""
+    return ImpartialityBlock(heads, resolver(rule))
+
+
+def _tick(progress: Progress, task: str, before: int, total: int, done: int, remark: str) -> None:
+    progress(task, before + done, total, remark)
+
+
+def run(table: Table, settings: Settings, progress: Progress) -> Result:
+    """Both trainings on every seed, then the timing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much on a busy machine
+    try:
+        return _run(table, settings, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(table: Table, settings: Settings, progress: Progress) -> Result:
+    parts = split(table, 0)
+    epochs = settings.epochs or max(1, round(settings.steps / (len(parts.train.x) // _batch(settings, parts))))
+    rounds = settings.timing_rounds + 1
+    joins: dict[str, Join] = {WITHOUT: Loop, WITH: partial(block, rule=settings.rule)}
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in joins}
+    for task in joins:
+        progress(task, 0, settings.seeds * epochs, "")
+    progress("speed", 0, rounds, "")
+    for seed in range(settings.seeds):
+        parts = split(table, seed)
+        for name, join in joins.items():
+            tick = partial(_tick, progress, name, seed * epochs, settings.seeds * epochs)
+            outcomes[name].append(train(table, parts, seed, join, settings, epochs, tick))
+    speeds = time_steps(table, parts, settings, partial(_tick, progress, "speed", 0, rounds))
+    return Result(table, settings, epochs, outcomes, speeds)

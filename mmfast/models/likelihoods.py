@@ -1,0 +1,160 @@
+"""Likelihoods of heterogeneous features: from the unconstrained outputs of a head to a log-density and a point prediction.
+
+Every class follows one contract. `raw` is [..., n_outputs], what a linear head gives; `x` is [...], in original units. `w` is the scale of the
+local step of Javaloy et al. (ICML 2022): the density is that of the rescaled feature (w x, or x^w for a positive one), predictions come back in
+original units. Discrete features are not rescaled: they ignore `w`. `w` may be a number or a tensor that broadcasts against `x`, so one call serves
+many features of one kind.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_TINY = 1e-15  # keeps precisions away from zero where softplus underflows
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """One feature's likelihood; equal ones are evaluated together by `Joint`."""
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of outputs its head needs."""
+        return 1
+
+    def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        """Log-density (or log-mass) of x, of its shape."""
+        raise NotImplementedError
+
+    def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        """The point prediction [...], in original units."""
+        raise NotImplementedError
+
+
+def _mean_precision(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and precision from the natural parameters (precision * mean, -precision / 2 < 0)."""
+    precision = 2 * (_TINY + F.softplus(raw[..., 1]))
+    return raw[..., 0] / precision, precision
+
+
+def _normal_log_prob(raw: Tensor, x: Tensor) -> Tensor:
+    mean, precision = _mean_precision(raw)
+    return 0.5 * (precision.log() - precision * (x - mean).square()) - _HALF_LOG_2PI
+
+
+class Normal(Likelihood):
+    """A real feature; natural parameters, predicts the mean."""
+
+    n_outputs = 2
+
+    def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return _normal_log_prob(raw, w * x)
+
+    def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return _mean_precision(raw)[0] / w
+
+
+class LogNormal(Likelihood):
+    """A positive feature; natural parameters of its logarithm, predicts the mode."""
+
+    n_outputs = 2
+
+    def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        log_x = w * x.clamp_min(1e-20).log()
+        return _normal_log_prob(raw, log_x) - log_x
+
+    def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        mean, precision = _mean_precision(raw)
+        return (mean / w - 1 / (precision * w * w)).clamp(math.log(1e-20), math.log(1e20)).exp()
+
+
+class Bernoulli(Likelihood):
+    """A binary feature, 0 or 1; the output is the logit, predicts the likelier value."""
+
+    def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return x * raw[..., 0] - F.softplus(raw[..., 0])
+
+    def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return (raw[..., 0] >= 0).to(raw.dtype)
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """A feature with the values 0 .. classes - 1; the outputs are logits, predicts the likeliest value."""
+
+    classes: int
+
+    @property
+    def n_outputs(self) -> int:
+        return self.classes
+
+    def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return raw.log_softmax(-1).gather(-1, x.long().unsqueeze(-1)).squeeze(-1)
+
+    def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return raw.argmax(-1).to(raw.dtype)
+
+
+class Poisson(Likelihood):
+    """A count; the output is the logarithm of the rate, predicts the rate rounded down (a mode)."""
+
+    def _log_rate(self, raw: Tensor) -> Tensor:
+        return raw[..., 0].clamp(math.log(1e-6), math.log(1e20))
+
+    def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        log_rate = self._log_rate(raw)
+        return x * log_rate - log_rate.exp() - torch.lgamma(x + 1)
+
+    def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return self._log_rate(raw).exp().floor()
+
+
+class Joint(nn.Module):
+    """K independent features; those with equal likelihoods are evaluated in one call.
+
+    Args:
+        likelihoods: one per feature.
+        w: [K] scales of the local step; ones if left out.
+    """
+
+    w: Tensor
+    _features: Tensor
+    _outputs: Tensor
+    _order: Tensor
+
+    def __init__(self, likelihoods: Sequence[Likelihood], w: Tensor | None = None) -> None:
+        super().__init__()
+        self.likelihoods = list(likelihoods)
+        self.sizes = [likelihood.n_outputs for likelihood in likelihoods]  # outputs of each head, in order
+        groups: dict[Likelihood, list[int]] = {}
+        for i, likelihood in enumerate(likelihoods):
+            groups.setdefault(likelihood, []).append(i)
+        self._groups = [(likelihood, len(members)) for likelihood, members in groups.items()]
+        features = torch.tensor([i for members in groups.values() for i in members])  # kind by kind
+        heads = torch.arange(sum(self.sizes)).split(self.sizes)
+        self.register_buffer("w", torch.ones(len(self.sizes)) if w is None else w.float())
+        self.register_buffer("_features", features, persistent=False)
+        self.register_buffer("_outputs", torch.cat([heads[i] for i in features]), persistent=False)
+        self.register_buffer("_order", features.argsort(), persistent=False)  # and back
+
+    def _by_kind(self, raw: Tensor) -> Iterator[tuple[Likelihood, Tensor, Tensor]]:
+        """Each kind's likelihood, its raw outputs [..., features of that kind, n_outputs], and their w."""
+        widths, counts = [n * part.n_outputs for part, n in self._groups], [n for _, n in self._groups]
+        raws, ws = raw.index_select(-1, self._outputs).split(widths, -1), self.w[self._features].split(counts)
+        for (part, n), r, w in zip(self._groups, raws, ws, strict=True):
+            yield part, r.unflatten(-1, (n, part.n_outputs)), w
+
+    def log_prob(self, raw: Tensor, x: Tensor) -> Tensor:
+        """Log-likelihood of each feature, [..., K], from all heads' outputs side by side, raw [..., sum(sizes)], and x [..., K]."""
+        xs = x.index_select(-1, self._features).split([n for _, n in self._groups], -1)
+        parts = [part.log_prob(r, x_part, w) for (part, r, w), x_part in zip(self._by_kind(raw), xs, strict=True)]
+        return torch.cat(parts, -1).index_select(-1, self._order)
+
+    def predict(self, raw: Tensor) -> Tensor:
+        """Point predictions [..., K], in original units."""
+        return torch.cat([part.predict(r, w) for part, r, w in self._by_kind(raw)], -1).index_select(-1, self._order)

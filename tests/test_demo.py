@@ -1,0 +1,302 @@
+"""The demonstration: its likelihoods, its data, and a run from the command line."""
+
+import csv
+import gzip
+
+import pytest
+import torch
+from torch import distributions as dist
+
+from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+from typer.testing import CliRunner
+
+from mmfast.cli import app
+from mmfast.demo import data, naive, report, run
+
+DTYPE = torch.float64
+
+
+def normal(raw, w):
+    precision = 2 * torch.nn.functional.softplus(raw[..., 1])
+    return dist.Normal(raw[..., 0] / precision, precision.rsqrt())
+
+
+CASES = {
+    "normal": (Normal(), torch.tensor([-2.0, 0.0, 3.1]), lambda raw, x, w: normal(raw, w).log_prob(w * x)),
+    "lognormal": (LogNormal(), torch.tensor([0.2, 1.0, 30.0]), lambda raw, x, w: normal(raw, w).log_prob(w * x.log()) - w * x.log()),
+    "bernoulli": (Bernoulli(), torch.tensor([0.0, 1.0, 1.0]), lambda raw, x, w: dist.Bernoulli(logits=raw[..., 0]).log_prob(x)),
+    "categorical": (Categorical(4), torch.tensor([0.0, 3.0, 1.0]), lambda raw, x, w: dist.Categorical(logits=raw).log_prob(x)),
+    "poisson": (Poisson(), torch.tensor([0.0, 1.0, 250.0]), lambda raw, x, w: dist.Poisson(raw[..., 0].exp()).log_prob(x)),
+}
+
+
+@pytest.mark.parametrize("w", [1.0, 0.3])
+@pytest.mark.parametrize("name", CASES)
+def test_log_prob_is_that_of_torch_distributions(name, w):
+    likelihood, x, expected = CASES[name]
+    raw = torch.randn(5, 3, likelihood.n_outputs, dtype=DTYPE, generator=torch.Generator().manual_seed(1))
+    x = x.to(DTYPE).expand(5, 3)
+    torch.testing.assert_close(likelihood.log_prob(raw, x, w), expected(raw, x, w))
+
+
+@pytest.mark.parametrize("w", [1.0, 0.3])
+@pytest.mark.parametrize("name", CASES)
+def test_prediction_is_the_best_guess_in_original_units(name, w):
+    """Mean of the normal, mode of the others: no other value is likelier."""
+    likelihood, _, _ = CASES[name]
+    raw = torch.randn(7, likelihood.n_outputs, dtype=DTYPE, generator=torch.Generator().manual_seed(2))
+    best = likelihood.predict(raw, w)
+    assert best.shape == (7,)
+    if isinstance(likelihood, Categorical | Bernoulli | Poisson):
+        others = torch.arange(
+            4.0 if isinstance(likelihood, Categorical) else 2.0 if isinstance(likelihood, Bernoulli) else 30.0, dtype=DTYPE
+        )
+        others = others.unsqueeze(1).expand(-1, 7)
+    else:
+        others = best * torch.tensor([[0.9], [0.999], [1.001], [1.1]], dtype=DTYPE)
+
+    def density(x):  # of x itself: the scaled feature is w x or x^w
+        jacobian = (w - 1) * x.log() if isinstance(likelihood, LogNormal) else 0.0
+        return likelihood.log_prob(raw.expand(*x.shape, -1), x, w) + jacobian
+
+    assert (density(best) >= density(others).max(0).values - 1e-12).all()
+
+
+def test_joint_gives_each_feature_its_own_likelihood():
+    likelihoods = [Poisson(), Normal(), Categorical(3), Bernoulli(), Normal(), Categorical(3), LogNormal(), Categorical(2)]
+    w = torch.tensor([1, 0.5, 1, 1, 2, 1, 3, 1.0])
+    joint = Joint(likelihoods, w)
+    assert joint.sizes == [1, 2, 3, 1, 2, 3, 2, 2]
+    raw = torch.randn(4, sum(joint.sizes))
+    x = torch.tensor([[3.0, -1, 2, 1, 0.5, 0, 2.5, 1]]).expand(4, -1)
+    parts = raw.split(joint.sizes, -1)
+    one_by_one = [p.log_prob(r, x[:, i], w[i]) for i, (p, r) in enumerate(zip(likelihoods, parts, strict=True))]
+    torch.testing.assert_close(joint.log_prob(raw, x), torch.stack(one_by_one, -1))
+    predictions = [p.predict(r, w[i]) for i, (p, r) in enumerate(zip(likelihoods, parts, strict=True))]
+    torch.testing.assert_close(joint.predict(raw), torch.stack(predictions, -1))
+
+
+def rows_of(cells, n=40):
+    """A CSV of n rows; each cell is a function of the row's number."""
+    return "".join(",".join(str(cell(i)) for cell in cells) + "\n" for i in range(n))
+
+
+USUAL = (lambda i: 3 * i % 7 + 10, lambda i: 0.5 + i % 9)
+
+
+def save(tmp_path, text, name="some.csv"):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["some.csv", "some.csv.gz"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_kinds_are_inferred(tmp_path, name, separator):
+    columns = {
+        "row": lambda i: i + 1,
+        "visits": lambda i: i * i % 50,
+        "grade": lambda i: i % 4,
+        "flag": lambda i: "yes" if i % 3 else "no",
+        "city": lambda i: "ABC"[i % 3] if i % 5 else "",
+        "weight": lambda i: 50.5 + i % 11,
+        "change": lambda i: (i % 11) / 2 - 2 if i % 6 else "NA",
+        "income": lambda i: 3000 + 17 * i % 900,
+        "same": lambda i: 5,
+        "comment": lambda i: f"text {i}",
+        "nothing": lambda i: "?",
+    }
+    text = ",".join(columns) + "\n" + rows_of(columns.values())
+    table = data.read_csv(save(tmp_path, text.replace(",", separator), name))
+    assert {column.name: column.kind for column in table.columns} == {
+        "visits": "count",
+        "grade": "categorical",
+        "flag": "binary",
+        "city": "categorical",
+        "weight": "positive",
+        "change": "real",
+        "income": "positive",
+    }
+    assert [note.split(" dropped: ")[0] for note in table.notes] == [
+        "column 'row'",
+        "column 'same'",
+        "column 'comment'",
+        "column 'nothing'",
+    ]
+    at = {column.name: i for i, column in enumerate(table.columns)}
+    assert table.columns[at["city"]].labels == ["A", "B", "C"] and table.columns[at["flag"]].labels == ["no", "yes"]
+    assert table.x[4, at["city"]] == 1 and table.x[5, at["city"]].isnan()  # row 4 is "ABC"[1]; row 5 is empty
+    assert table.x.isnan().sum(0).tolist() == [0, 0, 0, 8, 0, 7, 0]
+
+
+def test_types_override_inference(tmp_path):
+    path = save(tmp_path, "a,b,c\n" + rows_of((*USUAL, lambda i: i % 4)))
+    assert [c.kind for c in data.read_csv(path).columns] == ["count", "positive", "categorical"]
+    table = data.read_csv(path, {"a": "real", "b": "categorical", "c": "count"})
+    assert [c.kind for c in table.columns] == ["real", "categorical", "count"]
+    assert table.columns[1].likelihood == Categorical(9)
+
+
+HEAD = "a,b\n"
+BAD_FILES = {
+    "empty": ("", "empty"),
+    "blank lines": ("\n\n", "empty"),
+    "header only": (HEAD, "no rows"),
+    "no header": (rows_of(USUAL), "line 1: only numbers"),
+    "repeated name": ("a,a\n" + rows_of(USUAL), "line 1: the column name 'a' is used 2 times"),
+    "ragged": (HEAD + rows_of(USUAL, 5) + "1,2,3\n" + rows_of(USUAL), "line 7: 3 cells, expected 2"),
+    "ragged after a blank line": (HEAD + rows_of(USUAL, 5) + "\n1\n" + rows_of(USUAL), "line 8: 1 cells, expected 2"),
+    "no number": (HEAD + rows_of(USUAL, 5) + "1,x2\n" + rows_of(USUAL), "line 7, column 'b': 'x2' is not a number"),
+    "not finite": (HEAD + rows_of(USUAL, 5) + "1,inf\n" + rows_of(USUAL), "line 7, column 'b': inf is not a finite number"),
+    "open quote": (HEAD + rows_of(USUAL) + '"1,2\n', "line 42"),
+    "few rows": (HEAD + rows_of(USUAL, 7), "7 usable row"),
+    "one column": ("a\n" + rows_of(USUAL[:1]), "1 usable column"),
+    "constant": (
+        "a,b,c\n" + rows_of((USUAL[0], lambda i: 1, lambda i: "x")),
+        "1 usable column(s), at least 2 are needed; column 'b' dropped",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_malformed_files_name_the_place(tmp_path, case):
+    text, message = BAD_FILES[case]
+    path = save(tmp_path, text)
+    with pytest.raises(data.DataError) as error:
+        data.read_csv(path)
+    assert message in str(error.value)
+    result = CliRunner().invoke(app, ["demo", "--data", str(path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "nowhere.csv"], "neither a file nor one of diabetes, wine"),
+        (["--data", "CSV", "--types", "a"], "expected column=kind pairs"),
+        (["--data", "CSV", "--types", "z=count"], "names the column 'z'"),
+        (["--data", "CSV", "--types", "a=number"], "a kind is one of real, positive"),
+        (["--data", "CSV", "--types", "a=binary"], "the column has 7 different values"),
+        (["--data", "CSV", "--types", "b=count"], "line 2, column 'b': 0.5 is not a count"),
+        (["--types", "age=count"], "--types is for a CSV file"),
+        (["--rule", "pcgrab"], "PCGrad"),
+    ],
+)
+def test_wrong_options_say_what_is_expected(tmp_path, arguments, message):
+    path = save(tmp_path, HEAD + rows_of(USUAL))
+    arguments = [str(path) if a == "CSV" else a for a in arguments]
+    result = CliRunner().invoke(app, ["demo", *arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
+def test_files_that_are_not_text(tmp_path):
+    for name, content in (("a.csv", b"\xff\xfe\x00"), ("a.csv.gz", b"no gzip"), ("b.csv.gz", gzip.compress(HEAD.encode() * 99)[:-9])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(data.DataError, match="cannot be read"):
+            data.read_csv(tmp_path / name)
+
+
+def test_missing_cells_do_not_reach_the_loss(tmp_path):
+    """What stands in for a missing cell changes neither the loss nor the metric."""
+    table = data.read_csv(save(tmp_path, "a,b,c\n" + rows_of((*USUAL, lambda i: "" if i % 4 == 0 else i % 3))))
+    parts = data.split(table, 0)
+    assert 0 < (parts.train.seen == 0).sum() < parts.train.seen.numel() / 3
+    model = run._model(table, parts, 0, run.Loop)
+    losses, gradients = [], []
+    for other in (parts.train.x, torch.where(parts.train.seen == 0, 1.0, parts.train.x)):
+        torch.manual_seed(3)
+        model.zero_grad()
+        loss = model.loss(other, parts.train.seen)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[0] == losses[1] and torch.equal(*gradients)
+    predicted = parts.test.x + 1
+    wild = data.Part(torch.where(parts.test.seen == 0, 1e6, parts.test.x), parts.test.seen)
+    assert torch.equal(run.test_errors(predicted, parts.test, table.columns), run.test_errors(predicted, wild, table.columns))
+
+
+def test_both_models_start_alike():
+    table = data.builtin("diabetes")
+    parts = data.split(table, 0)
+    a, b = (run._model(table, parts, 5, join) for join in (run.Loop, lambda heads: run.block(heads, "GradNorm")))
+    own = {name: p for name, p in b.named_parameters()}
+    assert all(torch.equal(p, own[name]) for name, p in a.named_parameters())
+
+
+def test_naive_pcgrad_removes_the_conflict():
+    g = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+    resolved = naive.pcgrad(g)
+    expected = torch.tensor([0.5, 0.5]) + torch.tensor([0.0, 1.0])  # each minus its part along the other
+    torch.testing.assert_close(resolved, expected / expected.norm() * g.sum(0).norm())
+
+
+@pytest.mark.parametrize("source, rule", [("wine", "pcgrad"), ("csv", "grad-drop")])
+def test_a_whole_run(tmp_path, source, rule):
+    path = save(tmp_path, "a,b,c\n" + rows_of((*USUAL, lambda i: "" if i % 6 == 0 else "xyz"[i % 3]), 60))
+    out = tmp_path / "out"
+    choice = "wine" if source == "wine" else str(path)
+    result = CliRunner().invoke(app, ["demo", "--quick", "--data", choice, "--seeds", "2", "--rule", rule, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "Training steps per second" in result.output and "Better on" in result.output
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    table = data.builtin("wine") if source == "wine" else data.read_csv(path)
+    with (out / "errors.csv").open() as f:
+        errors = list(csv.DictReader(f))
+    assert [row["feature"] for row in errors] == [c.name for c in table.columns for _ in range(2)]
+    assert {row["seed"] for row in errors} == {"0", "1"}
+    for side in ("without_block", "with_block"):
+        assert all(0 <= float(row[side]) <= (1 if "rate" in row["measure"] else float("inf")) for row in errors)
+    with (out / "conflict.csv").open() as f:
+        conflicts = list(csv.DictReader(f))
+    assert {row["model"] for row in conflicts} == {run.WITHOUT, run.WITH}
+    for row in conflicts:
+        assert (
+            0 <= float(row["share_in_conflict"]) <= 1 and -1 <= float(row["mean_conflicting_cosine"]) <= 0 and float(row["norm_ratio"]) >= 1
+        )
+        assert (row["norm_ratio_after"] != "") == (row["model"] == run.WITH and rule == "pcgrad")  # GradDrop has no weights
+    with (out / "speed.csv").open() as f:
+        speeds = list(csv.DictReader(f))
+    assert speeds[0]["block"] == "no block" and {row["block"] for row in speeds} == {"no block", "mmfast", "TorchJD", "naive loops"}
+    assert {row["rule"] for row in speeds[1:]} == ({"PCGrad"} if rule == "pcgrad" else {"GradDrop", "PCGrad"})
+    assert all(bool(row["steps_per_second"]) != bool(row["remark"]) for row in speeds)
+
+
+def test_doctor():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0 and torch.__version__ in result.output and "backend reference" in result.output
+    assert report.change(0.0, 1.0) != report.change(0.0, 1.0)  # NaN: no relative change from zero
+
+
+def outcome(seed, *errors):
+    return run.Outcome(seed, torch.tensor(errors, dtype=DTYPE), 1, [1], [run.Conflict(0.5, -0.1, 2.0, None)])
+
+
+@pytest.mark.parametrize(
+    "without, with_block, expected",
+    [
+        (
+            [(0.2, 0.4), (0.4, 0.4)],
+            [(0.1, 0.3), (0.1, 0.5)],
+            ["0.3500 without the block, 0.2500 with it: 29% lower", "2 of 2 seeds", "Better on 1 of 2 features, no better on 1: y"],
+        ),
+        (
+            [(0.2, 0.4)],
+            [(0.3, 0.4)],
+            ["(one seed): 0.3000 without the block, 0.3500 with it: 17% higher", "no better on 2: x, y", "does not pay"],
+        ),
+        ([(0.2, 0.4)], [(float("nan"), float("nan"))], ["1 of 1 seeds have no result"]),
+    ],
+)
+def test_the_verdict_is_what_was_measured(without, with_block, expected):
+    table = data.Table("t", [data.Column("x", "real"), data.Column("y", "real")], torch.zeros(1, 2))
+    outcomes = {run.WITHOUT: [outcome(i, *e) for i, e in enumerate(without)], run.WITH: [outcome(i, *e) for i, e in enumerate(with_block)]}
+    text = " ".join(report.verdict(run.Result(table, run.Settings(), 1, outcomes, [])))
+    for part in expected:
+        assert part in text
