@@ -1,8 +1,23 @@
 """mmfast: impartial multimodal training, in one fused pass over the shared representation."""
 
-from mmfast import resolvers
+from mmfast import resolvers, stats
+from mmfast.block import ImpartialityBlock, fork
 from mmfast.ops import backends, combine, gram, resolve, weights
 from mmfast.resolvers import *
+from mmfast.scaling import DimRatio, LipschitzScale, StandardScale
 
 __version__ = "0.1.0"
-__all__ = ["backends", "combine", "gram", "resolve", "weights", *resolvers.__all__]  # noqa: PLE0604
+__all__ = [
+    "DimRatio",
+    "ImpartialityBlock",
+    "LipschitzScale",
+    "StandardScale",
+    "backends",
+    "combine",
+    "fork",
+    "gram",
+    "resolve",
+    "stats",
+    "weights",
+]
+__all__ += resolvers.__all__

@@ -28,7 +28,9 @@ RULES = [
     lambda k: resolvers.GradDrop(0.25),
     lambda k: resolvers.TrimmedMean(0 if k < 3 else 1),
 ]
-FUZZ = settings(max_examples=int(os.environ.get("MMFAST_FUZZ", "300")), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FUZZ = settings(
+    max_examples=int(os.environ.get("MMFAST_FUZZ", "300")), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 
 
 @st.composite
