@@ -33,15 +33,26 @@ FUZZ = settings(
 )
 
 
+class Call:
+    """The arguments of one call; its repr says how they were made, not what they hold."""
+
+    def __init__(self, grads, mask, per, how):
+        self.grads, self.mask, self.per, self.how = grads, mask, per, how
+
+    def __repr__(self):
+        return f"Call({self.how})"
+
+
 @st.composite
 def calls(draw):
-    """(grads, some of them None; mask; per): values of moderate size, made from a drawn seed."""
+    """Gradients of moderate size, made from a drawn seed; some of them None, zero, strided or masked."""
     k = draw(st.one_of(st.integers(1, 9), st.integers(10, 70)))
     dim = draw(st.integers(1, 3))
     shape = [draw(st.integers(0 if draw(st.booleans()) else 1, 12)) for _ in range(dim - 1)]
     shape.append(draw(st.one_of(st.integers(0, 40), st.sampled_from([511, 513, 1025, 4097]))))
     dtype = draw(st.sampled_from(DTYPES))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
     layout = draw(st.sampled_from(["plain", "permuted", "stepped", "expanded", "offset"]))
     grads = []
     for _ in range(k):
@@ -69,14 +80,16 @@ def calls(draw):
         for i, g in enumerate(grads):
             if g is not None and form == "row" and not mask[i]:
                 grads[i] = torch.full_like(g, torch.nan)  # must never be read
-    return grads, mask, draw(st.sampled_from(["batch", "sample", "batch_sum"]))
+    per = draw(st.sampled_from(["batch", "sample", "batch_sum"]))
+    absent = [i for i, g in enumerate(grads) if g is None]
+    return Call(grads, mask, per, f"{k=}, {shape=}, {dtype=}, {seed=}, {layout=}, mask={form}, {absent=}, {per=}")
 
 
 @FUZZ
 @given(calls(), st.integers(0, len(RULES) - 1))
 def test_resolve_agrees_with_float64(call, which):
     """Weights from the compiled solver are checked elsewhere; here the result must be those weights' combination, in float64."""
-    grads, mask, per = call
+    grads, mask, per = call.grads, call.mask, call.per
     k = len(grads)
     present = [g for g in grads if g is not None]
     missing = tuple(i for i, g in enumerate(grads) if g is None)
@@ -111,8 +124,7 @@ def test_resolve_agrees_with_float64(call, which):
 @FUZZ
 @given(calls())
 def test_gram_and_combine_agree_with_float64(call):
-    grads, _, per = call
-    grads = [g for g in grads if g is not None]
+    grads, per = [g for g in call.grads if g is not None], call.per
     exact = [g.double() for g in grads]
     G, exact_G = mf.gram(grads, per), ops.reference.gram(exact, None, per)
     size = exact_G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
