@@ -95,6 +95,8 @@ def demo(
 
         result = run.run(table, settings, progress)
     report.show(console, result)
+    if quick:
+        console.print("\n[yellow]note:[/] --quick trains and times far too briefly for these numbers to mean anything")
     written = [figure.draw(result, out / "demo.png"), *report.write_csv(result, out)]
     console.print(
         f"\nWritten to {out}: {', '.join(path.name for path in written)}  ({time.perf_counter() - started:.0f} s in all)", highlight=False

@@ -91,7 +91,7 @@ def _conflict(share: Axes, ratio: Axes, result: Result) -> None:
         ax.grid(axis="y", color=LIGHT, lw=0.8)
         ax.set_xlim(0, None)
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=8.5, loc="lower left", ncols=2)
+            ax.legend(frameon=False, fontsize=8.5, loc="best", ncols=2)
         ax.tick_params(length=0, which="both")
 
 
