@@ -74,6 +74,7 @@ py::tuple solve(const Doubles& G, const std::vector<int64_t>& steps, const std::
   args.steps = steps.data();
   args.n_steps = static_cast<int>(steps.size() / 2);
   args.params = params.data();
+  if (!choose_kernels()->accepts(args)) throw py::value_error("params do not fit the rules that steps names");
   args.preserve_norm = preserve_norm;
   args.precision = 2.220446049250313e-16;
   args.state = size ? next.mutable_data() : nullptr;

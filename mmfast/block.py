@@ -132,7 +132,13 @@ def fork(
         >>> y.grad
         tensor([2., 2.])
     """
+    named = resolver if isinstance(resolver, str) else None
     resolver = _check_plan(k, resolver, per)
+    if named and _stateless(resolver, k):
+        raise ValueError(
+            f"resolver is {named!r}, which keeps state from call to call; expected an instance made once, such as "
+            f"mf.resolver({named!r}), or an ImpartialityBlock"
+        )
     plan = _Plan(k, resolver, per, preserve_norm, None)
     return _fork(y, mask, plan)
 

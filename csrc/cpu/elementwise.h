@@ -44,7 +44,7 @@ struct Words {
 #endif
 
 // Uniforms of the 64 elements from 64 * group on: element e takes word e / 16 of the Philox block at place e % 16 (philox.h).
-// 24 bits each, in the open interval (0, 1).
+// 23 bits each: with the half added they are exact in single precision, and stay inside the open interval (0, 1).
 inline void uniforms(uint64_t seed, uint32_t counter, uint64_t group, float* u) {
   using W = Words;
   alignas(64) uint64_t place[16], out[4][16];
@@ -68,7 +68,7 @@ inline void uniforms(uint64_t seed, uint32_t counter, uint64_t group, float* u) 
   }
   for (int word = 0; word < 4; ++word)
     for (int i = 0; i < 16; ++i)
-      u[word * 16 + i] = (static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(out[word][i]) >> 8)) + 0.5f) * 5.9604644775390625e-8f;
+      u[word * 16 + i] = (static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(out[word][i]) >> 9)) + 0.5f) * 1.1920928955078125e-7f;
 }
 
 // f(first element, count <= 64, rows, k) over all elements in groups of 64 that do not cross a sample with its own mask.

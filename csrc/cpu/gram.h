@@ -14,7 +14,7 @@ namespace MMFAST_ISA {
 
 constexpr int kPanel = 64;  // rows whose lane sums are kept at once: 64 x 64 pairs are 256 KB
 #if defined(__AVX512F__)
-constexpr int kTileRows = 4, kTileCols = 6, kTriangle = 6;  // accumulators in registers: 24 of 32, and 21 of 32
+constexpr int kTileRows = 6, kTileCols = 4, kTriangle = 6;  // accumulators in registers: 24 of 32, and 21 of 32
 #else
 constexpr int kTileRows = 3, kTileCols = 3, kTriangle = 4;  // 9 of 16, and 10 of 16
 #endif
@@ -51,7 +51,27 @@ inline void triangle(const typename V::Acc* const* rows, int steps, typename V::
   }
 }
 
-// The pairs of R rows with C others; lanes of pair (i, j) stand at lanes[(i * kPanel + j) * L].
+// One row alone, kAbreast stretches side by side: one chain, and one stream from memory, would leave the processor waiting.
+constexpr int kAbreast = 4;
+template <class V>
+inline void square(const typename V::Acc* row, typename V::Acc* lanes) {
+  constexpr int L = V::width * V::parts, kStretch = kSubSteps * L;
+  for (int part = 0; part < V::parts; ++part) {
+    typename V::Reg acc[kAbreast];
+#pragma GCC unroll 4
+    for (int u = 0; u < kAbreast; ++u) acc[u] = V::zero();
+    for (int64_t t = part * V::width; t < kStretch; t += L)
+#pragma GCC unroll 4
+      for (int u = 0; u < kAbreast; ++u) {
+        const typename V::Reg x = V::load(row + u * kStretch + t);
+        acc[u] = V::fma(x, x, acc[u]);
+      }
+#pragma GCC unroll 4
+    for (int u = 0; u < kAbreast; ++u) add_lanes<V>(lanes + part * V::width, acc[u]);
+  }
+}
+
+// The pairs of R rows with C others; lanes of pair (i, j) stand at lanes[(i * C + j) * L].
 template <class V, int R, int C>
 inline void tile(const typename V::Acc* const* a, const typename V::Acc* const* b, int steps, typename V::Acc* lanes) {
   constexpr int L = V::width * V::parts;
@@ -71,6 +91,7 @@ inline void tile(const typename V::Acc* const* a, const typename V::Acc* const* 
 #pragma GCC unroll 8
       for (int j = 0; j < C; ++j) {
         const typename V::Reg y = V::load(pb[j] + t);
+
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) acc[i][j] = V::fma(x[i], y, acc[i][j]);
       }
@@ -78,7 +99,7 @@ inline void tile(const typename V::Acc* const* a, const typename V::Acc* const* 
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) add_lanes<V>(lanes + (i * kPanel + j) * L + part * V::width, acc[i][j]);
+      for (int j = 0; j < C; ++j) add_lanes<V>(lanes + (i * C + j) * L + part * V::width, acc[i][j]);
   }
 }
 
@@ -90,45 +111,43 @@ inline void tile_columns(int columns, const typename V::Acc* const* a, const typ
     case 3: return tile<V, R, 3>(a, b, steps, lanes);
 #if defined(__AVX512F__)
     case 4: return tile<V, R, 4>(a, b, steps, lanes);
-    case 5: return tile<V, R, 5>(a, b, steps, lanes);
-    case 6: return tile<V, R, 6>(a, b, steps, lanes);
 #endif
   }
 }
 
-inline int tile_count(int na, int nb, bool same) {
-  int tiles = 0;
-  for (int i = 0; i < na; i += kTileRows) tiles += (nb - (same ? i : 0) + kTileCols - 1) / kTileCols;
-  return tiles;
+// Calls f(i, r, j, c) for each tile of r rows from i on and c columns from j on; of one panel with itself only those that meet the upper triangle.
+template <class F>
+MMFAST_INLINE void tiles(int na, int nb, bool same, const F& f) {
+  for (int i = 0; i < na; i += kTileRows)
+    for (int j = same ? i : 0; j < nb; j += kTileCols) f(i, na - i < kTileRows ? na - i : kTileRows, j, nb - j < kTileCols ? nb - j : kTileCols);
 }
 
-// The pairs of two panels of at most kPanel rows; of one panel with itself only tiles that meet the upper triangle.
+// The pairs of two panels of at most kPanel rows. Lanes stand tile after tile, in the order in which they are used.
 template <class V>
 inline void panels(const typename V::Acc* const* a, int na, const typename V::Acc* const* b, int nb, bool same, int steps, int64_t ahead,
                    typename V::Acc* lanes) {
   constexpr int L = V::width * V::parts;
-  // the next stretch of the rows is fetched a few lines a tile, while this one keeps the multipliers busy
-  const int tiles = tile_count(na, nb, same), share = ahead ? (na * steps + tiles - 1) / tiles : 0;
-  int next_row = 0, next_step = 0;
-  for (int i = 0; i < na; i += kTileRows) {
-    const int r = na - i < kTileRows ? na - i : kTileRows;
-    for (int j = same ? i : 0; j < nb; j += kTileCols) {
-      const int c = nb - j < kTileCols ? nb - j : kTileCols;
-      for (int line = 0; line < share && next_row < na; ++line) {
-        __builtin_prefetch(a[next_row] + ahead + static_cast<int64_t>(next_step) * L, 0, 2);
-        if (++next_step == steps) next_step = 0, ++next_row;
-      }
-      typename V::Acc* at = lanes + (i * kPanel + j) * L;
-      switch (r) {
-        case 1: tile_columns<V, 1>(c, a + i, b + j, steps, at); break;
-        case 2: tile_columns<V, 2>(c, a + i, b + j, steps, at); break;
-        case 3: tile_columns<V, 3>(c, a + i, b + j, steps, at); break;
-#if defined(__AVX512F__)
-        case 4: tile_columns<V, 4>(c, a + i, b + j, steps, at); break;
-#endif
-      }
+  // the next stretch of the rows is fetched a row every few tiles, while this one keeps the multipliers busy
+  int count = 0;
+  tiles(na, nb, same, [&](int, int, int, int) { ++count; });
+  int next_row = 0, credit = 0;
+  tiles(na, nb, same, [&](int i, int r, int j, int c) {
+    for (credit += ahead ? na : 0; credit >= count && next_row < na; credit -= count) {  // na rows spread over count tiles
+      const typename V::Acc* row = a[next_row++] + ahead;
+      for (int t = 0; t < steps; ++t) __builtin_prefetch(row + t * L, 0, 2);
     }
-  }
+    switch (r) {
+      case 1: tile_columns<V, 1>(c, a + i, b + j, steps, lanes); break;
+      case 2: tile_columns<V, 2>(c, a + i, b + j, steps, lanes); break;
+      case 3: tile_columns<V, 3>(c, a + i, b + j, steps, lanes); break;
+#if defined(__AVX512F__)
+      case 4: tile_columns<V, 4>(c, a + i, b + j, steps, lanes); break;
+      case 5: tile_columns<V, 5>(c, a + i, b + j, steps, lanes); break;
+      case 6: tile_columns<V, 6>(c, a + i, b + j, steps, lanes); break;
+#endif
+    }
+    lanes += r * c * L;
+  });
 }
 
 // The lanes of one pair, met in a tree.
@@ -181,7 +200,10 @@ inline void chunk_triangle(const T* const* rows, int64_t begin, int64_t end, dou
   alignas(64) Acc lanes[P * L] = {};
   alignas(64) Acc packed[k * kSubSteps * L];
   const Acc* at[k];
-  for (int64_t s = begin; s < end; s += kSubSteps * L) {
+  int64_t s = begin;
+  if constexpr (k == 1 && std::is_same<T, Acc>::value)
+    for (; s + kAbreast * kSubSteps * L <= end; s += kAbreast * kSubSteps * L) square<V>(rows[0] + s, lanes);
+  for (; s < end; s += kSubSteps * L) {
     const int64_t stop = end - s < kSubSteps * L ? end : s + kSubSteps * L;
     const int steps = static_cast<int>((stop - s + L - 1) / L);
     stretch_rows<T>(rows, k, s, stop, steps, packed, at);
@@ -212,8 +234,14 @@ inline void chunk_panels(const T* const* rows, int k, int64_t begin, int64_t end
         if (!same) stretch_rows<T>(rows + pb, nb, s, stop, steps, packed + static_cast<int64_t>(side) * kSubSteps * L, at + kPanel);
         panels<V>(at, na, same ? at : at + kPanel, nb, same, steps, std::is_same<T, Acc>::value ? kSubSteps * L : 0, lanes);
       }
-      for (int i = 0; i < na; ++i)
-        for (int j = same ? i : 0; j < nb; ++j) out[pair_index(k, pa + i, pb + j)] += fold<Acc, L>(lanes + (i * kPanel + j) * L);
+      const Acc* lane = lanes;
+      tiles(na, nb, same, [&](int i, int r, int j, int c) {
+        for (int row = i; row < i + r; ++row) {
+          double* pairs = out + pair_index(k, pa + row, pb);
+          for (int column = j; column < j + c; ++column, lane += L)
+            if (!same || row <= column) pairs[column] += fold<Acc, L>(lane);
+        }
+      });
     }
   }
 }

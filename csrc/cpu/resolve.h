@@ -189,6 +189,7 @@ inline void combine(const Pool& pool, const Grads& g, const double* w, void* out
 }
 
 inline void resolve(const Pool& pool, const Grads& g, const SolveArgs& args, bool with_gram, void* out) {
+  with_gram = with_gram || g.per == Per::batch_sum;  // there a row is missing when its batch sum is zero
   with_type(g.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (g.per != Per::sample) {

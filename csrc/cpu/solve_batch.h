@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <new>
 
 #include "../solvers/solve.h"
 #include "kernels.h"
@@ -20,7 +21,9 @@ template <class T, int kOnStack>
 struct Scratch {
   T small[kOnStack];
   T* data;
-  explicit Scratch(int64_t n) : data(n <= kOnStack && kMayUseStack ? small : static_cast<T*>(std::malloc(n * sizeof(T)))) {}
+  explicit Scratch(int64_t n) : data(n <= kOnStack && kMayUseStack ? small : static_cast<T*>(std::malloc(n * sizeof(T)))) {
+    if (!data) throw std::bad_alloc();
+  }
   ~Scratch() {
     if (data != small) std::free(data);
   }

@@ -63,13 +63,13 @@ MMFAST_HD inline bool compact(const Team& team, const double* G, int K, const bo
   const int exponent = k ? ilogb(trace) : 0;
   const int even = exponent - (exponent & 1);
   *scale_out = ldexp(1.0, even);
-  const double inverse = ldexp(1.0, -even);
+  const double half = ldexp(1.0, -even / 2);  // twice, for the whole factor may not be a number where its halves are
   each(team, k, [&](int i) {
     const double* from = G + static_cast<long>(rows[i]) * K;
     if (k == K)
-      for (int j = 0; j < k; ++j) dense[i * k + j] = inverse * from[j];
+      for (int j = 0; j < k; ++j) dense[i * k + j] = half * from[j] * half;
     else
-      for (int j = 0; j < k; ++j) dense[i * k + j] = inverse * from[rows[j]];
+      for (int j = 0; j < k; ++j) dense[i * k + j] = half * from[rows[j]] * half;
   });
   return true;
 }

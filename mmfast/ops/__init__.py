@@ -1,6 +1,7 @@
 """The operators: gram, weights, combine and resolve. No autograd here; the block is what joins them to it."""
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import cast
 
 import torch
@@ -111,6 +112,41 @@ def combine(grads: Sequence[Tensor], w: Tensor, per: str = "batch", *, backend: 
     return native.combine(grads, [], None, w, code)
 
 
+# How exact the Gramian is that a resolver written in Python sees: one inside another must not take rounding for a direction.
+_precision: ContextVar[float] = ContextVar("precision", default=0.0)
+
+
+def _ask(resolver: Resolver, G: Tensor, mask: Tensor, precision: float) -> Tensor:
+    """The resolver's weights, made known how exact G is; a traced graph can't hold context variables and goes without."""
+    if torch.compiler.is_compiling():
+        return resolver(G, mask)
+    token = _precision.set(max(_precision.get(), precision))
+    try:
+        return resolver(G, mask)
+    finally:
+        _precision.reset(token)
+
+
+def known_precision() -> float:
+    """Relative rounding of the Gramian that is being resolved; float64's own where nobody said."""
+    own = torch.finfo(torch.float64).eps
+    return own if torch.compiler.is_compiling() else max(_precision.get(), own)
+
+
+def _there(G: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows [..., K] that are neither masked nor all zero."""
+    rows = G.diagonal(dim1=-2, dim2=-1) != 0
+    return rows if mask is None else rows & mask
+
+
+def _present_samples(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, k: int) -> Tensor:
+    """Mask [B, K] of the samples that are neither masked nor all zero."""
+    found = torch.stack([(g != 0).flatten(1).any(1) for g in grads], 1)
+    rows = found.new_zeros(found.shape[0], k)
+    rows[:, [i for i in range(k) if i not in missing]] = found
+    return rows if mask is None else rows & mask
+
+
 def _steps(chain: list[Rule]) -> tuple[list[int], list[float]]:
     if len(chain) == 1:
         params = chain[0].params()
@@ -130,6 +166,8 @@ def _states(chain: list[Rule], problems: tuple[int, ...], k: int, device: torch.
             continue
         if rule.state is None:
             rule.state = torch.zeros(*problems, size, dtype=torch.float64, device=device)
+        if rule.state.device != device:
+            rule.state = rule.state.to(device)
         if rule.state.shape != (*problems, size):
             raise ValueError(
                 f"{type(rule).__name__} keeps state of shape {tuple(rule.state.shape)} from earlier calls, but these gradients need "
@@ -139,14 +177,14 @@ def _states(chain: list[Rule], problems: tuple[int, ...], k: int, device: torch.
     return states
 
 
-def _keep(chain: list[Rule], states: list[Tensor | None], after: Tensor | None, rng: Tensor | None) -> None:
-    """Writes the next states [*problems, sum of S] back and moves the random stream on."""
+def _keep(states: list[Tensor | None], after: Tensor | None, start: int, rng: Tensor | None) -> None:
+    """Writes the next states, after[..., start:] side by side, back and moves the random stream on."""
     if after is not None:
-        start = 0
         for state in states:
             if state is not None:
-                state.copy_(after[..., start : start + state.shape[-1]])
-                start += state.shape[-1]
+                size = state.shape[-1]
+                state.copy_(after.narrow(-1, start, size))
+                start += size
     if rng is not None:
         advance(rng)
 
@@ -190,20 +228,21 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
         if mask.dtype != torch.bool or mask.shape not in ((k,), (*problems, k)):
             raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {(k,)} or {(*problems, k)}")
         mask = mask.contiguous()
-    precision = torch.finfo(torch.float64 if G.dtype == torch.float64 else torch.float32).eps
+    precision = max(known_precision(), torch.finfo(G.dtype).eps if G.dtype == torch.float64 else torch.finfo(torch.float32).eps)
     G = G.detach().double().contiguous()
     chain = resolver.chain()
     if chain is None:
         resolver.check(k)
-        w = resolver(G, mask)
-        return w if not preserve_norm else reference.preserve_norm(G, mask, w)
+        there = _there(G, mask)
+        w = torch.where(there, _ask(resolver, G, there, precision), 0)
+        return w if not preserve_norm else reference.preserve_norm(G, there, w)
     states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain)
     if _use_native(G.device, backend):
         steps, params = _steps(chain)
         w, after = native.weights(G, mask, steps, params, _joined(states), rng, preserve_norm, precision)
     else:
         w, after = reference.weights(G, mask, chain, states, rng, preserve_norm, precision)
-    _keep(chain, states, after if any(s is not None for s in states) else None, rng)
+    _keep(states, after if any(s is not None for s in states) else None, 0, rng)
     return w
 
 
@@ -297,7 +336,7 @@ def _resolve(
         out, info = reference.resolve(grads, missing, mask, chain, states, rng, per, preserve_norm, with_gram)
     if state is not None or rng is not None:
         width = k + k * k
-        _keep(chain, states, None if state is None else info[..., width:], rng)
+        _keep(states, None if state is None else info, width, rng)
         if state is not None and with_info:
             info = info[..., :width]
     return out, info
@@ -315,10 +354,10 @@ def _resolve_general(
 ) -> tuple[Tensor, Tensor | None]:
     """Resolvers that are not chains of built-in rules: elementwise ones, and a user's own between the compiled passes."""
     if isinstance(resolver, ElementwiseRule):
-        if preserve_norm:
-            resolver_out = _elementwise(grads, resolver, missing, mask, k, use_native)
-            return reference.with_norm(resolver_out, grads, _restrict(mask, missing, k)), None
-        return _elementwise(grads, resolver, missing, mask, k, use_native), None
+        if per == "sample":
+            mask = _present_samples(grads, missing, mask, k)
+        out = _elementwise(grads, resolver, missing, mask, k, use_native)
+        return reference.with_norm(out, grads, _restrict(mask, missing, k), per) if preserve_norm else out, None
     code = contract.per_code(per)
     present = _restrict(mask, missing, k)
     if use_native:
@@ -331,17 +370,14 @@ def _resolve_general(
         for i in missing:
             there[i] = False
         row_mask = there if row_mask is None else row_mask & there
-    if row_mask is not None:
-        row_mask = row_mask.expand(G.shape[:-1])
-    w = resolver(G, row_mask)
+    row_mask = _there(G, row_mask)
+    w = _ask(resolver, G, row_mask, torch.finfo(torch.float64 if grads[0].dtype == torch.float64 else torch.float32).eps)
     if not isinstance(w, Tensor) or w.shape != G.shape[:-1]:
         raise ValueError(
             f"{type(resolver).__name__} returned {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__} for a Gramian of shape "
             f"{tuple(G.shape)}, expected weights of shape {tuple(G.shape[:-1])}"
         )
-    w = w.detach().double()
-    if row_mask is not None:
-        w = torch.where(row_mask, w, 0)
+    w = torch.where(row_mask, w.detach().double(), 0)
     if preserve_norm:
         w = reference.preserve_norm(G, row_mask, w)
     w = w.contiguous()

@@ -58,15 +58,17 @@ if available:
     graddrop = torch.ops.mmfast.graddrop.default
     trimmed_mean = torch.ops.mmfast.trimmed_mean.default
 
-    def _problems(grads, per):
+    def _problems(grads, per, mask=None):
         contract.check_grads(grads)
+        if mask is not None and mask.device != grads[0].device:
+            raise ValueError(f"mask is on {mask.device}, expected {grads[0].device} like the gradients")
         return (grads[0].shape[0],) if per == 1 else ()
 
     # new_empty, as the kernels do: a permuted input must not hand its strides on
     @torch.library.register_fake("mmfast::gram")
     def _(grads, missing, mask, per):
         k = len(grads) + len(missing)
-        return grads[0].new_empty((*_problems(grads, per), k, k), dtype=torch.float64)
+        return grads[0].new_empty((*_problems(grads, per, mask), k, k), dtype=torch.float64)
 
     @torch.library.register_fake("mmfast::combine")
     def _(grads, missing, mask, w, per):
@@ -81,7 +83,7 @@ if available:
     def _(grads, missing, mask, steps, params, state, rng, per, preserve_norm, with_gram):
         k = len(grads) + len(missing)
         kept = 0 if state is None else state.shape[-1]
-        info = grads[0].new_empty((*_problems(grads, per), k + k * k + kept), dtype=torch.float64)
+        info = grads[0].new_empty((*_problems(grads, per, mask), k + k * k + kept), dtype=torch.float64)
         return grads[0].new_empty(grads[0].shape), info
 
     @torch.library.register_fake("mmfast::graddrop")

@@ -195,11 +195,11 @@ def preserve_norm(G: Tensor, mask: Tensor | None, w: Tensor) -> Tensor:
     return w * _norm_factor(G, active, w).unsqueeze(-1)
 
 
-def with_norm(out: Tensor, grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """`out` scaled to the norm of the plain sum of the gradients."""
-    plain = _present(grads, mask).sum(0).double().norm()
-    ours = out.double().norm()
-    return (out.double() * torch.where(ours > 0, plain / ours, 0)).to(out.dtype)
+def with_norm(out: Tensor, grads: Sequence[Tensor], mask: Tensor | None, per: str) -> Tensor:
+    """`out` scaled to the norm of the plain sum of the gradients, each sample to its own for per="sample"."""
+    plain, ours = _present(grads, mask).sum(0).double(), out.reshape(out.shape[0] if out.dim() else 1, -1 if out.numel() else 0).double()
+    wanted, have = (x.norm(dim=1, keepdim=True) if per == "sample" else x.norm() for x in (plain, ours))
+    return (ours * torch.where(have > 0, wanted / have, torch.where(have.isnan(), have, 0))).to(out.dtype).view(out.shape)
 
 
 def resolve(
@@ -217,7 +217,7 @@ def resolve(
     k = len(grads) + len(missing)
     kept = [i for i in range(k) if i not in missing]
     present = mask[..., kept] if mask is not None and missing else mask
-    if with_gram:
+    if with_gram or per == "batch_sum":  # there a row is missing when its batch sum is zero
         G = gram(grads, present, per)
     else:
         x = _present(grads, present) != 0

@@ -38,7 +38,9 @@ class Resolver(nn.Module):
 
         >>> class Shortest(mf.Resolver):
         ...     def forward(self, G, mask=None):
-        ...         return torch.nn.functional.one_hot(G.diagonal(dim1=-2, dim2=-1).argmin(-1), G.shape[-1]).double()
+        ...         squares = G.diagonal(dim1=-2, dim2=-1)
+        ...         squares = squares if mask is None else torch.where(mask, squares, torch.inf)
+        ...         return torch.nn.functional.one_hot(squares.argmin(-1), G.shape[-1]).double()
     """
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -113,9 +115,11 @@ class Rule(Resolver):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # the state takes its shape from the first problem it meets, so a saved one may be larger than ours
-        saved = state_dict.get(prefix + "state")
-        if saved is not None:
-            self.state = torch.empty_like(saved)
+        saved, own = state_dict.get(prefix + "state"), self.state
+        if saved is None:
+            self.state = None  # saved before the first problem
+        else:
+            self.state = torch.empty_like(saved, device=saved.device if own is None else own.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

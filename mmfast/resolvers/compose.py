@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.resolvers.base import Problem, Resolver, Rule
+from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.philox import advance
 
 
@@ -29,12 +30,16 @@ class Compose(Resolver):
         if not resolvers:
             raise ValueError("Compose: no resolver was given, expected one or more")
         for n, part in enumerate(resolvers):
-            if not isinstance(part, Resolver):
-                raise TypeError(f"Compose: resolvers[{n}] is {part!r}, expected a Resolver")
+            if not isinstance(part, Resolver) or isinstance(part, ElementwiseRule):
+                raise TypeError(f"Compose: resolvers[{n}] is {part!r}, expected a Resolver of Gramians")
         flat = [p for part in resolvers for p in (part.parts if isinstance(part, Compose) else [part])]
         if len({id(part) for part in flat}) < len(flat):
             raise ValueError("Compose: one resolver was given twice, expected one for each step, because each keeps its own state")
         self.parts = nn.ModuleList(flat)  # type: ignore[assignment]
+
+    def check(self, k: int) -> None:
+        for part in self.parts:
+            part.check(k)
 
     def chain(self) -> list[Rule] | None:
         rules: list[Rule] = []
@@ -77,7 +82,7 @@ def _row_map(G: Tensor, resolver: Resolver, mask: Tensor) -> Tensor:
         return torch.diag_embed(ops.weights(G, resolver, mask))
     k, rng = G.shape[-1], resolver.rng
     states = [None if s is None else s.reshape(-1, s.shape[-1]) for s in ops._states([resolver], tuple(G.shape[:-2]), k, G.device)]
-    A, (next_state,) = ops.reference.row_map(G.reshape(-1, k, k), mask.reshape(-1, k), [resolver], states, rng)
+    A, (next_state,) = ops.reference.row_map(G.reshape(-1, k, k), mask.reshape(-1, k), [resolver], states, rng, ops.known_precision())
     if resolver.state is not None and next_state is not None:
         resolver.state.copy_(next_state.view_as(resolver.state))
     if rng is not None:
@@ -103,8 +108,8 @@ class CRMOGM(Rule):
     smooths = True
 
     def __init__(self, inner: Resolver, alpha: float = 0.9) -> None:
-        if not isinstance(inner, Resolver):
-            raise TypeError(f"CRMOGM: inner is {inner!r}, expected a Resolver")
+        if not isinstance(inner, Resolver) or isinstance(inner, ElementwiseRule):
+            raise TypeError(f"CRMOGM: inner is {inner!r}, expected a Resolver of Gramians")
         if not 0 <= alpha <= 1:
             raise ValueError(f"CRMOGM: alpha is {alpha!r}, expected a number from 0 to 1")
         super().__init__()
@@ -112,6 +117,9 @@ class CRMOGM(Rule):
 
     def params(self) -> list[float]:
         return [self.alpha]
+
+    def check(self, k: int) -> None:
+        self.inner.check(k)
 
     def state_size(self, k: int) -> int:
         return 2 * k

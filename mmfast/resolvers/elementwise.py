@@ -58,13 +58,13 @@ class GradDrop(ElementwiseRule):
         self.register_buffer("rng", torch.stack([torch.randint(2**53, ()), torch.zeros((), dtype=torch.int64)]))
 
     def _uniforms(self, n: int) -> Tensor:
-        """24-bit uniforms of elements 0..n-1: element e takes word (e % 64) / 16 of the Philox block at place (e / 64) * 16 + e % 16."""
+        """23-bit uniforms of elements 0..n-1: element e takes word (e % 64) / 16 of the Philox block at place (e / 64) * 16 + e % 16."""
         e = torch.arange(n, device=self.rng.device)
         place = (e // 64) * 16 + e % 16
         words = torch.stack(
             philox(self.rng[0], place & 0xFFFFFFFF, place >> 32, torch.zeros_like(place), (self.rng[1] & 0xFFFFFFFF).expand_as(place))
         )
-        return ((words.gather(0, (e % 64 // 16).unsqueeze(0))[0] >> 8).float() + 0.5) * 2.0**-24
+        return ((words.gather(0, (e % 64 // 16).unsqueeze(0))[0] >> 9).float() + 0.5) * 2.0**-23
 
     def combine(self, grads: list[Tensor], mask: Tensor | None) -> Tensor:
         x, _ = _stack(grads, mask)

@@ -13,6 +13,7 @@ from mmfast.resolvers.base import Problem, Rule
 
 # a squared length below this part of its summands' is what rounding left over: its direction means nothing
 CANCELLED = 1e-14
+HULL = 1e-12  # square of the shortest vector of the hull of unit rows: below it, zero counts as inside
 ITERATIONS = 40
 
 
@@ -202,9 +203,13 @@ class CAGrad(Rule):
         b = torch.where(p.active, _times(p.G, share) / norm / length, 0)  # cosines with the mean gradient
         x = _ball(C, b, a, p.active, self.c)
         length2 = _dot(x, _times(C, x))
-        away = length2 > CANCELLED * x.sum(-1, keepdim=True).square()
         inside = _quadratic(C, b, a, p.active, simplex=False)
-        inside = inside * (self.c / _dot(inside, _times(C, inside)).sqrt()).clamp(max=1)
+        inside2 = _dot(inside, _times(C, inside))
+        # where zero lies in the hull and nothing helps every row, x is nothing but rounding: that is told by the shortest vector of the hull
+        hull = _quadratic(C, torch.zeros_like(b), p.active.double(), p.active, simplex=True)
+        stuck = (_dot(hull, _times(C, hull)) <= HULL) & (inside2 <= self.c**2)
+        away = (length2 > CANCELLED * x.sum(-1, keepdim=True).square()) & ~stuck
+        inside = inside * (self.c / inside2.sqrt()).clamp(max=1)
         z = torch.where(away, self.c * x / length2.sqrt(), inside)
         return shrink * (share + _share(p.G, torch.where(known & p.active, z * length / norm, 0)))
 

@@ -32,7 +32,7 @@ _ONE_CALL: dict[torch.device, Tensor] = {}
 
 def advance(rng: Tensor) -> None:
     """Moves a random stream (seed, counter) on by one call, in place."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(rng) is not Tensor:  # a fake tensor must not be kept
         rng[1] += 1
         return
     step = _ONE_CALL.get(rng.device)
