@@ -24,6 +24,10 @@ RULES = [
     lambda k: resolvers.CAGrad(),
     lambda k: resolvers.ConFIG(),
     lambda k: resolvers.NSGD(),
+    lambda k: resolvers.GradVac(),
+    lambda k: resolvers.GradNorm(alpha=1.0, update_at=1),
+    lambda k: resolvers.PCD(),
+    lambda k: resolvers.CRMOGM(resolvers.MGDA()),
     lambda k: resolvers.Compose(resolvers.NSGD(), resolvers.PCGrad()),
     lambda k: resolvers.GradDrop(0.25),
     lambda k: resolvers.TrimmedMean(0 if k < 3 else 1),
@@ -54,20 +58,22 @@ def calls(draw):
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     layout = draw(st.sampled_from(["plain", "permuted", "stepped", "expanded", "offset"]))
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to(dtype)
+
     grads = []
     for _ in range(k):
         if layout == "permuted":
-            g = torch.randn(shape[::-1], generator=generator).permute(*reversed(range(dim)))
+            grads.append(normal(*shape[::-1]).permute(*reversed(range(dim))))
         elif layout == "stepped":
-            g = torch.randn([*shape, 2], generator=generator)[..., 0]
+            grads.append(normal(*shape, 2)[..., 0])
         elif layout == "expanded":
-            g = torch.randn([1] * (dim - 1) + shape[-1:], generator=generator).expand(shape)
+            grads.append(normal(*[1] * (dim - 1), shape[-1]).expand(shape))
         elif layout == "offset":
-            size = torch.Size(shape).numel()
-            g = torch.randn(size + 1, generator=generator).to(dtype)[1:].view(shape)
+            grads.append(normal(torch.Size(shape).numel() + 1)[1:].view(shape))
         else:
-            g = torch.randn(shape, generator=generator)
-        grads.append(g.to(dtype) if layout != "offset" else g)
+            grads.append(normal(*shape))
     if draw(st.booleans()):
         grads[draw(st.integers(0, k - 1))] = torch.zeros(shape, dtype=dtype)
     if k > 1 and draw(st.booleans()):
@@ -86,25 +92,26 @@ def calls(draw):
 
 
 @FUZZ
-@given(calls(), st.integers(0, len(RULES) - 1))
-def test_resolve_agrees_with_float64(call, which):
-    """Weights from the compiled solver are checked elsewhere; here the result must be those weights' combination, in float64."""
+@given(calls(), st.integers(0, len(RULES) - 1), st.booleans())
+def test_resolve_agrees_with_float64(call, which, norm):
+    """The result is its weights' combination in float64; where the problem is well conditioned, weights and result are the reference's."""
     grads, mask, per = call.grads, call.mask, call.per
     k = len(grads)
     present = [g for g in grads if g is not None]
     missing = tuple(i for i, g in enumerate(grads) if g is None)
     rule = RULES[which](k)
+    options = {"k": k, "missing": missing, "per": per, "mask": mask, "preserve_norm": norm}
     twin = copy.deepcopy(rule)
     kept = [i for i in range(k) if i not in missing]
     inner_mask = mask[..., kept] if mask is not None else None
     exact = [g.double() for g in present]
 
-    out, info = ops.resolve_info(present, rule, k=k, missing=missing, per=per, mask=mask)
+    out, info = ops.resolve_info(present, rule, **options)
     assert out.shape == present[0].shape and out.dtype == present[0].dtype and out.is_contiguous()
     eps = torch.finfo(present[0].dtype).eps
     if info is None:
-        reference = twin.combine(present, inner_mask)
-        torch.testing.assert_close(out, reference, rtol=4 * eps, atol=4 * eps * k)
+        reference, _ = ops.resolve_info(present, twin, **options, backend="reference")
+        torch.testing.assert_close(out, reference, rtol=8 * eps, atol=8 * eps * k)
         return
     w, G = info[..., :k], info[..., k:].unflatten(-1, (k, k))
     exact_G = ops.reference.spread(ops.reference.gram(exact, inner_mask, per), missing, k)
@@ -115,10 +122,17 @@ def test_resolve_agrees_with_float64(call, which):
     reach = ops.reference.combine([g.abs() for g in exact], inner_mask, w[..., kept].abs(), per)
     assert ((out.double() - combined).abs() <= (2 * eps + rounding) * reach + torch.finfo(present[0].dtype).tiny).all()
 
-    other, other_info = ops.resolve_info(present, twin, k=k, missing=missing, per=per, mask=mask, backend="reference")
-    missing_rows = (G.diagonal(dim1=-2, dim2=-1) == 0) | (other_info[..., :k] == 0)
-    assert (w[missing_rows & (other_info[..., :k] == 0)].abs() <= 1e-3 * w.abs().sum().clamp(min=1)).all()
+    there = G.diagonal(dim1=-2, dim2=-1) != 0
+    assert (w[~there] == 0).all()
+
+    other, other_info = ops.resolve_info(present, twin, **options, backend="reference")
     assert other.shape == out.shape and other.dtype == out.dtype
+    norms = torch.where(size > 0, size, 1)
+    cosines = exact_G / norms.unsqueeze(-1) / norms.unsqueeze(-2) + torch.diag_embed((size == 0).double())
+    doubtful = (cosines.abs() < 1e-4) & ~(torch.eye(k, dtype=torch.bool) | ~there.unsqueeze(-1) | ~there.unsqueeze(-2))
+    if bool((torch.linalg.eigvalsh(cosines) < 0.02).any() | doubtful.any()):
+        return  # rounding of the Gramian may decide differently here
+    torch.testing.assert_close(w, other_info[..., :k], rtol=1e-2, atol=1e-3 * float(w.abs().amax()) if w.numel() else 0)
 
 
 @FUZZ

@@ -76,11 +76,11 @@ MMFAST_HD inline bool compact(const Team& team, const double* G, int K, const bo
 
 // The factor that gives sum_i w_i g_i the norm of sum_i g_i (impartial-optimisation paper, released code).
 template <class Team>
-MMFAST_HD inline double norm_factor(const Team& team, int k, const double* G, const double* w) {
+MMFAST_HD inline double norm_factor(const Team& team, int k, const double* G, const double* w, double precision) {
   const double plain = team.sum(k * k, [&](int e) { return G[e]; });
   const double ours = team.sum(k * k, [&](int e) { return w[e / k] * G[e] * w[e % k]; });
   const double reach = team.sum(k, [&](int i) { return fabs(w[i]) * sqrt(G[i * k + i]); });
-  const double floor = 1e-20 * reach * reach;  // below it d is rounding noise of its own summands
+  const double floor = 16.0 * precision * reach * reach;  // below it the length of d is rounding of G: not to be blown up
   return reach > 0.0 ? sqrt(fmax(plain, 0.0) / fmax(ours, floor)) : 0.0;
 }
 
@@ -212,7 +212,7 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
   if (chain.preserve_norm) {
     if (!single || k != first_k) compact(team, io.G, K, io.mask, rows, dense, &k, &scale);
     each(team, k, [&](int i) { w[i] = io.w[rows[i]]; });
-    const double factor = norm_factor(team, k, dense, w);
+    const double factor = norm_factor(team, k, dense, w, chain.precision);
     each(team, k, [&](int i) { io.w[rows[i]] = factor * w[i]; });
   }
 }

@@ -141,7 +141,7 @@ def _there(G: Tensor, mask: Tensor | None) -> Tensor:
 
 def _present_samples(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, k: int) -> Tensor:
     """Mask [B, K] of the samples that are neither masked nor all zero."""
-    found = torch.stack([(g != 0).flatten(1).any(1) for g in grads], 1)
+    found = torch.stack([(g != 0).reshape(g.shape[0], g.numel() // max(g.shape[0], 1)).any(1) for g in grads], 1)
     rows = found.new_zeros(found.shape[0], k)
     rows[:, [i for i in range(k) if i not in missing]] = found
     return rows if mask is None else rows & mask
@@ -235,7 +235,7 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
         resolver.check(k)
         there = _there(G, mask)
         w = torch.where(there, _ask(resolver, G, there, precision), 0)
-        return w if not preserve_norm else reference.preserve_norm(G, there, w)
+        return w if not preserve_norm else reference.preserve_norm(G, there, w, precision)
     states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain)
     if _use_native(G.device, backend):
         steps, params = _steps(chain)
@@ -371,7 +371,8 @@ def _resolve_general(
             there[i] = False
         row_mask = there if row_mask is None else row_mask & there
     row_mask = _there(G, row_mask)
-    w = _ask(resolver, G, row_mask, torch.finfo(torch.float64 if grads[0].dtype == torch.float64 else torch.float32).eps)
+    precision = torch.finfo(torch.float64 if grads[0].dtype == torch.float64 else torch.float32).eps
+    w = _ask(resolver, G, row_mask, precision)
     if not isinstance(w, Tensor) or w.shape != G.shape[:-1]:
         raise ValueError(
             f"{type(resolver).__name__} returned {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__} for a Gramian of shape "
@@ -379,7 +380,7 @@ def _resolve_general(
         )
     w = torch.where(row_mask, w.detach().double(), 0)
     if preserve_norm:
-        w = reference.preserve_norm(G, row_mask, w)
+        w = reference.preserve_norm(G, row_mask, w, precision)
     w = w.contiguous()
     if use_native:
         out = native.combine(grads, missing, mask, w, code)

@@ -22,12 +22,12 @@ def _normalised(G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(pair, G / scale.view(-1, 1, 1), identity), scale
 
 
-def _norm_factor(G: Tensor, active: Tensor, w: Tensor) -> Tensor:
+def _norm_factor(G: Tensor, active: Tensor, w: Tensor, precision: float) -> Tensor:
     pair = active.unsqueeze(-1) & active.unsqueeze(-2)
     plain = torch.where(pair, G, 0).sum((-1, -2)).clamp(min=0)
     ours = torch.where(pair, G * w.unsqueeze(-1) * w.unsqueeze(-2), 0).sum((-1, -2))
     reach = torch.where(active, w.abs() * G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt(), 0).sum(-1)
-    floor = 1e-20 * reach.square()  # below it d is rounding noise of its own summands
+    floor = 16 * precision * reach.square()  # below it the length of d is rounding of G: not to be blown up
     return torch.where(reach > 0, (plain / torch.maximum(ours, floor)).sqrt(), 0)
 
 
@@ -115,7 +115,7 @@ def solve(
     if preserve_norm:
         active = rows & finite.unsqueeze(-1)
         scaled, _ = _normalised(torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G, 0), active)
-        w = w * _norm_factor(scaled, active, w).unsqueeze(-1)
+        w = w * _norm_factor(scaled, active, w, precision).unsqueeze(-1)
     nan = torch.where(rows, torch.nan, 0.0).to(G.dtype)
     return torch.where(finite.unsqueeze(-1), w, nan), next_states
 
@@ -188,16 +188,17 @@ def weights(
     return w.view(*problems, k), torch.cat(kept, -1).view(*problems, sum(s.shape[-1] for s in kept)) if kept else None
 
 
-def preserve_norm(G: Tensor, mask: Tensor | None, w: Tensor) -> Tensor:
+def preserve_norm(G: Tensor, mask: Tensor | None, w: Tensor, precision: float) -> Tensor:
     """w scaled so that sum_i w_i g_i has the norm of the plain sum over the rows that are there."""
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     active = diagonal != 0 if mask is None else mask & (diagonal != 0)
-    return w * _norm_factor(G, active, w).unsqueeze(-1)
+    return w * _norm_factor(G, active, w, precision).unsqueeze(-1)
 
 
 def with_norm(out: Tensor, grads: Sequence[Tensor], mask: Tensor | None, per: str) -> Tensor:
     """`out` scaled to the norm of the plain sum of the gradients, each sample to its own for per="sample"."""
-    plain, ours = _present(grads, mask).sum(0).double(), out.reshape(out.shape[0] if out.dim() else 1, -1 if out.numel() else 0).double()
+    plain = _present(grads, mask).sum(0).double()
+    ours = out.reshape(plain.shape).double()
     wanted, have = (x.norm(dim=1, keepdim=True) if per == "sample" else x.norm() for x in (plain, ours))
     return (ours * torch.where(have > 0, wanted / have, torch.where(have.isnan(), have, 0))).to(out.dtype).view(out.shape)
 

@@ -207,7 +207,7 @@ class CAGrad(Rule):
         inside2 = _dot(inside, _times(C, inside))
         # where zero lies in the hull and nothing helps every row, x is nothing but rounding: that is told by the shortest vector of the hull
         hull = _quadratic(C, torch.zeros_like(b), p.active.double(), p.active, simplex=True)
-        stuck = (_dot(hull, _times(C, hull)) <= HULL) & (inside2 <= self.c**2)
+        stuck = (_dot(hull, _times(C, hull)) <= HULL) & (inside2 <= self.c**2 * (1 + 1e-9))
         away = (length2 > CANCELLED * x.sum(-1, keepdim=True).square()) & ~stuck
         inside = inside * (self.c / inside2.sqrt()).clamp(max=1)
         z = torch.where(away, self.c * x / length2.sqrt(), inside)
