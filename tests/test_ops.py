@@ -250,3 +250,30 @@ class Wrong(mf.Resolver):
 def test_errors_name_the_argument(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_sample_of_zeros_is_missing_to_elementwise_rules_too():
+    """per="sample" with the norm kept: each sample is resolved as if it were alone."""
+    grads = make(4, (3, 6))
+    grads[2][1] = 0
+    for backend in ("auto", "reference"):
+        out = mf.resolve(grads, TrimmedMean(1), "sample", preserve_norm=True, backend=backend)
+        for b in range(3):
+            alone = mf.resolve([g[b] for g in grads], TrimmedMean(1), preserve_norm=True, backend=backend)
+            torch.testing.assert_close(out[b], alone)
+
+
+def test_a_mask_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="mask is on meta, expected cpu"):
+        mf.gram(make(2, 4), mask=torch.ones(2, dtype=torch.bool, device="meta"))
+
+
+def test_a_checkpoint_from_before_the_first_step_loads():
+    fresh, used = mf.GradVac(), mf.GradVac()
+    mf.resolve(make(3, 8), used)
+    used.load_state_dict(fresh.state_dict())
+    assert used.state is None
+    again = mf.GradVac()
+    mf.resolve(make(3, 8), used)
+    again.load_state_dict(used.state_dict())
+    assert torch.equal(again.state, used.state)
