@@ -33,7 +33,7 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, int32_t dtype) {
   Tensor fresh(handle);
   // for tests: all bits set are NaN in every floating type, so that an element that nobody writes shows
   static const bool poison = std::getenv("MMFAST_POISON") != nullptr;
-  if (poison) std::memset(fresh.mutable_data_ptr(), 0xff, static_cast<size_t>(fresh.numel()) * fresh.element_size());
+  if (poison && fresh.numel()) std::memset(fresh.mutable_data_ptr(), 0xff, static_cast<size_t>(fresh.numel()) * fresh.element_size());
   return fresh;
 }
 
