@@ -129,7 +129,7 @@ def _ask(resolver: Resolver, G: Tensor, mask: Tensor, precision: float) -> Tenso
 
 def known_precision() -> float:
     """Relative rounding of the Gramian that is being resolved; float64's own where nobody said."""
-    own = torch.finfo(torch.float64).eps
+    own = reference.precision_of(torch.float64)
     return own if torch.compiler.is_compiling() else max(_precision.get(), own)
 
 
@@ -228,7 +228,7 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
         if mask.dtype != torch.bool or mask.shape not in ((k,), (*problems, k)):
             raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {(k,)} or {(*problems, k)}")
         mask = mask.contiguous()
-    precision = max(known_precision(), torch.finfo(G.dtype).eps if G.dtype == torch.float64 else torch.finfo(torch.float32).eps)
+    precision = max(known_precision(), reference.precision_of(G.dtype))
     G = G.detach().double().contiguous()
     chain = resolver.chain()
     if chain is None:
@@ -371,7 +371,7 @@ def _resolve_general(
             there[i] = False
         row_mask = there if row_mask is None else row_mask & there
     row_mask = _there(G, row_mask)
-    precision = torch.finfo(torch.float64 if grads[0].dtype == torch.float64 else torch.float32).eps
+    precision = reference.precision_of(grads[0].dtype)
     w = _ask(resolver, G, row_mask, precision)
     if not isinstance(w, Tensor) or w.shape != G.shape[:-1]:
         raise ValueError(

@@ -11,6 +11,11 @@ from mmfast.resolvers.philox import Draw
 _EPS = torch.finfo(torch.float64).eps
 
 
+def precision_of(dtype: torch.dtype) -> float:
+    """Relative rounding of a Gramian of gradients of this dtype: float64's own, or that of the float32 it was summed in."""
+    return _EPS if dtype == torch.float64 else torch.finfo(torch.float32).eps
+
+
 def _normalised(G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """(G / scale with identity rows where inactive, scale): scale is the power of four that brings the active trace into [1, 4)."""
     diagonal = G.diagonal(dim1=-2, dim2=-1)
@@ -225,8 +230,7 @@ def resolve(
         G = torch.diag_embed(x.any(-1).mT if per == "sample" else x.flatten(1).any(-1)).double()
     G = spread(G, missing, k)
     row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
-    precision = torch.finfo(torch.float64 if grads[0].dtype == torch.float64 else torch.float32).eps
-    w, after = weights(G, row_mask, chain, states, rng, norm, precision)
+    w, after = weights(G, row_mask, chain, states, rng, norm, precision_of(grads[0].dtype))
     out = combine(grads, present, w[..., kept], per)
     info = [w, G.flatten(-2)] + ([after] if after is not None else [])
     return out, torch.cat(info, -1)
