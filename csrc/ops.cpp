@@ -1,6 +1,7 @@
 // Operator schemas, the checks that memory safety needs, and the CPU registration. Messages for people come from Python.
 #include <cfloat>
-#include <cstring>
+#include <tuple>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "gramian.h"
@@ -107,6 +108,15 @@ int64_t state_width(const char* op, const std::optional<Tensor>& state, int64_t 
   return sizes[sizes.size() - 1];
 }
 
+// The (seed, counter) of a random stream, which moves on by one call.
+std::pair<uint64_t, uint32_t> draw_from(const char* op, const Tensor& rng) {
+  STD_TORCH_CHECK(is_cpu(rng) && dtype_of(rng) == aoti_torch_dtype_int64() && rng.numel() == 2 && rng.is_contiguous(), op,
+                  ": rng must be an int64 tensor (seed, counter)");
+  int64_t* r = static_cast<int64_t*>(rng.mutable_data_ptr());
+  return {static_cast<uint64_t>(r[0]), static_cast<uint32_t>(r[1]++)};
+}
+
+// The last thing that can fail before results are written: it moves the random stream on.
 void set_chain(SolveArgs& args, const char* op, const std::vector<int64_t>& steps, const std::vector<double>& params, int64_t state_size,
                const std::optional<Tensor>& rng) {
   STD_TORCH_CHECK(steps.size() % 2 == 0 && !steps.empty(), op, ": steps must be pairs of rule and number of parameters");
@@ -119,16 +129,10 @@ void set_chain(SolveArgs& args, const char* op, const std::vector<int64_t>& step
   STD_TORCH_CHECK(kernels->accepts(args), op, ": steps name an unknown rule, or params do not fit it");
   const int64_t needed = kernels->state_size(args);
   STD_TORCH_CHECK(needed == state_size, op, ": the rules keep ", needed, " values of state, got ", state_size);
-  if (rng) {
-    STD_TORCH_CHECK(is_cpu(*rng) && dtype_of(*rng) == aoti_torch_dtype_int64() && rng->numel() == 2 && rng->is_contiguous(), op,
-                    ": rng must be an int64 tensor (seed, counter)");
-    const int64_t* r = static_cast<const int64_t*>(rng->const_data_ptr());
-    args.seed = static_cast<uint64_t>(r[0]);
-    args.counter = static_cast<uint32_t>(r[1]);
-  }
+  if (rng) std::tie(args.seed, args.counter) = draw_from(op, *rng);
 }
 
-// Per problem: K weights, K x K Gramian, S values of state.
+// (result, weights and K x K Gramian of each problem); state and rng advance in place.
 std::tuple<Tensor, Tensor> resolve_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, std::vector<int64_t> steps,
                                        std::vector<double> params, std::optional<Tensor> state, std::optional<Tensor> rng, int64_t per,
                                        bool preserve_norm, bool with_gram) {
@@ -138,23 +142,20 @@ std::tuple<Tensor, Tensor> resolve_cpu(Tensors grads, std::vector<int64_t> missi
   SolveArgs args{};
   args.batch = problems;
   args.K = static_cast<int>(K);
-  const int64_t S = state_width(op, state, problems), width = K + K * K + S;
-  set_chain(args, op, steps, params, S, rng);
+  const int64_t S = state_width(op, state, problems), width = K + K * K;
   args.precision = in.grads().dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
   STD_TORCH_CHECK(with_gram || !preserve_norm, op, ": preserve_norm needs the Gramian");
   args.preserve_norm = preserve_norm;
   Tensor out = in.like_one();
   Tensor info = per == 1 ? empty_cpu({problems, width}, aoti_torch_dtype_float64()) : empty_cpu({width}, aoti_torch_dtype_float64());
+  set_chain(args, op, steps, params, S, rng);
   if (problems == 0) return {out, info};
   double* data = static_cast<double*>(info.mutable_data_ptr());
   args.w = data;
   args.G = data + K;
-  args.w_stride = args.G_stride = args.state_stride = width;
-  if (S) {
-    args.state = data + K + K * K;
-    const double* from = static_cast<const double*>(state->const_data_ptr());
-    for (int64_t b = 0; b < problems; ++b) std::memcpy(args.state + b * width, from + b * S, S * sizeof(double));
-  }
+  args.w_stride = args.G_stride = width;
+  args.state = S ? static_cast<double*>(state->mutable_data_ptr()) : nullptr;
+  args.state_stride = S;
   kernels->resolve(torch_pool(), in.grads(), args, with_gram, out.mutable_data_ptr());
   return {out, info};
 }
@@ -177,8 +178,8 @@ Tensor combine_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Te
   return out;
 }
 
-// [..., K, K] float64 -> ([..., K] float64, next state)
-std::tuple<Tensor, Tensor> weights_cpu(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t> steps, std::vector<double> params,
+// [..., K, K] float64 -> [..., K] float64; state and rng advance in place.
+Tensor weights_cpu(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t> steps, std::vector<double> params,
                                        std::optional<Tensor> state, std::optional<Tensor> rng, bool preserve_norm, double precision) {
   const char* op = "mmfast::weights";
   const auto sizes = gram.sizes();
@@ -191,8 +192,6 @@ std::tuple<Tensor, Tensor> weights_cpu(Tensor gram, std::optional<Tensor> mask, 
                             (mask->numel() == K || mask->numel() == batch * K)),
                   op, ": mask must be a contiguous bool tensor [K] or [..., K]");
   Tensor w = empty_cpu(sizes.data(), dim - 1, aoti_torch_dtype_float64());
-  Tensor next = state ? empty_cpu(state->sizes().data(), static_cast<int64_t>(state->sizes().size()), aoti_torch_dtype_float64())
-                      : empty_cpu({0}, aoti_torch_dtype_float64());
   SolveArgs args{};
   args.batch = batch;
   args.K = static_cast<int>(K);
@@ -202,28 +201,23 @@ std::tuple<Tensor, Tensor> weights_cpu(Tensor gram, std::optional<Tensor> mask, 
   args.mask_stride = mask && mask->numel() == batch * K ? K : 0;
   args.preserve_norm = preserve_norm;
   args.precision = precision;
-  if (batch == 0) return {w, next};
   const int64_t S = state_width(op, state, batch);
   set_chain(args, op, steps, params, S, rng);
-  if (state) {
-    std::memcpy(next.mutable_data_ptr(), state->const_data_ptr(), state->numel() * sizeof(double));
-    args.state = static_cast<double*>(next.mutable_data_ptr());
-    args.state_stride = S;
-  }
+  if (batch == 0) return w;
+  args.state = S ? static_cast<double*>(state->mutable_data_ptr()) : nullptr;
+  args.state_stride = S;
   args.w = static_cast<double*>(w.mutable_data_ptr());
   args.w_stride = K;
   kernels->solve(torch_pool(), args);
-  return {w, next};
+  return w;
 }
 
 Tensor graddrop_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, double leak, Tensor rng) {
   const char* op = "mmfast::graddrop";
   const Inputs in(op, grads, missing, mask, 0);
-  STD_TORCH_CHECK(is_cpu(rng) && dtype_of(rng) == aoti_torch_dtype_int64() && rng.numel() == 2 && rng.is_contiguous(), op,
-                  ": rng must be an int64 tensor (seed, counter)");
-  const int64_t* r = static_cast<const int64_t*>(rng.const_data_ptr());
   Tensor out = in.like_one();
-  kernels->graddrop(torch_pool(), in.grads(), {leak, static_cast<uint64_t>(r[0]), static_cast<uint32_t>(r[1]), 0}, out.mutable_data_ptr());
+  const auto [seed, counter] = draw_from(op, rng);
+  kernels->graddrop(torch_pool(), in.grads(), {leak, seed, counter, 0}, out.mutable_data_ptr());
   return out;
 }
 
@@ -241,11 +235,13 @@ Tensor trimmed_mean_cpu(Tensors grads, std::vector<int64_t> missing, std::option
 STABLE_TORCH_LIBRARY(mmfast, m) {
   m.def("gram(Tensor[] grads, int[] missing, Tensor? mask, int per) -> Tensor");
   m.def("combine(Tensor[] grads, int[] missing, Tensor? mask, Tensor w, int per) -> Tensor");
-  m.def("weights(Tensor gram, Tensor? mask, int[] steps, float[] params, Tensor? state, Tensor? rng, bool preserve_norm, float precision) -> (Tensor, Tensor)");
   m.def(
-      "resolve(Tensor[] grads, int[] missing, Tensor? mask, int[] steps, float[] params, Tensor? state, Tensor? rng, int per, "
+      "weights(Tensor gram, Tensor? mask, int[] steps, float[] params, Tensor(a!)? state, Tensor(b!)? rng, bool preserve_norm, "
+      "float precision) -> Tensor");
+  m.def(
+      "resolve(Tensor[] grads, int[] missing, Tensor? mask, int[] steps, float[] params, Tensor(a!)? state, Tensor(b!)? rng, int per, "
       "bool preserve_norm, bool with_gram) -> (Tensor, Tensor)");
-  m.def("graddrop(Tensor[] grads, int[] missing, Tensor? mask, float leak, Tensor rng) -> Tensor");
+  m.def("graddrop(Tensor[] grads, int[] missing, Tensor? mask, float leak, Tensor(a!) rng) -> Tensor");
   m.def("trimmed_mean(Tensor[] grads, int[] missing, Tensor? mask, int trim) -> Tensor");
 }
 

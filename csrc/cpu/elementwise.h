@@ -1,6 +1,8 @@
 // Rules that decide element by element: GradDrop and TrimmedMean. One read of the rows, one write, 16 (8) elements at a time.
 #pragma once
 
+#include <initializer_list>
+
 #include "../solvers/philox.h"
 #include "resolve.h"
 
@@ -102,12 +104,14 @@ inline void load_some(const T* row, int count, typename Stored<T>::Vec::Acc* x) 
 inline void graddrop(const Pool& pool, const Grads& g, const ElementwiseArgs& a, void* out) {
   with_type(g.dtype, [&](auto zero) {
     using T = decltype(zero);
-    using Acc = typename Stored<T>::Vec::Acc;
+    using V = typename Stored<T>::Vec;
+    using Acc = typename V::Acc;
     const Acc leak = static_cast<Acc>(a.leak);
     groups<T>(pool, g, [&](int64_t first, int count, const Present<T>& p) {
       alignas(64) Acc x[64], sum[64], size[64], keep[64], positive[64], negative[64];
       alignas(64) float u[128];
-      for (int t = 0; t < 64; ++t) x[t] = sum[t] = size[t] = keep[t] = 0;
+      for (Acc* values : {x, sum, size, keep})  // in registers' widths: a compiler's "rep stos" takes longer to start than this to end
+        for (int t = 0; t < 64; t += V::width) V::store(values + t, V::zero());
       for (int i = 0; i < p.k; ++i) {
         load_some(p.rows[i] + first, count, x);
         for (int t = 0; t < 64; ++t) {
@@ -116,7 +120,7 @@ inline void graddrop(const Pool& pool, const Grads& g, const ElementwiseArgs& a,
         }
       }
       uniforms(a.seed, a.counter, static_cast<uint64_t>(first / 64), u);
-      std::memcpy(u + 64, u, 64 * sizeof(float));
+      if (first % 64) std::memcpy(u + 64, u, 64 * sizeof(float));
       const float* draw = u + first % 64;
       const Acc low = leak, one = 1;  // values, not references: else no vectors
       for (int t = 0; t < 64; ++t) {  // the share of a positive and of a negative element that is let through

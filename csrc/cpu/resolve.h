@@ -18,12 +18,6 @@ inline void with_type(Dtype dtype, F f) {
   }
 }
 
-template <class F>
-inline void run(const Pool& pool, int64_t n, int64_t work, const F& f) {
-  if (work <= 32768 || pool.threads == 1 || n == 1) return f(int64_t{0}, n);
-  pool.run(n, 1, [](int64_t begin, int64_t end, void* ctx) { (*static_cast<const F*>(ctx))(begin, end); }, const_cast<F*>(&f));
-}
-
 // The rows of sample b that its mask leaves in (all samples share the mask when mask_stride is 0).
 template <class T>
 struct Present {
@@ -76,31 +70,34 @@ inline void gram_batch(const Pool& pool, const Grads& g, double* G) {
     batch_sums<T>(pool, g, sums);
     const Acc* rows[kMaxRows];
     for (int i = 0; i < g.k; ++i) rows[i] = sums + i * g.inner;
-    gram_parallel<Acc>(pool, rows, g.k, g.inner, pairs);
+    gram_rows(pool, rows, g.k, g.inner, pairs);
     spread(pairs, g.k, g.places, g.K, G);
   } else if (g.mask && g.mask_stride) {
     // a missing sample of a row counts as zero: the masked sum of the samples' Gramians
     sum_units(
         pool, g.batch, g.batch * g.inner * g.k, pair_count(g.k),
-        [&](int64_t b, double* acc) {
-          Arena scratch;
-          int index[kMaxRows], n = 0;
-          const T* rows[kMaxRows];
-          for (int i = 0; i < g.k; ++i)
-            if (g.mask[b * g.mask_stride + g.places[i]]) {
-              rows[n] = static_cast<const T*>(g.rows[i]) + b * g.inner;
-              index[n++] = i;
-            }
-          double* own = scratch.take<double>(pair_count(n));
-          gram_serial<T>(rows, n, g.inner, own);
-          for (int i = 0; i < n; ++i)
-            for (int j = i; j < n; ++j) acc[pair_index(g.k, index[i], index[j])] += own[pair_index(n, i, j)];
+        [&](int64_t first, int64_t last, const auto& acc_of) {
+          for (int64_t b = first; b < last; ++b) {
+            double* acc = acc_of(b);
+            Arena scratch;
+            int index[kMaxRows], n = 0;
+            const T* rows[kMaxRows];
+            for (int i = 0; i < g.k; ++i)
+              if (g.mask[b * g.mask_stride + g.places[i]]) {
+                rows[n] = static_cast<const T*>(g.rows[i]) + b * g.inner;
+                index[n++] = i;
+              }
+            double* own = scratch.take<double>(pair_count(n));
+            gram_rows(kSerial, rows, n, g.inner, own);
+            for (int i = 0; i < n; ++i)
+              for (int j = i; j < n; ++j) acc[pair_index(g.k, index[i], index[j])] += own[pair_index(n, i, j)];
+          }
         },
         pairs);
     spread(pairs, g.k, g.places, g.K, G);
   } else {
     const Present<T> p(g, 0, 0);
-    gram_parallel<T>(pool, p.rows, p.k, g.batch * g.inner, pairs);
+    gram_rows(pool, p.rows, p.k, g.batch * g.inner, pairs);
     spread(pairs, p.k, p.places, g.K, G);
   }
 }
@@ -110,7 +107,7 @@ inline void gram_sample(const Grads& g, int64_t b, double* G) {
   Arena arena;
   const Present<T> p(g, b, b * g.inner);
   double* pairs = arena.take<double>(pair_count(p.k));
-  gram_serial<T>(p.rows, p.k, g.inner, pairs);
+  gram_rows(kSerial, p.rows, p.k, g.inner, pairs);
   spread(pairs, p.k, p.places, g.K, G);
 }
 

@@ -176,6 +176,30 @@ using VecD = VecPortable<double, 4>;
 
 #endif
 
+// The lanes of a step added in a tree: i and i + L/2, then i and i + L/4, ...
+template <class Acc>
+MMFAST_INLINE double fold(const Acc* lanes) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(Acc) == 4) {
+    const __m256 eight = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  } else {
+    const __m256d four = _mm256_add_pd(_mm256_loadu_pd(lanes), _mm256_loadu_pd(lanes + 4));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+#else
+  constexpr int L = 64 / sizeof(Acc);
+  Acc t[L];
+  std::memcpy(t, lanes, sizeof(t));
+  for (int stride = L / 2; stride > 0; stride /= 2)
+    for (int i = 0; i < stride; ++i) t[i] += t[i + stride];
+  return t[0];
+#endif
+}
+
 // What a stored type is computed in, and how one number is written back (round to nearest even).
 template <class T>
 struct Stored {

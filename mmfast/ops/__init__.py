@@ -10,7 +10,6 @@ from torch import Tensor
 from mmfast.ops import contract, native, reference
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
-from mmfast.resolvers.philox import advance
 
 BACKENDS = ("auto", "cpu", "reference")
 
@@ -161,44 +160,46 @@ def _states(chain: list[Rule], problems: tuple[int, ...], k: int, device: torch.
     for rule in chain:
         rule.check(k)
         size = rule.state_size(k)
-        if not size:  # most rules: not even looked up, for a module's buffers are slow to reach
+        if not size:
             states.append(None)
             continue
-        if rule.state is None:
-            rule.state = torch.zeros(*problems, size, dtype=torch.float64, device=device)
-        if rule.state.device != device:
-            rule.state = rule.state.to(device)
-        if rule.state.shape != (*problems, size):
+        state = rule._buffers["state"]  # as an attribute of a module it would cost a microsecond each time
+        if state is None:
+            rule.state = state = torch.zeros(*problems, size, dtype=torch.float64, device=device)
+        if state.device != device:
+            rule.state = state = state.to(device)
+        if state.shape != (*problems, size):
             raise ValueError(
-                f"{type(rule).__name__} keeps state of shape {tuple(rule.state.shape)} from earlier calls, but these gradients need "
+                f"{type(rule).__name__} keeps state of shape {tuple(state.shape)} from earlier calls, but these gradients need "
                 f"{(*problems, size)}; use one resolver per block, or call its reset()"
             )
-        states.append(rule.state)
+        states.append(state)
     return states
 
 
-def _keep(states: list[Tensor | None], after: Tensor | None, start: int, rng: Tensor | None) -> None:
-    """Writes the next states, after[..., start:] side by side, back and moves the random stream on."""
-    if after is not None:
-        for state in states:
-            if state is not None:
-                size = state.shape[-1]
-                state.copy_(after.narrow(-1, start, size))
-                start += size
-    if rng is not None:
-        advance(rng)
-
-
 def _joined(states: list[Tensor | None]) -> Tensor | None:
+    """The states of a chain side by side: one's own storage, or a copy of several."""
+    if len(states) == 1:
+        return states[0]
     kept = [s for s in states if s is not None]
     return None if not kept else kept[0] if len(kept) == 1 else torch.cat(kept, -1)
+
+
+def _keep(states: list[Tensor | None], joined: Tensor | None) -> None:
+    """Writes joined states back where they are a copy."""
+    if joined is None or len(states) == 1:
+        return
+    kept = [s for s in states if s is not None]
+    if len(kept) > 1:
+        for state, after in zip(kept, joined.split([s.shape[-1] for s in kept], -1), strict=True):
+            state.copy_(after)
 
 
 def _stream(chain: list[Rule]) -> Tensor | None:
     """The random stream of a chain: its first random rule's; the steps draw from different places of it."""
     for rule in chain:
         if rule.random:
-            return rule.rng
+            return rule._buffers["rng"]
     return None
 
 
@@ -239,10 +240,11 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
     states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain)
     if _use_native(G.device, backend):
         steps, params = _steps(chain)
-        w, after = native.weights(G, mask, steps, params, _joined(states), rng, preserve_norm, precision)
+        state = _joined(states)
+        w = native.weights(G, mask, steps, params, state, rng, preserve_norm, precision)
+        _keep(states, state)
     else:
-        w, after = reference.weights(G, mask, chain, states, rng, preserve_norm, precision)
-    _keep(states, after if any(s is not None for s in states) else None, 0, rng)
+        w = reference.weights(G, mask, chain, states, rng, preserve_norm, precision)
     return w
 
 
@@ -319,26 +321,22 @@ def _resolve(
     chain = resolver.chain()
     if chain is None:
         resolver.check(k)
-        contract.check(grads, per, mask, k)
+        if code or not use_native or not isinstance(resolver, ElementwiseRule):
+            contract.check(grads, per, mask, k)
         return _resolve_general(grads, resolver, k, missing, per, mask, preserve_norm, use_native)
     problems = (first.shape[0],) if code == 1 and first.dim() else ()
     states, rng = _states(chain, problems, k, first.device), _stream(chain)
-    with_gram = with_info or preserve_norm or any(rule.needs_gram for rule in chain)
+    with_gram = with_info or preserve_norm or chain[0].needs_gram or any(rule.needs_gram for rule in chain)
+    if not use_native:
+        return reference.resolve(grads, missing, mask, chain, states, rng, per, preserve_norm, with_gram)
+    steps, params = _steps(chain)
     state = _joined(states)
-    if use_native:
-        steps, params = _steps(chain)
-        try:
-            out, info = native.resolve(grads, missing, mask, steps, params, state, rng, code, preserve_norm, with_gram)
-        except (RuntimeError, TypeError):
-            contract.check(grads, per, mask, k)  # says what is wrong in words for people, where it knows
-            raise
-    else:
-        out, info = reference.resolve(grads, missing, mask, chain, states, rng, per, preserve_norm, with_gram)
-    if state is not None or rng is not None:
-        width = k + k * k
-        _keep(states, None if state is None else info, width, rng)
-        if state is not None and with_info:
-            info = info[..., :width]
+    try:
+        out, info = native.resolve(grads, missing, mask, steps, params, state, rng, code, preserve_norm, with_gram)
+    except (RuntimeError, TypeError):
+        contract.check(grads, per, mask, k)  # says what is wrong in words for people, where it knows
+        raise
+    _keep(states, state)
     return out, info
 
 
@@ -394,8 +392,11 @@ def _elementwise(
     grads: Sequence[Tensor], rule: ElementwiseRule, missing: tuple[int, ...], mask: Tensor | None, k: int, use_native: bool
 ) -> Tensor:
     if use_native:
-        out = rule.native(list(grads), list(missing), mask)
-    else:
-        out = rule.combine(list(grads), _restrict(mask, missing, k))
+        try:
+            return rule.native(grads, missing, mask)
+        except (RuntimeError, TypeError):
+            contract.check(grads, "batch", mask, k)
+            raise
+    out = rule.combine(list(grads), _restrict(mask, missing, k))
     rule.advance()
     return out

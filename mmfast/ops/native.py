@@ -77,13 +77,12 @@ if available:
 
     @torch.library.register_fake("mmfast::weights")
     def _(gram, mask, steps, params, state, rng, preserve_norm, precision):
-        return gram.new_empty(gram.shape[:-1]), gram.new_empty((0,) if state is None else state.shape)
+        return gram.new_empty(gram.shape[:-1])
 
     @torch.library.register_fake("mmfast::resolve")
     def _(grads, missing, mask, steps, params, state, rng, per, preserve_norm, with_gram):
         k = len(grads) + len(missing)
-        kept = 0 if state is None else state.shape[-1]
-        info = grads[0].new_empty((*_problems(grads, per, mask), k + k * k + kept), dtype=torch.float64)
+        info = grads[0].new_empty((*_problems(grads, per, mask), k + k * k), dtype=torch.float64)
         return grads[0].new_empty(grads[0].shape), info
 
     @torch.library.register_fake("mmfast::graddrop")

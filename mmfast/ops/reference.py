@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast.resolvers.base import Problem, Rule
-from mmfast.resolvers.philox import Draw
+from mmfast.resolvers.philox import Draw, advance
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -183,14 +183,18 @@ def weights(
     rng: Tensor | None,
     preserve_norm: bool,
     precision: float = _EPS,
-) -> tuple[Tensor, Tensor | None]:
-    """Weights [..., K] of Gramians [..., K, K], and the next states of the chain side by side [..., S]."""
+) -> Tensor:
+    """Weights [..., K] of Gramians [..., K, K]; the states of the chain and its random stream advance in place."""
     problems, k = G.shape[:-2], G.shape[-1]
     flat_mask = None if mask is None else mask.expand(*problems, k).reshape(-1, k)
     flat_states = [None if s is None else s.reshape(problems.numel(), s.shape[-1]) for s in states]
     w, after = solve(G.reshape(-1, k, k), flat_mask, chain, flat_states, rng, preserve_norm, precision)
-    kept = [s for s in after if s is not None]
-    return w.view(*problems, k), torch.cat(kept, -1).view(*problems, sum(s.shape[-1] for s in kept)) if kept else None
+    for state, next_state in zip(states, after, strict=True):
+        if state is not None and next_state is not None:
+            state.copy_(next_state.view_as(state))
+    if rng is not None:
+        advance(rng)
+    return w.view(*problems, k)
 
 
 def preserve_norm(G: Tensor, mask: Tensor | None, w: Tensor, precision: float) -> Tensor:
@@ -219,7 +223,7 @@ def resolve(
     norm: bool,
     with_gram: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The compiled `resolve` in plain torch: (result, weights | Gramian | next states)."""
+    """The compiled `resolve` in plain torch: (result, weights | Gramian)."""
     k = len(grads) + len(missing)
     kept = [i for i in range(k) if i not in missing]
     present = mask[..., kept] if mask is not None and missing else mask
@@ -230,7 +234,5 @@ def resolve(
         G = torch.diag_embed(x.any(-1).mT if per == "sample" else x.flatten(1).any(-1)).double()
     G = spread(G, missing, k)
     row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
-    w, after = weights(G, row_mask, chain, states, rng, norm, precision_of(grads[0].dtype))
-    out = combine(grads, present, w[..., kept], per)
-    info = [w, G.flatten(-2)] + ([after] if after is not None else [])
-    return out, torch.cat(info, -1)
+    w = weights(G, row_mask, chain, states, rng, norm, precision_of(grads[0].dtype))
+    return combine(grads, present, w[..., kept], per), torch.cat([w, G.flatten(-2)], -1)

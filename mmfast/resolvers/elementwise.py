@@ -1,5 +1,6 @@
 """Rules that decide element by element and so need the gradients themselves: GradDrop, TrimmedMean. Mirrors csrc/cpu/elementwise.h."""
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -16,8 +17,8 @@ class ElementwiseRule(Resolver):
         """Plain torch: the result for gradients [..., N] of one shape; mask [K] or [B, K] bool or None. The compiled operator's reference."""
         raise NotImplementedError
 
-    def native(self, grads: list[Tensor], missing: list[int], mask: Tensor | None) -> Tensor:
-        """The same through the compiled operator."""
+    def native(self, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
+        """The same through the compiled operator, which also moves the random stream on."""
         raise NotImplementedError
 
     def advance(self) -> None:
@@ -80,10 +81,10 @@ class GradDrop(ElementwiseRule):
             kept = kept + torch.where(row > 0, positive, negative) * row
         return (kept + 0 * size).to(grads[0].dtype).view(grads[0].shape)
 
-    def native(self, grads: list[Tensor], missing: list[int], mask: Tensor | None) -> Tensor:
+    def native(self, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
         from mmfast.ops import native
 
-        return native.graddrop(grads, missing, mask, self.leak, self.rng)
+        return native.graddrop(grads, missing, mask, self.leak, self._buffers["rng"])
 
     def advance(self) -> None:
         advance(self.rng)
@@ -125,7 +126,7 @@ class TrimmedMean(ElementwiseRule):
         mean = torch.where(kept, ordered, 0).sum(0) / (count - 2 * trim).clamp(min=1)
         return (mean + (0 * x).sum(0)).to(grads[0].dtype).view(grads[0].shape)
 
-    def native(self, grads: list[Tensor], missing: list[int], mask: Tensor | None) -> Tensor:
+    def native(self, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
         from mmfast.ops import native
 
         return native.trimmed_mean(grads, missing, mask, self.trim)
