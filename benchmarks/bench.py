@@ -21,9 +21,9 @@ from time import perf_counter
 import torch
 
 import mmfast as mf
-from benchmarks import naive, overhead, report, roofline
+from benchmarks import naive, overhead, report, roofline, tabular
 from benchmarks.machine import Quiet, caches, data_in, environment
-from benchmarks.providers import BLOCK, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
+from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
 from benchmarks.targets import GRAM_FEW, GRAM_MANY, GRID_WORST, LATENCY
 from benchmarks.timing import Call, Timing, side_by_side
@@ -206,11 +206,24 @@ def block(run: Run) -> None:
         print(_line(list(rows.values())), flush=True)
 
 
+def heads(run: Run) -> None:
+    """Training steps of a tabular VAE whose heads are linear; K as in the paper's data sets, N = S, the samples of z."""
+    for k in [13] if run.quick else [13, 24, 50]:
+        for samples in [1] if run.quick else [1, 20]:
+            for name in [n for n in run.rules if n not in ELEMENTWISE]:
+                error, right = tabular.gate(k, RULES[name])
+                calls = tabular.steps(k, samples, RULES[name], name)
+                rows = {p: Row("heads", name, k, samples, p, data_in=data_in(samples * 128 * 50 * 4)) for p in calls}
+                compare(run, rows, calls, right, error)
+                print(_line(list(rows.values())), flush=True)
+
+
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "machine": machine,
     "gram": gram,
     "latency": latency,
     "block": block,
+    "heads": heads,
     "providers": providers,
     "grid": grid,
 }

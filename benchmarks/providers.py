@@ -29,6 +29,7 @@ RULES: dict[str, Callable[[int], mf.Resolver]] = {
     "Mean": lambda k: mf.Mean(),
 }
 TWELVE = [name for name in RULES if name != "Mean"]  # Mean is no conflict resolution: reported, not counted
+ELEMENTWISE = ("GradDrop", "TrimmedMean")
 MIN_K = {"TrimmedMean": 3}  # one dropped at each end
 BLOCK = 65536  # columns taken at a time where a whole copy in float64 would not be wanted
 

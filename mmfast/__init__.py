@@ -2,6 +2,7 @@
 
 from mmfast import resolvers, stats
 from mmfast.block import ImpartialityBlock, fork
+from mmfast.heads import LinearHeads
 from mmfast.ops import backends, combine, gram, resolve, weights
 from mmfast.resolvers import *
 from mmfast.scaling import DimRatio, LipschitzScale, StandardScale
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DimRatio",
     "ImpartialityBlock",
+    "LinearHeads",
     "LipschitzScale",
     "StandardScale",
     "backends",

@@ -29,7 +29,16 @@ class _Plan(NamedTuple):
     resolver: Resolver
     per: str
     preserve_norm: bool
-    block: "ImpartialityBlock | None"  # which keeps the Gramian and the weights
+    block: "Impartial | None"  # which keeps the Gramian and the weights
+
+
+def refuse_double_backward(what: str) -> None:
+    """Called in a backward pass: raises where its result is asked to be differentiable."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"the resolved gradient of {what} has no gradient of its own, but this backward pass was asked to be differentiable "
+            "(create_graph=True); call it with create_graph=False, or leave it out of the part that is differentiated twice"
+        )
 
 
 class _Fork(torch.autograd.Function):
@@ -42,11 +51,7 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the resolved gradient of a fork has no gradient of its own, but this backward pass was asked to be differentiable "
-                "(create_graph=True); call it with create_graph=False, or leave the fork out of the part that is differentiated twice"
-            )
+        refuse_double_backward("a fork")
         k, resolver, per, preserve_norm, block = ctx.plan
         present = [g for g in grads if g is not None]
         if not present:
@@ -91,10 +96,14 @@ def _stateless(resolver: Resolver, k: int) -> list[Rule]:
     return [rule for rule in resolver.chain() or () if rule.state is None and rule.state_size(k)]
 
 
+def check_state(resolver: Resolver, k: int) -> None:
+    if torch.compiler.is_compiling() and _stateless(resolver, k):
+        raise RuntimeError("a compiled backward pass can't create a resolver's state: run one step without torch.compile first")
+
+
 def _fork(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
     _check_tensors(y, mask, plan)
-    if torch.compiler.is_compiling() and _stateless(plan.resolver, plan.k):
-        raise RuntimeError("a compiled backward pass can't create a resolver's state: run one step without torch.compile first")
+    check_state(plan.resolver, plan.k)
     if y.requires_grad and torch.is_grad_enabled():
         return _Fork.apply(y, mask, plan)  # type: ignore[no-any-return]
     return tuple(y.view_as(y) for _ in range(plan.k))
@@ -191,54 +200,16 @@ def _check_local(local: Any, k: int) -> tuple[float, ...]:
     return beta
 
 
-class ImpartialityBlock(nn.Module):
-    """Runs K branches on one tensor and resolves their gradients there, so that no branch is trained at the others' expense.
-
-    Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022, Algorithm 1.
-
-    Args:
-        branches: K modules, in a list, an `nn.ModuleList`, or an `nn.ModuleDict`.
-        resolver: the rule of the global step, or its name; each block needs its own.
-        local: the local step beta: K positive numbers, or a `StandardScale`, `DimRatio` or `LipschitzScale`. Branch i receives the gradient
-            of its output times beta_i, so its parameters' gradients carry beta_i too; the resolver acts on the shared tensor alone.
-        per: "batch", "sample" or "batch_sum", see `fork`.
-        preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
-
-    Raises:
-        TypeError, ValueError: an argument is not as described.
-
-    Example:
-        >>> block = mf.ImpartialityBlock([nn.Linear(4, 1), nn.Linear(4, 2)], mf.Mean(), local=[1.0, 0.5])
-        >>> one, two = block(torch.randn(8, 4, requires_grad=True))
-        >>> (one.sum() + two.sum()).backward()
-        >>> block.stats().weights.shape
-        torch.Size([2])
-    """
+class Impartial(nn.Module):
+    """What a module that resolves the gradients of k branches keeps: the rule, the local step, and what the last backward pass saw."""
 
     beta: Tensor | None
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
     def __init__(
-        self,
-        branches: Sequence[nn.Module] | nn.ModuleList | nn.ModuleDict,
-        resolver: Resolver | str,
-        *,
-        local: LocalScale | Sequence[float] | Tensor | None = None,
-        per: str = "batch",
-        preserve_norm: bool = True,
+        self, k: int, resolver: Resolver | str, local: LocalScale | Sequence[float] | Tensor | None, per: str, preserve_norm: bool
     ) -> None:
         super().__init__()
-        if not isinstance(branches, (nn.ModuleList, nn.ModuleDict)):
-            if isinstance(branches, nn.Module) or not isinstance(branches, Sequence):
-                raise TypeError(f"branches is a {type(branches).__name__}, expected a list of modules, a ModuleList or a ModuleDict")
-            for i, branch in enumerate(branches):
-                if not isinstance(branch, nn.Module):
-                    raise TypeError(f"branches[{i}] is a {type(branch).__name__}, expected an nn.Module")
-            branches = nn.ModuleList(branches)
-        k = len(branches)
-        if not 1 <= k <= contract.MAX_GRADS:
-            raise ValueError(f"branches has {k} modules, expected 1 to {contract.MAX_GRADS}")
-        self.branches = branches
         self.resolver = _check_plan(k, resolver, per)
         self.per = per
         self.preserve_norm = preserve_norm
@@ -251,26 +222,8 @@ class ImpartialityBlock(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the branches: the keys of a ModuleDict, or "0", "1", ..."""
-        return tuple(self.branches._modules)
-
-    def forward(self, y: Tensor, mask: Tensor | None = None, **kwargs: Any) -> tuple[Any, ...] | dict[str, Any]:
-        """Every branch's output for the shared tensor.
-
-        Args:
-            y: floating-point tensor; what each branch takes as its first argument.
-            mask: bool [K] or [B, K], False where a branch's gradient is to be left out, see `fork`.
-            kwargs: handed to every branch.
-
-        Returns:
-            The branches' outputs in a tuple, or in a dict for a ModuleDict.
-        """
-        branches = self.branches._modules
-        aliases = _fork(y, mask, _Plan(len(branches), self.resolver, self.per, self.preserve_norm, self))
-        outputs = {name: branch(alias, **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}  # type: ignore[misc]
-        if self._beta is not None:
-            outputs = {name: _scale_outputs(out, beta, name) for beta, (name, out) in zip(self._beta, outputs.items(), strict=True)}
-        return outputs if isinstance(self.branches, nn.ModuleDict) else tuple(outputs.values())
+        """Of the branches."""
+        raise NotImplementedError
 
     def stats(self) -> BlockStats:
         """What the last backward pass through this block saw; the one method that waits for the device.
@@ -300,7 +253,7 @@ class ImpartialityBlock(nn.Module):
         elif info is not None and self._info is not None and self._info.shape == info.shape:
             self._info.copy_(info)  # a graph can write into a tensor of ours, not bind a name
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "ImpartialityBlock":
+    def _apply(self, fn: Any, recurse: bool = True) -> "Impartial":
         super()._apply(fn, recurse)
         if self.beta is not None:  # stays float64 in a model that changes its dtype
             self.beta = torch.tensor(self._beta, dtype=torch.float64, device=self.beta.device)
@@ -317,3 +270,73 @@ class ImpartialityBlock(nn.Module):
     def extra_repr(self) -> str:
         local = "" if self._beta is None else f", local=[{', '.join(f'{b:.4g}' for b in self._beta)}]"
         return f"per={self.per!r}, preserve_norm={self.preserve_norm}{local}"
+
+
+class ImpartialityBlock(Impartial):
+    """Runs K branches on one tensor and resolves their gradients there, so that no branch is trained at the others' expense.
+
+    Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022, Algorithm 1.
+
+    Args:
+        branches: K modules, in a list, an `nn.ModuleList`, or an `nn.ModuleDict`.
+        resolver: the rule of the global step, or its name; each block needs its own.
+        local: the local step beta: K positive numbers, or a `StandardScale`, `DimRatio` or `LipschitzScale`. Branch i receives the gradient
+            of its output times beta_i, so its parameters' gradients carry beta_i too; the resolver acts on the shared tensor alone.
+        per: "batch", "sample" or "batch_sum", see `fork`.
+        preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> block = mf.ImpartialityBlock([nn.Linear(4, 1), nn.Linear(4, 2)], mf.Mean(), local=[1.0, 0.5])
+        >>> one, two = block(torch.randn(8, 4, requires_grad=True))
+        >>> (one.sum() + two.sum()).backward()
+        >>> block.stats().weights.shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[nn.Module] | nn.ModuleList | nn.ModuleDict,
+        resolver: Resolver | str,
+        *,
+        local: LocalScale | Sequence[float] | Tensor | None = None,
+        per: str = "batch",
+        preserve_norm: bool = True,
+    ) -> None:
+        if not isinstance(branches, (nn.ModuleList, nn.ModuleDict)):
+            if isinstance(branches, nn.Module) or not isinstance(branches, Sequence):
+                raise TypeError(f"branches is a {type(branches).__name__}, expected a list of modules, a ModuleList or a ModuleDict")
+            for i, branch in enumerate(branches):
+                if not isinstance(branch, nn.Module):
+                    raise TypeError(f"branches[{i}] is a {type(branch).__name__}, expected an nn.Module")
+            branches = nn.ModuleList(branches)
+        k = len(branches)
+        if not 1 <= k <= contract.MAX_GRADS:
+            raise ValueError(f"branches has {k} modules, expected 1 to {contract.MAX_GRADS}")
+        super().__init__(k, resolver, local, per, preserve_norm)
+        self.branches = branches
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the branches: the keys of a ModuleDict, or "0", "1", ..."""
+        return tuple(self.branches._modules)
+
+    def forward(self, y: Tensor, mask: Tensor | None = None, **kwargs: Any) -> tuple[Any, ...] | dict[str, Any]:
+        """Every branch's output for the shared tensor.
+
+        Args:
+            y: floating-point tensor; what each branch takes as its first argument.
+            mask: bool [K] or [B, K], False where a branch's gradient is to be left out, see `fork`.
+            kwargs: handed to every branch.
+
+        Returns:
+            The branches' outputs in a tuple, or in a dict for a ModuleDict.
+        """
+        branches = self.branches._modules
+        aliases = _fork(y, mask, _Plan(len(branches), self.resolver, self.per, self.preserve_norm, self))
+        outputs = {name: branch(alias, **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}  # type: ignore[misc]
+        if self._beta is not None:
+            outputs = {name: _scale_outputs(out, beta, name) for beta, (name, out) in zip(self._beta, outputs.items(), strict=True)}
+        return outputs if isinstance(self.branches, nn.ModuleDict) else tuple(outputs.values())

@@ -230,7 +230,12 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
             raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {(k,)} or {(*problems, k)}")
         mask = mask.contiguous()
     precision = max(known_precision(), reference.precision_of(G.dtype))
-    G = G.detach().double().contiguous()
+    return solve(G.detach().double().contiguous(), resolver, mask, preserve_norm, precision, backend)
+
+
+def solve(G: Tensor, resolver: Resolver, mask: Tensor | None, preserve_norm: bool, precision: float, backend: str = "auto") -> Tensor:
+    """`weights` for contiguous float64 Gramians of known relative rounding, without its checks."""
+    problems, k = G.shape[:-2], G.shape[-1]
     chain = resolver.chain()
     if chain is None:
         resolver.check(k)

@@ -1,0 +1,213 @@
+"""K linear branches and their impartiality block as one operator, which never forms the K gradients it resolves.
+
+With eta_i = y W_i' + b_i and delta_i = dL/d eta_i, the gradient of branch i at y is delta_i W_i, so that <g_i, g_j> = <delta_i' delta_j, W_i W_j'>
+and the resolved gradient is [w_1 delta_1 ... w_K delta_K] W: two small Gramians of matrix products instead of K tensors of y's size.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmfast import ops
+from mmfast.block import Impartial, check_state, refuse_double_backward
+from mmfast.ops import contract, reference
+from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.scaling import LocalScale
+
+_CHUNK = 1 << 22  # elements of per-sample products held at once
+
+
+class _Heads(NamedTuple):
+    """What the operator needs besides tensors that have gradients."""
+
+    module: "LinearHeads"
+    mask: Tensor | None
+
+
+class _LinearHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, heads: _Heads) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(y, weight, heads.mask)
+        ctx.module, ctx.has_bias = heads.module, bias is not None
+        return F.linear(y, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        refuse_double_backward("LinearHeads")
+        with torch.autocast(delta.device.type, enabled=False):  # a backward pass run inside autocast must not round the Gramian
+            return *_backward(ctx, delta), None
+
+
+def _backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    y, weight, mask = ctx.saved_tensors
+    module = ctx.module
+    if module.beta is not None:
+        delta = delta * module.beta.to(delta.dtype)[module._head_of]
+    flat = delta.reshape(-1, delta.shape[-1])
+    wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    return (
+        _resolved(module, delta, weight, mask) if wants_y else None,
+        flat.mT @ y.reshape(-1, y.shape[-1]) if wants_weight else None,
+        flat.sum(0) if ctx.has_bias and wants_bias else None,
+    )
+
+
+def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    """The resolved gradient of the shared tensor, [..., in_features]."""
+    k, per, out_features = len(module.sizes), module.per, delta.shape[-1]
+    if mask is not None and mask.dim() == 2:  # a missing sample of a row counts as zero
+        columns = mask[:, module._head_of].view(mask.shape[0], *[1] * (delta.dim() - 2), out_features)
+        delta = torch.where(columns, delta, 0)
+        row_mask: Tensor | None = mask if per == "sample" else mask.any(0)
+    else:
+        if mask is not None:  # what a missing row holds is not read, not even a NaN
+            delta = torch.where(mask[module._head_of], delta, 0)
+        row_mask = mask
+    wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
+    d, w = delta.to(wide), weight.to(wide)
+    products = (w @ w.mT).double()
+    if per == "sample":
+        rows = d.flatten(1, -2) if d.dim() > 2 else d.unsqueeze(1)
+        step = max(1, _CHUNK // (out_features * out_features))
+        G = torch.cat([module._fold((part.mT @ part).double() * products) for part in rows.split(step)]) if len(rows) else _none(d, k)
+    else:
+        rows = d.sum(0).view(-1, out_features) if per == "batch_sum" and d.dim() > 1 else d.reshape(-1, out_features)
+        G = module._fold((rows.mT @ rows).double() * products)
+    coefficients = ops.solve(G, module.resolver, row_mask, module.preserve_norm, reference.precision_of(delta.dtype))
+    module._keep(torch.cat([coefficients, G.flatten(-2)], -1))
+    scale = coefficients.to(wide)[..., module._head_of]
+    if per == "sample":
+        scale = scale.view(delta.shape[0], *[1] * (delta.dim() - 2), out_features)
+    return (d * scale).to(delta.dtype) @ weight
+
+
+def _none(d: Tensor, k: int) -> Tensor:
+    return torch.zeros(0, k, k, dtype=torch.float64, device=d.device)
+
+
+class LinearHeads(Impartial):
+    """K linear branches on one tensor and the block that resolves their gradients, at about the cost of one linear layer.
+
+    The same as an `ImpartialityBlock` over K `nn.Linear`, up to rounding: the Gramian is formed from products of the branches' output gradients and
+    weights (in float32, float64 for float64; summed in float64). Block: Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal
+    VAEs via impartial optimization", ICML 2022. A branch whose output gradient is zero everywhere is a missing modality.
+
+    Args:
+        in_features: size of the last dimension of the shared tensor.
+        out_features: K sizes, one per branch.
+        resolver: the rule of the global step, or its name: any that works on Gramians; each module needs its own.
+        bias: whether the branches add a bias.
+        local: the local step beta, see `ImpartialityBlock`.
+        per: "batch", "sample" or "batch_sum", see `fork`.
+        preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
+
+    Attributes:
+        weight: [sum of out_features, in_features], branch after branch.
+        bias: [sum of out_features] or None.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the resolver is elementwise (GradDrop, TrimmedMean).
+        RuntimeError: in the backward pass, where create_graph=True asks to differentiate through it.
+
+    Example:
+        >>> heads = mf.LinearHeads(4, [3, 1, 7], mf.IMTLG())
+        >>> a, b, c = heads(torch.randn(8, 4, requires_grad=True))
+        >>> (a.sum() + b.sum() + c.sum()).backward()
+        >>> c.shape, heads.stats().weights.shape
+        (torch.Size([8, 7]), torch.Size([3]))
+    """
+
+    _head_of: Tensor  # [sum of out_features], the branch of each output
+    _members: Tensor  # [sum of out_features, K] float64, 1 where the output belongs to the branch
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: Sequence[int],
+        resolver: Resolver | str,
+        *,
+        bias: bool = True,
+        local: LocalScale | Sequence[float] | Tensor | None = None,
+        per: str = "batch",
+        preserve_norm: bool = True,
+    ) -> None:
+        if not isinstance(in_features, int) or in_features < 1:
+            raise ValueError(f"in_features is {in_features!r}, expected a whole number of at least 1")
+        if isinstance(out_features, int) or not 1 <= len(out_features) <= contract.MAX_GRADS:
+            raise ValueError(f"out_features is {out_features!r}, expected 1 to {contract.MAX_GRADS} sizes")
+        for i, size in enumerate(out_features):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"out_features[{i}] is {size!r}, expected a whole number of at least 1")
+        super().__init__(len(out_features), resolver, local, per, preserve_norm)
+        if isinstance(self.resolver, ElementwiseRule):
+            raise TypeError(
+                f"resolver is {self.resolver!r}, which needs each gradient's elements, and LinearHeads never forms them; "
+                "use an ImpartialityBlock over nn.Linear branches"
+            )
+        self.sizes = tuple(out_features)
+        total, k = sum(self.sizes), len(self.sizes)
+        self.weight = nn.Parameter(torch.empty(total, in_features))
+        self.bias = nn.Parameter(torch.empty(total)) if bias else None
+        head_of = torch.repeat_interleave(torch.arange(k), torch.tensor(self.sizes))
+        self.register_buffer("_head_of", head_of, persistent=False)
+        self._members = F.one_hot(head_of, k).double()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weights and biases as K `nn.Linear` do."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the branches: "0", "1", ..."""
+        return tuple(map(str, range(len(self.sizes))))
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Every branch's output, [..., out_features[i]]: views of one tensor.
+
+        Args:
+            y: floating-point tensor [..., in_features]; the first dimension is the batch.
+            mask: bool [K] or [B, K], False where a branch's gradient is to be left out at y (its parameters get it all the same).
+        """
+        return self.joint(y, mask).split(self.sizes, -1)
+
+    def joint(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """All branches' outputs side by side, [..., sum of out_features]; the faster form where one computation takes them together."""
+        if not isinstance(y, Tensor):
+            raise TypeError(f"y is a {type(y).__name__}, expected a tensor")
+        if y.dim() == 0 or y.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"y has shape {tuple(y.shape)}, expected [..., {self.weight.shape[1]}]")
+        if self.per != "batch" and y.dim() < 2:
+            raise ValueError(f"per={self.per!r} needs a leading batch dimension, but y has shape {tuple(y.shape)}")
+        if mask is not None:
+            contract.check_mask(mask, len(self.sizes), y.shape if y.dim() > 1 else torch.Size(), y.device)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(y.device.type):
+            dtype = torch.get_autocast_dtype(y.device.type)
+            y, weight, bias = y.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if not (y.requires_grad and torch.is_grad_enabled()) and self.beta is None:
+            return F.linear(y, weight, bias)
+        check_state(self.resolver, len(self.sizes))
+        return _LinearHeads.apply(y, weight, bias, _Heads(self, mask))  # type: ignore[no-any-return]
+
+    def _fold(self, products: Tensor) -> Tensor:
+        """Sums of the entries that belong to each pair of branches: [..., O, O] -> [..., K, K]."""
+        return self._members.mT @ products @ self._members
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LinearHeads":
+        super()._apply(fn, recurse)
+        self._members = self._members.to(self._head_of.device)  # no buffer: stays float64 in a model that changes its dtype
+        return self
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(map(str, self.sizes))
+        return f"{self.weight.shape[1]}, [{sizes}], bias={self.bias is not None}, {super().extra_repr()}"
