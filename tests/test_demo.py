@@ -1,13 +1,12 @@
-"""The demonstration: its likelihoods, its data, and a run from the command line."""
+"""The demonstration: its data, and a run from the command line."""
 
 import csv
 import gzip
 
 import pytest
 import torch
-from torch import distributions as dist
 
-from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
+from mmfast.models.likelihoods import Categorical
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -18,68 +17,6 @@ from typer.testing import CliRunner
 
 from mmfast.cli import app
 from mmfast.demo import data, naive, report, run
-
-DTYPE = torch.float64
-
-
-def normal(raw, w):
-    precision = 2 * torch.nn.functional.softplus(raw[..., 1])
-    return dist.Normal(raw[..., 0] / precision, precision.rsqrt())
-
-
-CASES = {
-    "normal": (Normal(), torch.tensor([-2.0, 0.0, 3.1]), lambda raw, x, w: normal(raw, w).log_prob(w * x)),
-    "lognormal": (LogNormal(), torch.tensor([0.2, 1.0, 30.0]), lambda raw, x, w: normal(raw, w).log_prob(w * x.log()) - w * x.log()),
-    "bernoulli": (Bernoulli(), torch.tensor([0.0, 1.0, 1.0]), lambda raw, x, w: dist.Bernoulli(logits=raw[..., 0]).log_prob(x)),
-    "categorical": (Categorical(4), torch.tensor([0.0, 3.0, 1.0]), lambda raw, x, w: dist.Categorical(logits=raw).log_prob(x)),
-    "poisson": (Poisson(), torch.tensor([0.0, 1.0, 250.0]), lambda raw, x, w: dist.Poisson(raw[..., 0].exp()).log_prob(x)),
-}
-
-
-@pytest.mark.parametrize("w", [1.0, 0.3])
-@pytest.mark.parametrize("name", CASES)
-def test_log_prob_is_that_of_torch_distributions(name, w):
-    likelihood, x, expected = CASES[name]
-    raw = torch.randn(5, 3, likelihood.n_outputs, dtype=DTYPE, generator=torch.Generator().manual_seed(1))
-    x = x.to(DTYPE).expand(5, 3)
-    torch.testing.assert_close(likelihood.log_prob(raw, x, w), expected(raw, x, w))
-
-
-@pytest.mark.parametrize("w", [1.0, 0.3])
-@pytest.mark.parametrize("name", CASES)
-def test_prediction_is_the_best_guess_in_original_units(name, w):
-    """Mean of the normal, mode of the others: no other value is likelier."""
-    likelihood, _, _ = CASES[name]
-    raw = torch.randn(7, likelihood.n_outputs, dtype=DTYPE, generator=torch.Generator().manual_seed(2))
-    best = likelihood.predict(raw, w)
-    assert best.shape == (7,)
-    if isinstance(likelihood, Categorical | Bernoulli | Poisson):
-        others = torch.arange(
-            4.0 if isinstance(likelihood, Categorical) else 2.0 if isinstance(likelihood, Bernoulli) else 30.0, dtype=DTYPE
-        )
-        others = others.unsqueeze(1).expand(-1, 7)
-    else:
-        others = best * torch.tensor([[0.9], [0.999], [1.001], [1.1]], dtype=DTYPE)
-
-    def density(x):  # of x itself: the scaled feature is w x or x^w
-        jacobian = (w - 1) * x.log() if isinstance(likelihood, LogNormal) else 0.0
-        return likelihood.log_prob(raw.expand(*x.shape, -1), x, w) + jacobian
-
-    assert (density(best) >= density(others).max(0).values - 1e-12).all()
-
-
-def test_joint_gives_each_feature_its_own_likelihood():
-    likelihoods = [Poisson(), Normal(), Categorical(3), Bernoulli(), Normal(), Categorical(3), LogNormal(), Categorical(2)]
-    w = torch.tensor([1, 0.5, 1, 1, 2, 1, 3, 1.0])
-    joint = Joint(likelihoods, w)
-    assert joint.sizes == [1, 2, 3, 1, 2, 3, 2, 2]
-    raw = torch.randn(4, sum(joint.sizes))
-    x = torch.tensor([[3.0, -1, 2, 1, 0.5, 0, 2.5, 1]]).expand(4, -1)
-    parts = raw.split(joint.sizes, -1)
-    one_by_one = [p.log_prob(r, x[:, i], w[i]) for i, (p, r) in enumerate(zip(likelihoods, parts, strict=True))]
-    torch.testing.assert_close(joint.log_prob(raw, x), torch.stack(one_by_one, -1))
-    predictions = [p.predict(r, w[i]) for i, (p, r) in enumerate(zip(likelihoods, parts, strict=True))]
-    torch.testing.assert_close(joint.predict(raw), torch.stack(predictions, -1))
 
 
 def rows_of(cells, n=40):
@@ -275,7 +212,7 @@ def test_doctor():
 
 
 def outcome(seed, *errors):
-    return run.Outcome(seed, torch.tensor(errors, dtype=DTYPE), 1, [1], [run.Conflict(0.5, -0.1, 2.0, None)])
+    return run.Outcome(seed, torch.tensor(errors, dtype=torch.float64), 1, [1], [run.Conflict(0.5, -0.1, 2.0, None)])
 
 
 @pytest.mark.parametrize(

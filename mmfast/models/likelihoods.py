@@ -73,6 +73,39 @@ class LogNormal(Likelihood):
         return (mean / w - 1 / (precision * w * w)).clamp(math.log(1e-20), math.log(1e20)).exp()
 
 
+class Gamma(Likelihood):
+    """A positive feature; outputs of shape and rate (natural parameters shape - 1 and -rate), predicts the mode."""
+
+    n_outputs = 2
+
+    def _shape_rate(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        positive = _TINY + F.softplus(raw)
+        return positive[..., 0], positive[..., 1]
+
+    def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        shape, rate = self._shape_rate(raw)
+        x = (w * x).clamp_min(1e-20)
+        return shape * rate.log() + (shape - 1) * x.log() - rate * x - torch.lgamma(shape)
+
+    def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        shape, rate = self._shape_rate(raw)
+        return (shape - 1).clamp_min(0) / rate / w
+
+
+class Exponential(Likelihood):
+    """A feature from zero on; the output is of the rate, predicts the mean (the mode would be zero whatever the rate)."""
+
+    def _rate(self, raw: Tensor) -> Tensor:
+        return _TINY + F.softplus(raw[..., 0])
+
+    def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        rate = self._rate(raw)
+        return rate.log() - rate * (w * x)
+
+    def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return 1 / (self._rate(raw) * w)
+
+
 class Bernoulli(Likelihood):
     """A binary feature, 0 or 1; the output is the logit, predicts the likelier value."""
 
@@ -98,6 +131,38 @@ class Categorical(Likelihood):
 
     def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
         return raw.argmax(-1).to(raw.dtype)
+
+
+@dataclass(frozen=True)
+class Ordinal(Likelihood):
+    """A feature with the ordered values 0 .. classes - 1: P(x <= r) = sigmoid(threshold_r - location), predicts the likeliest value.
+
+    The outputs are the location, the first threshold, and the steps from each threshold to the next, made positive by softplus.
+    """
+
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise ValueError(f"classes is {self.classes}, expected at least 2")
+
+    @property
+    def n_outputs(self) -> int:
+        return self.classes
+
+    def _log_probs(self, raw: Tensor) -> Tensor:
+        step = _TINY + F.softplus(raw[..., 2:])
+        cut = torch.cat([raw[..., 1:2], step], -1).cumsum(-1) - raw[..., :1]
+        below, above = F.logsigmoid(cut), F.logsigmoid(-cut)
+        # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)): no difference of nearly equal numbers
+        between = below[..., 1:] + above[..., :-1] + torch.log(-torch.expm1(-step))
+        return torch.cat([below[..., :1], between, above[..., -1:]], -1)
+
+    def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return self._log_probs(raw).gather(-1, x.long().unsqueeze(-1)).squeeze(-1)
+
+    def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
+        return self._log_probs(raw).argmax(-1).to(raw.dtype)
 
 
 class Poisson(Likelihood):
