@@ -6,13 +6,13 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmfast.models.likelihoods import Bernoulli, Categorical, Likelihood, LogNormal, Normal, Poisson
+from mmfast.data.table import Column, DataError, Table
 
 KINDS = ("real", "positive", "count", "binary", "categorical")
 MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
@@ -20,38 +20,6 @@ LARGEST_COUNT = 2000  # whole numbers beyond are measurements rather than counts
 FEW = 5  # whole numbers with at most so many values are codes
 MOST_CLASSES = 30
 LEAST_ROWS = 30
-
-
-class DataError(ValueError):
-    """What is wrong with the data, for the person who brought them."""
-
-
-@dataclass
-class Column:
-    """One feature: its name, its kind, and the labels of its classes if it has any."""
-
-    name: str
-    kind: str
-    labels: list[str] = field(default_factory=list)
-
-    @property
-    def likelihood(self) -> Likelihood:
-        plain: dict[str, Likelihood] = {"real": Normal(), "positive": LogNormal(), "count": Poisson(), "binary": Bernoulli()}
-        return plain[self.kind] if self.kind in plain else Categorical(len(self.labels))
-
-    @property
-    def discrete(self) -> bool:
-        return self.kind in ("binary", "categorical")
-
-
-@dataclass
-class Table:
-    """Rows of features; x is [rows, columns] float64 with NaN where a cell is missing, classes as 0, 1, ..."""
-
-    name: str
-    columns: list[Column]
-    x: Tensor
-    notes: list[str] = field(default_factory=list)
 
 
 def builtin(name: str) -> Table:
