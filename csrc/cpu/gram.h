@@ -3,8 +3,6 @@
 // No order here depends on register width, tile shape or thread, so all of these give the same bits.
 #pragma once
 
-#include <type_traits>
-
 #include "../gramian.h"
 #include "panels.h"
 #include "pool.h"
@@ -12,61 +10,40 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kTriangle = 6;  // 21 accumulators in 32 registers
-#else
-constexpr int kTriangle = 4;  // 10 in 16
-#endif
+// Chunks read side by side: one or two rows alone are too few streams from memory, and too few chains.
+template <int k>
+constexpr int kAbreast = k == 1 ? 4 : k == 2 ? 2 : 1;
 
-template <class V>
-MMFAST_INLINE void add_lanes(typename V::Acc* lanes, typename V::Reg sum) {
-  V::store(lanes, V::add(V::load(lanes), sum));
-}
-
-// All pairs of k rows in one sweep.
-template <class V, int k>
-inline void triangle(const typename V::Acc* const* rows, int steps, typename V::Acc* lanes) {
-  constexpr int L = V::width * V::parts;
-  const typename V::Acc* p[k];
-  for (int i = 0; i < k; ++i) p[i] = rows[i];
-  for (int part = 0; part < V::parts; ++part) {
-    typename V::Reg acc[k * (k + 1) / 2];
+// All pairs of k rows in one sweep, of `abreast` chunks at once; `parts` parts of a step at a time, as many as have room in registers.
+// Rows are T, converted on the way; those of chunk u stand at rows[u * k], its lanes at lanes[u * pairs].
+template <class T, int k, int abreast, class V>
+inline void triangle(const T* const* rows, int steps, typename V::Acc* lanes) {
+  constexpr int L = V::width * V::parts, P = k * (k + 1) / 2, parts = abreast * P * V::parts <= 12 ? V::parts : 1;
+  const T* p[abreast * k];
+  for (int i = 0; i < abreast * k; ++i) p[i] = rows[i];
+  for (int part = 0; part < V::parts; part += parts) {
+    typename V::Reg acc[abreast * parts * P];
 #pragma GCC unroll 32
-    for (int e = 0; e < k * (k + 1) / 2; ++e) acc[e] = V::zero();
-    for (int64_t t = part * V::width; t < static_cast<int64_t>(steps) * L; t += L) {
-      typename V::Reg x[k];
+    for (int e = 0; e < abreast * parts * P; ++e) acc[e] = V::zero();
+    for (int64_t t = part * V::width; t < static_cast<int64_t>(steps) * L; t += L)
 #pragma GCC unroll 8
-      for (int i = 0; i < k; ++i) x[i] = V::load(p[i] + t);
+      for (int u = 0; u < abreast * parts; ++u) {
+        typename V::Reg x[k];
 #pragma GCC unroll 8
-      for (int i = 0; i < k; ++i)
+        for (int i = 0; i < k; ++i) x[i] = V::load(p[u / parts * k + i] + t + u % parts * V::width);
 #pragma GCC unroll 8
-        for (int j = i; j < k; ++j) {
-          const int e = i * k - i * (i - 1) / 2 + (j - i);
-          acc[e] = V::fma(x[i], x[j], acc[e]);
-        }
-    }
-#pragma GCC unroll 32
-    for (int e = 0; e < k * (k + 1) / 2; ++e) add_lanes<V>(lanes + e * L + part * V::width, acc[e]);
-  }
-}
-
-// One row alone, kAbreast stretches side by side: one chain, and one stream from memory, would leave the processor waiting.
-constexpr int kAbreast = 4;
-template <class V>
-inline void square(const typename V::Acc* row, typename V::Acc* lanes) {
-  constexpr int L = V::width * V::parts, kStretch = kSubSteps * L;
-  for (int part = 0; part < V::parts; ++part) {
-    typename V::Reg acc[kAbreast];
-#pragma GCC unroll 4
-    for (int u = 0; u < kAbreast; ++u) acc[u] = V::zero();
-    for (int64_t t = part * V::width; t < kStretch; t += L)
-#pragma GCC unroll 4
-      for (int u = 0; u < kAbreast; ++u) {
-        const typename V::Reg x = V::load(row + u * kStretch + t);
-        acc[u] = V::fma(x, x, acc[u]);
+        for (int i = 0; i < k; ++i)
+#pragma GCC unroll 8
+          for (int j = i; j < k; ++j) {
+            const int e = u * P + i * k - i * (i - 1) / 2 + (j - i);
+            acc[e] = V::fma(x[i], x[j], acc[e]);
+          }
       }
-#pragma GCC unroll 4
-    for (int u = 0; u < kAbreast; ++u) add_lanes<V>(lanes + part * V::width, acc[u]);
+#pragma GCC unroll 32
+    for (int e = 0; e < abreast * parts * P; ++e) {
+      typename V::Acc* to = lanes + (e / (parts * P) * P + e % P) * L + (part + e / P % parts) * V::width;
+      V::store(to, V::add(V::load(to), acc[e]));
+    }
   }
 }
 
@@ -81,61 +58,61 @@ inline void pack(const T* row, int64_t begin, int64_t end, int steps, typename S
   for (; t < static_cast<int64_t>(steps) * kStep<T>; ++t) out[t] = 0;
 }
 
-// Row pointers of one stretch of a chunk: straight into the data where that is possible, else into packed copies.
-template <class T>
-inline void stretch_rows(const T* const* rows, int k, int64_t begin, int64_t end, int steps, typename Stored<T>::Vec::Acc* packed,
-                         const typename Stored<T>::Vec::Acc** out) {
-  using Acc = typename Stored<T>::Vec::Acc;
-  if constexpr (std::is_same<T, Acc>::value) {
-    if (end - begin == static_cast<int64_t>(steps) * kStep<T>) {
-      for (int i = 0; i < k; ++i) out[i] = rows[i] + begin;
-      return;
-    }
+// Adds the Gramians of `abreast` chunks from `chunk` on, all of them whole if there are several.
+template <class T, int k, int abreast, class AccOf>
+inline void chunk_triangle(const T* const* rows, int64_t n, int64_t chunk, const AccOf& acc_of) {
+  using V = typename Stored<T>::Vec;
+  using Acc = typename V::Acc;
+  constexpr int L = kStep<T>, P = k * (k + 1) / 2, kStretch = kSubSteps * L;
+  alignas(64) Acc lanes[abreast * P * L] = {};
+  const int64_t begin = chunk * kChunk, end = begin + kChunk < n ? begin + kChunk : n;
+  int64_t s = begin;
+  const T* at[abreast * k];
+  while (s + L <= end) {
+    const int64_t whole = (end - s) / L;
+    const int steps = whole < kSubSteps ? static_cast<int>(whole) : kSubSteps;
+    if (steps < kSubSteps && s + steps * L < end) break;  // its last step is not whole
+    for (int i = 0; i < abreast * k; ++i) at[i] = rows[i % k] + s + i / k * kChunk;
+    triangle<T, k, abreast, V>(at, steps, lanes);
+    s += steps * L;
   }
-  for (int i = 0; i < k; ++i) {
-    Acc* copy = packed + static_cast<int64_t>(i) * kSubSteps * kStep<T>;
-    pack(rows[i], begin, end, steps, copy);
-    out[i] = copy;
+  if (s < end) {
+    alignas(64) Acc packed[k * kStretch];
+    const Acc* copies[k];
+    const int steps = static_cast<int>((end - s + L - 1) / L);
+    for (int i = 0; i < k; ++i) {
+      pack(rows[i], s, end, steps, packed + i * kStretch);
+      copies[i] = packed + i * kStretch;
+    }
+    triangle<Acc, k, 1, V>(copies, steps, lanes);
+  }
+  for (int u = 0; u < abreast; ++u) {
+    double* out = acc_of(chunk + u);
+    for (int e = 0; e < P; ++e) out[e] += fold(lanes + (u * P + e) * L);
   }
 }
 
-template <class T, int k>
-inline void chunk_triangle(const T* const* rows, int64_t begin, int64_t end, double* out) {
-  using V = typename Stored<T>::Vec;
-  using Acc = typename V::Acc;
-  constexpr int L = kStep<T>, P = k * (k + 1) / 2;
-  alignas(64) Acc lanes[P * L] = {};
-  alignas(64) Acc packed[k * kSubSteps * L];
-  const Acc* at[k];
-  int64_t s = begin;
-  if constexpr (k == 1 && std::is_same<T, Acc>::value)
-    for (; s + kAbreast * kSubSteps * L <= end; s += kAbreast * kSubSteps * L) square<V>(rows[0] + s, lanes);
-  for (; s < end; s += kSubSteps * L) {
-    const int64_t stop = end - s < kSubSteps * L ? end : s + kSubSteps * L;
-    const int steps = static_cast<int>((stop - s + L - 1) / L);
-    stretch_rows<T>(rows, k, s, stop, steps, packed, at);
-    triangle<V, k>(at, steps, lanes);
-  }
-  for (int e = 0; e < P; ++e) out[e] += fold(lanes + e * L);
+template <class T, int k, class AccOf>
+inline void chunks_triangle(const T* const* rows, int64_t n, int64_t first, int64_t last, const AccOf& acc_of) {
+  constexpr int abreast = kAbreast<k>;
+  for (; abreast > 1 && first + abreast <= last && (first + abreast) * kChunk <= n; first += abreast)
+    chunk_triangle<T, k, abreast>(rows, n, first, acc_of);
+  for (; first < last; ++first) chunk_triangle<T, k, 1>(rows, n, first, acc_of);
 }
 
 // Adds the Gramians of chunks [first, last) of k rows of n elements, in order; acc_of(chunk) says where to.
 template <class T, class AccOf>
 inline void gram_chunks(const T* const* rows, int k, int64_t n, int64_t first, int64_t last, const AccOf& acc_of) {
-  if (k > kTriangle) return gram_panels(rows, k, n, first, last, acc_of);
-  for (int64_t c = first; c < last; ++c) {
-    double* out = acc_of(c);
-    const int64_t begin = c * kChunk, end = begin + kChunk < n ? begin + kChunk : n;
-    switch (k) {
-      case 1: chunk_triangle<T, 1>(rows, begin, end, out); break;
-      case 2: chunk_triangle<T, 2>(rows, begin, end, out); break;
-      case 3: chunk_triangle<T, 3>(rows, begin, end, out); break;
-      case 4: chunk_triangle<T, 4>(rows, begin, end, out); break;
+  switch (k) {
+    case 1: return chunks_triangle<T, 1>(rows, n, first, last, acc_of);
+    case 2: return chunks_triangle<T, 2>(rows, n, first, last, acc_of);
+    case 3: return chunks_triangle<T, 3>(rows, n, first, last, acc_of);
+    case 4: return chunks_triangle<T, 4>(rows, n, first, last, acc_of);
 #if defined(__AVX512F__)
-      case 5: chunk_triangle<T, 5>(rows, begin, end, out); break;
-      case 6: chunk_triangle<T, 6>(rows, begin, end, out); break;
+    case 5: return chunks_triangle<T, 5>(rows, n, first, last, acc_of);
+    case 6: return chunks_triangle<T, 6>(rows, n, first, last, acc_of);
 #endif
-    }
+    default: return gram_panels(rows, k, n, first, last, acc_of);
   }
 }
 
