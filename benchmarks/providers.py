@@ -29,7 +29,6 @@ RULES: dict[str, Callable[[int], mf.Resolver]] = {
     "Mean": lambda k: mf.Mean(),
 }
 TWELVE = [name for name in RULES if name != "Mean"]  # Mean is no conflict resolution: reported, not counted
-ELEMENTWISE = ("GradDrop", "TrimmedMean")
 MIN_K = {"TrimmedMean": 3}  # one dropped at each end
 BLOCK = 65536  # columns taken at a time where a whole copy in float64 would not be wanted
 
@@ -220,7 +219,9 @@ def _expected_grad_drop(J: Tensor, found: Tensor) -> Tensor:
     purity = positive / (positive - negative)
     kept = (found - positive).abs() < (found - negative).abs()
     off, spread = (kept.sum() - purity.sum()).abs(), (purity * (1 - purity)).sum().sqrt()
-    return torch.where(off > 5 * spread + 1, torch.nan, torch.where(kept, positive, negative))
+    tie = found == 0  # a purity that equals its 23-bit draw lets neither through: about one element in 2^24
+    expected = torch.where(tie, 0, torch.where(kept, positive, negative))
+    return torch.where((off > 5 * spread + 1) | (tie.sum() > 3), torch.nan, expected)
 
 
 ELEMENTWISE = {"TrimmedMean": _expected_trimmed_mean, "GradDrop": _expected_grad_drop}

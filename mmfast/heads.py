@@ -39,6 +39,8 @@ class _LinearHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
         refuse_double_backward("LinearHeads")
+        if not torch.is_autocast_enabled(delta.device.type):
+            return *_backward(ctx, delta), None
         with torch.autocast(delta.device.type, enabled=False):  # a backward pass run inside autocast must not round the Gramian
             return *_backward(ctx, delta), None
 
@@ -80,7 +82,7 @@ def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor
         G = module._fold((rows.mT @ rows).double() * products)
     coefficients = ops.solve(G, module.resolver, row_mask, module.preserve_norm, reference.precision_of(delta.dtype))
     module._keep(torch.cat([coefficients, G.flatten(-2)], -1))
-    scale = coefficients.to(wide)[..., module._head_of]
+    scale = coefficients.to(wide).index_select(-1, module._head_of)
     if per == "sample":
         scale = scale.view(delta.shape[0], *[1] * (delta.dim() - 2), out_features)
     return (d * scale).to(delta.dtype) @ weight
