@@ -45,11 +45,16 @@ class _LinearHeads(torch.autograd.Function):
             return *_backward(ctx, delta), None
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     y, weight, mask = ctx.saved_tensors
     module = ctx.module
     if module.beta is not None:
-        delta = delta * module.beta.to(delta.dtype)[module._head_of]
+        wide = _wide(delta)
+        delta = (delta.to(wide) * module.beta.to(wide)[module._head_of]).to(delta.dtype)
     flat = delta.reshape(-1, delta.shape[-1])
     wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     return (
@@ -70,21 +75,25 @@ def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor
         if mask is not None:  # what a missing row holds is not read, not even a NaN
             delta = torch.where(mask[module._head_of], delta, 0)
         row_mask = mask
-    wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
+    # a branch that sends nothing must not be read: its weights may be anything
+    weight = torch.where((delta != 0).view(-1, out_features).any(0).unsqueeze(1), weight, 0)
+    wide = _wide(delta)
     d, w = delta.to(wide), weight.to(wide)
     products = (w @ w.mT).double()
     if per == "sample":
         rows = d.flatten(1, -2) if d.dim() > 2 else d.unsqueeze(1)
         step = max(1, _CHUNK // (out_features * out_features))
-        G = torch.cat([module._fold((part.mT @ part).double() * products) for part in rows.split(step)]) if len(rows) else _none(d, k)
+        G = torch.cat([module._fold((part.mT @ part).double(), products) for part in rows.split(step)]) if len(rows) else _none(d, k)
     else:
         rows = d.sum(0).view(-1, out_features) if per == "batch_sum" and d.dim() > 1 else d.reshape(-1, out_features)
-        G = module._fold((rows.mT @ rows).double() * products)
+        G = module._fold((rows.mT @ rows).double(), products)
     coefficients = ops.solve(G, module.resolver, row_mask, module.preserve_norm, reference.precision_of(delta.dtype))
     module._keep(torch.cat([coefficients, G.flatten(-2)], -1))
     scale = coefficients.to(wide).index_select(-1, module._head_of)
     if per == "sample":
         scale = scale.view(delta.shape[0], *[1] * (delta.dim() - 2), out_features)
+    if delta.dtype == torch.float16:  # scaled rows could leave its range though their sum does not
+        return ((d * scale) @ w).to(delta.dtype)
     return (d * scale).to(delta.dtype) @ weight
 
 
@@ -96,7 +105,7 @@ class LinearHeads(Impartial):
     """K linear branches on one tensor and the block that resolves their gradients, at about the cost of one linear layer.
 
     The same as an `ImpartialityBlock` over K `nn.Linear`, up to rounding: the Gramian is formed from products of the branches' output gradients and
-    weights (in float32, float64 for float64; summed in float64). Block: Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal
+    weights, formed in float32 (float64 for float64): where the parts of a branch's gradient cancel, less exactly than from the gradient itself. Block: Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal
     VAEs via impartial optimization", ICML 2022. A branch whose output gradient is zero everywhere is a missing modality.
 
     Args:
@@ -152,12 +161,11 @@ class LinearHeads(Impartial):
                 "use an ImpartialityBlock over nn.Linear branches"
             )
         self.sizes = tuple(out_features)
-        total, k = sum(self.sizes), len(self.sizes)
+        total = sum(self.sizes)
         self.weight = nn.Parameter(torch.empty(total, in_features))
         self.bias = nn.Parameter(torch.empty(total)) if bias else None
-        head_of = torch.repeat_interleave(torch.arange(k), torch.tensor(self.sizes))
-        self.register_buffer("_head_of", head_of, persistent=False)
-        self._members = F.one_hot(head_of, k).double()
+        self.register_buffer("_head_of", None, persistent=False)
+        self._index(self.weight.device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -201,13 +209,26 @@ class LinearHeads(Impartial):
         check_state(self.resolver, len(self.sizes))
         return _LinearHeads.apply(y, weight, bias, _Heads(self, mask))  # type: ignore[no-any-return]
 
-    def _fold(self, products: Tensor) -> Tensor:
-        """Sums of the entries that belong to each pair of branches: [..., O, O] -> [..., K, K]."""
-        return self._members.mT @ products @ self._members
+    def _fold(self, deltas: Tensor, weights: Tensor) -> Tensor:
+        """The Gramian [..., K, K] from delta' delta [..., O, O] and W W' [O, O]."""
+        G = self._members.mT @ (deltas * weights) @ self._members
+        # where the parts of a branch's gradient cancel, rounding must make it neither missing nor negative
+        lengths = (deltas.diagonal(dim1=-2, dim2=-1) * weights.diagonal()).sqrt() @ self._members
+        floor = reference.precision_of(self.weight.dtype) * lengths.square()
+        return G + torch.diag_embed((floor - G.diagonal(dim1=-2, dim2=-1)).clamp_min(0))
+
+    def _index(self, device: torch.device) -> None:
+        """Makes what follows from the sizes alone."""
+        total, k = sum(self.sizes), len(self.sizes)
+        head_of = torch.repeat_interleave(torch.arange(k, device=device), torch.tensor(self.sizes, device=device), output_size=total)
+        self._head_of = head_of
+        self._members = (
+            head_of.unsqueeze(1) == torch.arange(k, device=device)
+        ).double()  # no buffer: stays float64 whatever the model's dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LinearHeads":
         super()._apply(fn, recurse)
-        self._members = self._members.to(self._head_of.device)  # no buffer: stays float64 in a model that changes its dtype
+        self._index(self.weight.device)
         return self
 
     def extra_repr(self) -> str:

@@ -43,6 +43,8 @@ def test_kinds_and_missing_cells():
         (2, "2,1,8,1,a,3,0", "column 'grade', line 3: '8' is not one of 3 classes"),
         (2, "2,1,6.5,1,a,3,0", "column 'grade', line 3: '6.5' is not one of 3 classes"),
         (4, "4,1,6,2,d,2,1", "column 'kind', line 5: 'd' is not one of 3 classes"),
+        (4, "4,1,6,2,a,2.5,1", "column 'n', line 5: 2.5 is not a whole number"),
+        (4, "4,1,6,2,a,2,inf", "column 't', line 5: inf is not a finite number"),
         (0, None, "has 3 rows, expected 4"),
     ],
 )
@@ -105,6 +107,7 @@ SHAPES = {
     "labour": (15992, 9),
     "ElNino": (93935, 7),
     "Magic": (19020, 10),
+    "BooNE": (130064, 50),
 }
 
 
@@ -113,7 +116,7 @@ def test_the_sets_themselves(name):
     if not any((folder / data.SETS[name].file).is_file() for folder in files.folders()):
         pytest.skip(f"{name} is not in {files.folders()[0]}; set MMFAST_DATA")
     table = data.load(name)
-    assert table.x.shape == SHAPES.get(name, table.x.shape)
+    assert table.x.shape == SHAPES[name]
     for column, x in zip(table.columns, table.x.T, strict=True):
         x = x[~x.isnan()]
         if column.discrete:

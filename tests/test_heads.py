@@ -84,6 +84,46 @@ def test_a_masked_branch_may_hold_anything():
     assert heads.weight.grad.isnan().any()  # its own parameters get what it sent
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_branch_that_sends_nothing_may_have_any_weights(masked):
+    heads, block = pair("MGDA")
+    with torch.no_grad():
+        heads.weight[4:6] = torch.nan  # branch 2
+        block.branches[2].weight.fill_(torch.nan)
+    mask = torch.tensor([True, True, False, True, True]) if masked else None
+    same(heads, block, mask=mask, used=[0, 1, 3, 4])
+
+
+def test_cancelling_parts_leave_a_branch_in():
+    """A gradient far smaller than its parts is neither missing nor negative in the Gramian."""
+    heads = mf.LinearHeads(1, [2, 1], mf.GradNorm(), bias=False)
+    with torch.no_grad():
+        heads.weight.copy_(torch.tensor([[1000.0], [1000.1], [1.0]]))
+    for _ in range(30):
+        y = torch.ones(1, 1, requires_grad=True)
+        heads.joint(y).backward(torch.tensor([[0.5, -0.5, 1.0]]))
+        assert y.grad.isfinite().all()
+    assert (heads.stats().norms > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_local_step_of_16_bit_gradients_is_rounded_once(dtype):
+    heads = mf.LinearHeads(1, [1, 1], mf.Mean(), local=[1e-8, 1e5]).to(dtype)
+    y = torch.ones(1, 1, dtype=dtype)
+    heads.joint(y).backward(torch.tensor([[1000.0, 0.01]], dtype=dtype))
+    torch.testing.assert_close(heads.bias.grad.float(), torch.tensor([1e-5, 1e3]), rtol=1e-2, atol=6e-8)
+
+
+def test_deferred_initialisation():
+    with torch.device("meta"):
+        heads = mf.LinearHeads(H, SIZES, mf.MGDA())
+    heads = heads.to_empty(device="cpu")
+    heads.reset_parameters()
+    y = torch.randn(B, H, requires_grad=True)
+    sum(o.square().sum() for o in heads(y)).backward()
+    assert y.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype,rtol", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)])
 def test_other_dtypes(dtype, rtol):
     heads, block = pair("GradNorm", dtype=dtype)

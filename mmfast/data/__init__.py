@@ -94,15 +94,21 @@ def _column(name: str, spec: list[str], cells: list[str], first: int) -> tuple[C
             bad = bad or line
             values.append(math.nan)
     where = f"{name}, column {title!r}"
+    known = [v for v in values if not math.isnan(v)]
+    if bad is None and not known:
+        raise DataError(f"{where} has no values")
+    for line, v in enumerate(values, first):
+        if math.isinf(v) or (kind == "count" and not math.isnan(v) and not v.is_integer()):
+            raise DataError(f"{where}, line {line}: {cells[line - first]} is not a {'whole' if math.isfinite(v) else 'finite'} number")
     if not classes:
         if bad:
             raise DataError(f"{where}, line {bad}: {cells[bad - first]!r} is not a number")
-        low = min((v for v in values if not math.isnan(v)), default=0.0)
+        low = min(known, default=0.0)
         if kind in ("positive", "count") and low < 0:
             raise DataError(f"{where}, line {values.index(low) + first}: {low:g} is negative, but the column is {kind}")
         return Column(title, kind), values
     if bad is None:
-        low = min(v for v in values if not math.isnan(v))
+        low = min(known)
         labels = [f"{low + i:g}" for i in range(classes)]
         codes = [v - low for v in values]
     else:

@@ -23,8 +23,8 @@ def find(name: str, file: str, sha256: str) -> Path:
     tried = [folder / file for folder in folders()]
     path = next((path for path in tried if path.is_file()), None)
     if path is None:
-        places = " nor ".join(map(str, tried))
-        raise DataError(f"{name} is not here: there is neither {places}; put the file there, or name another folder in MMFAST_DATA")
+        places = " or ".join(map(str, tried))
+        raise DataError(f"{name} is not here: there is no {places}; put the file there, or name its folder in MMFAST_DATA")
     try:
         content = path.read_bytes()
     except OSError as error:

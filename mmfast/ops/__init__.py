@@ -118,12 +118,19 @@ _precision: ContextVar[float] = ContextVar("precision", default=0.0)
 def _ask(resolver: Resolver, G: Tensor, mask: Tensor, precision: float) -> Tensor:
     """The resolver's weights, made known how exact G is; a traced graph can't hold context variables and goes without."""
     if torch.compiler.is_compiling():
-        return resolver(G, mask)
-    token = _precision.set(max(_precision.get(), precision))
-    try:
-        return resolver(G, mask)
-    finally:
-        _precision.reset(token)
+        w = resolver(G, mask)
+    else:
+        token = _precision.set(max(_precision.get(), precision))
+        try:
+            w = resolver(G, mask)
+        finally:
+            _precision.reset(token)
+    if not isinstance(w, Tensor) or w.shape != G.shape[:-1]:
+        raise ValueError(
+            f"{type(resolver).__name__} returned {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__} for a Gramian of shape "
+            f"{tuple(G.shape)}, expected weights of shape {tuple(G.shape[:-1])}"
+        )
+    return torch.where(mask, w.detach().double(), 0)
 
 
 def known_precision() -> float:
@@ -240,7 +247,7 @@ def solve(G: Tensor, resolver: Resolver, mask: Tensor | None, preserve_norm: boo
     if chain is None:
         resolver.check(k)
         there = _there(G, mask)
-        w = torch.where(there, _ask(resolver, G, there, precision), 0)
+        w = _ask(resolver, G, there, precision)
         return w if not preserve_norm else reference.preserve_norm(G, there, w, precision)
     states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain)
     if _use_native(G.device, backend):
@@ -376,12 +383,6 @@ def _resolve_general(
     row_mask = _there(G, row_mask)
     precision = reference.precision_of(grads[0].dtype)
     w = _ask(resolver, G, row_mask, precision)
-    if not isinstance(w, Tensor) or w.shape != G.shape[:-1]:
-        raise ValueError(
-            f"{type(resolver).__name__} returned {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__} for a Gramian of shape "
-            f"{tuple(G.shape)}, expected weights of shape {tuple(G.shape[:-1])}"
-        )
-    w = torch.where(row_mask, w.detach().double(), 0)
     if preserve_norm:
         w = reference.preserve_norm(G, row_mask, w, precision)
     w = w.contiguous()

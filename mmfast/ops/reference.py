@@ -191,7 +191,7 @@ def weights(
     w, after = solve(G.reshape(-1, k, k), flat_mask, chain, flat_states, rng, preserve_norm, precision)
     for state, next_state in zip(states, after, strict=True):
         if state is not None and next_state is not None:
-            state.copy_(next_state.view_as(state))
+            state.copy_(next_state.detach().view_as(state))
     if rng is not None:
         advance(rng)
     return w.view(*problems, k)
