@@ -5,7 +5,6 @@ bound (the ELBO at S = 1), backward, Adam; batches of 128. Fused forms take the 
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,10 @@ from torch.nn import functional as F
 import mmfast as mf
 from benchmarks import naive
 from benchmarks.timing import Call
+from mmfast.demo.model import layers
 from mmfast.models.likelihoods import Normal
 
 BATCH, HIDDEN = 128, 50
-
-
-def _layers(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
-    return nn.Sequential(*[m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), activation())])
 
 
 class Fused(nn.Module):
@@ -54,7 +50,10 @@ class Step:
     def __init__(self, k: int, samples: int, heads: nn.Module) -> None:
         latent = (k + 1) // 2
         self.samples, self.heads = samples, heads
-        self.encoder, self.decoder = _layers([k, *[HIDDEN] * 3], nn.Tanh), _layers([latent, *[HIDDEN] * 3], nn.ReLU)
+        self.encoder, self.decoder = (
+            nn.Sequential(*layers([k, *[HIDDEN] * 3], nn.Tanh)),
+            nn.Sequential(*layers([latent, *[HIDDEN] * 3], nn.ReLU)),
+        )
         self.posterior = nn.Linear(HIDDEN, 2 * latent)
         parameters = [p for m in (self.encoder, self.posterior, self.decoder, heads) for p in m.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=1e-3)

@@ -6,7 +6,7 @@ and the resolved gradient is [w_1 delta_1 ... w_K delta_K] W: two small Gramians
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +22,22 @@ from mmfast.scaling import LocalScale
 _CHUNK = 1 << 22  # elements of per-sample products held at once
 
 
-class _Heads(NamedTuple):
-    """What the operator needs besides tensors that have gradients."""
-
-    module: "LinearHeads"
-    mask: Tensor | None
-
-
 class _LinearHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, heads: _Heads) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(y, weight, heads.mask)
-        ctx.module, ctx.has_bias = heads.module, bias is not None
+    def forward(  # type: ignore[override]
+        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, module: "LinearHeads"
+    ) -> Tensor:
+        ctx.save_for_backward(y, weight, mask)
+        ctx.module, ctx.has_bias = module, bias is not None
         return F.linear(y, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward("LinearHeads")
         if not torch.is_autocast_enabled(delta.device.type):
-            return *_backward(ctx, delta), None
+            return *_backward(ctx, delta), None, None
         with torch.autocast(delta.device.type, enabled=False):  # a backward pass run inside autocast must not round the Gramian
-            return *_backward(ctx, delta), None
+            return *_backward(ctx, delta), None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -66,7 +61,7 @@ def _backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Te
 
 def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     """The resolved gradient of the shared tensor, [..., in_features]."""
-    k, per, out_features = len(module.sizes), module.per, delta.shape[-1]
+    per, out_features, precision = module.per, delta.shape[-1], reference.precision_of(delta.dtype)
     if mask is not None and mask.dim() == 2:  # a missing sample of a row counts as zero
         columns = mask[:, module._head_of].view(mask.shape[0], *[1] * (delta.dim() - 2), out_features)
         delta = torch.where(columns, delta, 0)
@@ -76,18 +71,18 @@ def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor
             delta = torch.where(mask[module._head_of], delta, 0)
         row_mask = mask
     # a branch that sends nothing must not be read: its weights may be anything
-    weight = torch.where((delta != 0).view(-1, out_features).any(0).unsqueeze(1), weight, 0)
+    weight = torch.where((delta != 0).reshape(-1, out_features).any(0).unsqueeze(1), weight, 0)
     wide = _wide(delta)
     d, w = delta.to(wide), weight.to(wide)
     products = (w @ w.mT).double()
     if per == "sample":
         rows = d.flatten(1, -2) if d.dim() > 2 else d.unsqueeze(1)
         step = max(1, _CHUNK // (out_features * out_features))
-        G = torch.cat([module._fold((part.mT @ part).double(), products) for part in rows.split(step)]) if len(rows) else _none(d, k)
+        G = torch.cat([module._fold((part.mT @ part).double(), products, precision) for part in rows.split(step)])
     else:
-        rows = d.sum(0).view(-1, out_features) if per == "batch_sum" and d.dim() > 1 else d.reshape(-1, out_features)
-        G = module._fold((rows.mT @ rows).double(), products)
-    coefficients = ops.solve(G, module.resolver, row_mask, module.preserve_norm, reference.precision_of(delta.dtype))
+        rows = d.sum(0).reshape(-1, out_features) if per == "batch_sum" and d.dim() > 1 else d.reshape(-1, out_features)
+        G = module._fold((rows.mT @ rows).double(), products, precision)
+    coefficients = ops.solve(G, module.resolver, row_mask, module.preserve_norm, precision)
     module._keep(torch.cat([coefficients, G.flatten(-2)], -1))
     scale = coefficients.to(wide).index_select(-1, module._head_of)
     if per == "sample":
@@ -97,16 +92,13 @@ def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor
     return (d * scale).to(delta.dtype) @ weight
 
 
-def _none(d: Tensor, k: int) -> Tensor:
-    return torch.zeros(0, k, k, dtype=torch.float64, device=d.device)
-
-
 class LinearHeads(Impartial):
     """K linear branches on one tensor and the block that resolves their gradients, at about the cost of one linear layer.
 
-    The same as an `ImpartialityBlock` over K `nn.Linear`, up to rounding: the Gramian is formed from products of the branches' output gradients and
-    weights, formed in float32 (float64 for float64): where the parts of a branch's gradient cancel, less exactly than from the gradient itself. Block: Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal
-    VAEs via impartial optimization", ICML 2022. A branch whose output gradient is zero everywhere is a missing modality.
+    The same as an `ImpartialityBlock` over K `nn.Linear`, up to rounding: the Gramian is formed from products of the branches' output gradients
+    and weights, in float32 (float64 for float64), so where the parts of a branch's gradient cancel it is known less exactly. A branch whose output
+    gradient is zero everywhere is a missing modality. Block: Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via
+    impartial optimization", ICML 2022.
 
     Args:
         in_features: size of the last dimension of the shared tensor.
@@ -207,24 +199,22 @@ class LinearHeads(Impartial):
         if not (y.requires_grad and torch.is_grad_enabled()) and self.beta is None:
             return F.linear(y, weight, bias)
         check_state(self.resolver, len(self.sizes))
-        return _LinearHeads.apply(y, weight, bias, _Heads(self, mask))  # type: ignore[no-any-return]
+        return _LinearHeads.apply(y, weight, bias, mask, self)  # type: ignore[no-any-return]
 
-    def _fold(self, deltas: Tensor, weights: Tensor) -> Tensor:
-        """The Gramian [..., K, K] from delta' delta [..., O, O] and W W' [O, O]."""
+    def _fold(self, deltas: Tensor, weights: Tensor, precision: float) -> Tensor:
+        """The Gramian [..., K, K] from delta' delta [..., O, O] and W W' [O, O], both known to `precision`."""
         G = self._members.mT @ (deltas * weights) @ self._members
         # where the parts of a branch's gradient cancel, rounding must make it neither missing nor negative
         lengths = (deltas.diagonal(dim1=-2, dim2=-1) * weights.diagonal()).sqrt() @ self._members
-        floor = reference.precision_of(self.weight.dtype) * lengths.square()
+        floor = precision * lengths.square()
         return G + torch.diag_embed((floor - G.diagonal(dim1=-2, dim2=-1)).clamp_min(0))
 
     def _index(self, device: torch.device) -> None:
         """Makes what follows from the sizes alone."""
         total, k = sum(self.sizes), len(self.sizes)
-        head_of = torch.repeat_interleave(torch.arange(k, device=device), torch.tensor(self.sizes, device=device), output_size=total)
-        self._head_of = head_of
-        self._members = (
-            head_of.unsqueeze(1) == torch.arange(k, device=device)
-        ).double()  # no buffer: stays float64 whatever the model's dtype
+        places = torch.arange(k, device=device)
+        self._head_of = torch.repeat_interleave(places, torch.tensor(self.sizes, device=device), output_size=total)
+        self._members = (self._head_of.unsqueeze(1) == places).double()  # no buffer: stays float64 whatever the model's dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LinearHeads":
         super()._apply(fn, recurse)

@@ -130,6 +130,16 @@ def test_other_dtypes(dtype, rtol):
     same(heads, block, dtype=dtype, rtol=rtol, shape=(64, H))
 
 
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_output_gradients_of_any_strides(per):
+    heads, _ = pair("MGDA", per=per)
+    y = torch.randn(B, 3, 4, H, dtype=torch.float64, requires_grad=True)
+    delta = torch.randn(4, 3, B, sum(SIZES), dtype=torch.float64).transpose(0, 2)
+    (strided,) = torch.autograd.grad(heads.joint(y), y, delta)
+    (plain,) = torch.autograd.grad(heads.joint(y), y, delta.contiguous())
+    torch.testing.assert_close(strided, plain)
+
+
 def test_many_rows_in_pieces(monkeypatch):
     """Per-sample Gramians do not depend on how many are made at once."""
     heads, block = pair("CAGrad", per="sample")

@@ -66,25 +66,22 @@ inline void chunk_triangle(const T* const* rows, int64_t n, int64_t chunk, const
   constexpr int L = kStep<T>, P = k * (k + 1) / 2, kStretch = kSubSteps * L;
   alignas(64) Acc lanes[abreast * P * L] = {};
   const int64_t begin = chunk * kChunk, end = begin + kChunk < n ? begin + kChunk : n;
-  int64_t s = begin;
-  const T* at[abreast * k];
-  while (s + L <= end) {
-    const int64_t whole = (end - s) / L;
-    const int steps = whole < kSubSteps ? static_cast<int>(whole) : kSubSteps;
-    if (steps < kSubSteps && s + steps * L < end) break;  // its last step is not whole
-    for (int i = 0; i < abreast * k; ++i) at[i] = rows[i % k] + s + i / k * kChunk;
-    triangle<T, k, abreast, V>(at, steps, lanes);
-    s += steps * L;
-  }
-  if (s < end) {
-    alignas(64) Acc packed[k * kStretch];
-    const Acc* copies[k];
-    const int steps = static_cast<int>((end - s + L - 1) / L);
-    for (int i = 0; i < k; ++i) {
-      pack(rows[i], s, end, steps, packed + i * kStretch);
-      copies[i] = packed + i * kStretch;
+  for (int64_t s = begin; s < end; s += kStretch) {
+    const int64_t stop = end - s < kStretch ? end : s + kStretch;
+    const int steps = static_cast<int>((stop - s + L - 1) / L);
+    if (stop - s == static_cast<int64_t>(steps) * L) {
+      const T* at[abreast * k];
+      for (int i = 0; i < abreast * k; ++i) at[i] = rows[i % k] + s + i / k * kChunk;
+      triangle<T, k, abreast, V>(at, steps, lanes);
+    } else {  // the last step of a row is not whole
+      alignas(64) Acc packed[k * kStretch];
+      const Acc* at[k];
+      for (int i = 0; i < k; ++i) {
+        pack(rows[i], s, stop, steps, packed + i * kStretch);
+        at[i] = packed + i * kStretch;
+      }
+      triangle<Acc, k, 1, V>(at, steps, lanes);
     }
-    triangle<Acc, k, 1, V>(copies, steps, lanes);
   }
   for (int u = 0; u < abreast; ++u) {
     double* out = acc_of(chunk + u);

@@ -231,8 +231,8 @@ inline void gram_panels(const T* const* rows, int k, int64_t n, int64_t first, i
   using Acc = typename V::Acc;
   constexpr int L = kStep<T>, kStretch = kSubSteps * L;
   Arena arena;
-  const int side = k < kPanel ? k : kPanel, most = k < 2 * kPanel ? k : 2 * kPanel;
-  Acc* lanes = arena.take<Acc>(k <= kPanel ? pair_count(side) * L : static_cast<int64_t>(side) * kPanel * L);
+  const int most = k < 2 * kPanel ? k : 2 * kPanel;
+  Acc* lanes = arena.take<Acc>(k <= kPanel ? pair_count(k) * L : kPanel * kPanel * L);
   const int64_t apart = static_cast<int64_t>(most) * kPackedRow<V>;
   Acc* packed[2] = {arena.take<Acc>(V::parts * apart), arena.take<Acc>(V::parts * apart)};
 

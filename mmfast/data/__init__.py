@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from mmfast.data.files import find
+from mmfast.data.files import read
 from mmfast.data.sets import SETS, DataSet
 from mmfast.data.table import Column, DataError, Table
 
@@ -45,10 +45,9 @@ def load(name: str) -> Table:
             f"there is no data set {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(SETS)}")
         )
     data = SETS[name]
-    path = find(name, data.file, data.sha256)
+    path, content = read(name, data.file, data.sha256)
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode().splitlines()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     return parse(name, data, lines)

@@ -14,8 +14,8 @@ def folders() -> list[Path]:
     return [Path(named), cache] if named else [cache]
 
 
-def find(name: str, file: str, sha256: str) -> Path:
-    """The path of a data set's file.
+def read(name: str, file: str, sha256: str) -> tuple[Path, bytes]:
+    """The path of a data set's file, and what is in it.
 
     Raises:
         DataError: it is nowhere, or its checksum is another.
@@ -32,4 +32,4 @@ def find(name: str, file: str, sha256: str) -> Path:
     found = hashlib.sha256(content).hexdigest()
     if sha256 and found != sha256:
         raise DataError(f"{path} has sha256 {found}, expected {sha256}: it is truncated or another version of {name}")
-    return path
+    return path, content

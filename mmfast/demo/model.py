@@ -23,7 +23,7 @@ class Loop(nn.Module):
         return [branch(y) for branch in self.branches]
 
 
-def _layers(sizes: Sequence[int], activation: type[nn.Module]) -> list[nn.Module]:
+def layers(sizes: Sequence[int], activation: type[nn.Module]) -> list[nn.Module]:
     return [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), activation())]
 
 
@@ -41,9 +41,9 @@ class VAE(nn.Module):
         super().__init__()
         k = len(joint.sizes)
         self.joint = joint
-        self.encoder = nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(k), *_layers([k, hidden, hidden, hidden], nn.Tanh))
+        self.encoder = nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(k), *layers([k, hidden, hidden, hidden], nn.Tanh))
         self.mean, self.std = nn.Linear(hidden, latent), nn.Linear(hidden, latent)
-        self.decoder = nn.Sequential(*_layers([latent, hidden, hidden, hidden], nn.ReLU))
+        self.decoder = nn.Sequential(*layers([latent, hidden, hidden, hidden], nn.ReLU))
         heads = nn.ModuleList(nn.Linear(hidden, size) for size in joint.sizes)
         for part, gain in ((self.encoder, 5 / 3), (self.decoder, 2**0.5), (self.mean, 1.0), (self.std, 1.0), (heads, 1.0)):
             for m in part.modules():

@@ -175,6 +175,15 @@ def spread(G: Tensor, missing: Sequence[int], k: int) -> Tensor:
     return rows.new_zeros(*G.shape[:-2], k, k).index_copy(-1, torch.tensor(kept, device=G.device), rows)
 
 
+def keep(states: Sequence[Tensor | None], after: Sequence[Tensor | None], rng: Tensor | None) -> None:
+    """Writes the next states of a chain over its states, and moves its random stream on by one call."""
+    for state, next_state in zip(states, after, strict=True):
+        if state is not None and next_state is not None:
+            state.copy_(next_state.detach())
+    if rng is not None:
+        advance(rng)
+
+
 def weights(
     G: Tensor,
     mask: Tensor | None,
@@ -187,13 +196,9 @@ def weights(
     """Weights [..., K] of Gramians [..., K, K]; the states of the chain and its random stream advance in place."""
     problems, k = G.shape[:-2], G.shape[-1]
     flat_mask = None if mask is None else mask.expand(*problems, k).reshape(-1, k)
-    flat_states = [None if s is None else s.reshape(problems.numel(), s.shape[-1]) for s in states]
+    flat_states = [None if s is None else s.view(problems.numel(), s.shape[-1]) for s in states]
     w, after = solve(G.reshape(-1, k, k), flat_mask, chain, flat_states, rng, preserve_norm, precision)
-    for state, next_state in zip(states, after, strict=True):
-        if state is not None and next_state is not None:
-            state.copy_(next_state.detach().view_as(state))
-    if rng is not None:
-        advance(rng)
+    keep(flat_states, after, rng)
     return w.view(*problems, k)
 
 

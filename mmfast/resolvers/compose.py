@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mmfast.resolvers.base import Problem, Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
-from mmfast.resolvers.philox import advance
 
 
 class Compose(Resolver):
@@ -81,12 +80,9 @@ def _row_map(G: Tensor, resolver: Resolver, mask: Tensor) -> Tensor:
     if not isinstance(resolver, Rule) or not resolver.maps_rows:
         return torch.diag_embed(ops.weights(G, resolver, mask))
     k, rng = G.shape[-1], resolver.rng
-    states = [None if s is None else s.reshape(-1, s.shape[-1]) for s in ops._states([resolver], tuple(G.shape[:-2]), k, G.device)]
-    A, (next_state,) = ops.reference.row_map(G.reshape(-1, k, k), mask.reshape(-1, k), [resolver], states, rng, ops.known_precision())
-    if resolver.state is not None and next_state is not None:
-        resolver.state.copy_(next_state.view_as(resolver.state))
-    if rng is not None:
-        advance(rng)
+    states = [None if s is None else s.view(-1, s.shape[-1]) for s in ops._states([resolver], tuple(G.shape[:-2]), k, G.device)]
+    A, after = ops.reference.row_map(G.reshape(-1, k, k), mask.reshape(-1, k), [resolver], states, rng, ops.known_precision())
+    ops.reference.keep(states, after, rng)
     return A.view(G.shape)
 
 
