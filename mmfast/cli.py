@@ -1,10 +1,9 @@
-"""The command line: mmfast demo, mmfast doctor."""
+"""The command line: mmfast demo, mmfast train, mmfast report, mmfast doctor."""
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 try:
     import typer
@@ -12,17 +11,17 @@ except ModuleNotFoundError:
     print("mmfast: the command line needs typer: pip install 'mmfast[demo]'", file=sys.stderr)
     raise SystemExit(2) from None
 
+from mmfast.console import fail, need
+from mmfast.train import commands
+
 BUILTIN = ("diabetes", "wine")
 EXTRAS = {"rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 app = typer.Typer(
     help="Impartial multimodal training, in one fused pass.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"mmfast: {message}", file=sys.stderr)
-    raise typer.Exit(2)
+app.add_typer(commands.train, name="train")
+app.add_typer(commands.report, name="report")
 
 
 def _types(text: str) -> dict[str, str]:
@@ -30,7 +29,7 @@ def _types(text: str) -> dict[str, str]:
     pairs = [pair.split("=") for pair in text.split(",") if pair.strip()]
     for pair in pairs:
         if len(pair) != 2:
-            _fail(f"--types is {text!r}, expected column=kind pairs with commas between, such as age=count,sex=binary")
+            fail(f"--types is {text!r}, expected column=kind pairs with commas between, such as age=count,sex=binary")
     return {name.strip(): kind.strip() for name, kind in pairs}
 
 
@@ -47,9 +46,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it works.")] = False,
 ) -> None:
     """Trains a small VAE on heterogeneous data without the block and with it, and shows what that changes."""
-    missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        _fail(f"the demo needs {', '.join(missing)}: pip install 'mmfast[demo]'")
+    need("the demo", "demo", EXTRAS)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -62,18 +59,18 @@ def demo(
     try:
         rule = type(resolver(rule)).__name__
     except (ValueError, TypeError) as error:
-        _fail(f"--rule {rule}: {error}")
+        fail(f"--rule {rule}: {error}")
     try:
         if data in BUILTIN and types:
-            _fail("--types is for a CSV file; the kinds of the built-in data are known")
+            fail("--types is for a CSV file; the kinds of the built-in data are known")
         if data not in BUILTIN and not Path(data).is_file():
-            _fail(f"--data is {data!r}, which is neither a file nor one of {', '.join(BUILTIN)}")
+            fail(f"--data is {data!r}, which is neither a file nor one of {', '.join(BUILTIN)}")
         table = tables.builtin(data) if data in BUILTIN else tables.read_csv(Path(data), _types(types))
         out.mkdir(parents=True, exist_ok=True)
     except tables.DataError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"--out {out} cannot be made: {error.strerror}")
+        fail(f"--out {out} cannot be made: {error.strerror}")
     report.show_columns(console, table)
     settings = run.Settings(rule=rule, seeds=seeds, epochs=epochs)
     if quick:
@@ -129,3 +126,7 @@ def doctor() -> None:
 def main() -> None:
     """The entry point."""
     app()
+
+
+if __name__ == "__main__":
+    main()

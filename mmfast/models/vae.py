@@ -1,0 +1,146 @@
+"""The tabular variational autoencoder: one linear head and one likelihood per feature, trained with the ELBO, IWAE or DReG."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from mmfast.heads import LinearHeads
+from mmfast.models.likelihoods import Joint
+from mmfast.resolvers.base import Resolver
+
+OBJECTIVES = ("elbo", "iwae", "dreg")
+
+
+def mlp(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
+    """Linear layers of these sizes, each with its activation."""
+    return nn.Sequential(*(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), activation())))
+
+
+def _xavier(module: nn.Module, gain: float) -> None:
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight, gain)
+            nn.init.constant_(m.bias, 0.01)
+
+
+def make_heads(in_features: int, sizes: Sequence[int], resolver: Resolver | None, bias: bool = True) -> nn.Module:
+    """K linear branches in one module: with a block, or as one plain layer that adds up their gradients."""
+    return nn.Linear(in_features, sum(sizes), bias) if resolver is None else LinearHeads(in_features, sizes, resolver, bias=bias)
+
+
+def apply_heads(heads: nn.Module, y: Tensor) -> Tensor:
+    """All branches' outputs side by side."""
+    return heads.joint(y) if isinstance(heads, LinearHeads) else heads(y)
+
+
+class Decoder(nn.Module):
+    """From z to the outputs of all heads side by side; the block sits where the heads begin."""
+
+    def __init__(self, body: nn.Module, heads: nn.Module) -> None:
+        super().__init__()
+        self.body, self.heads = body, heads
+
+    def forward(self, z: Tensor) -> Tensor:
+        return apply_heads(self.heads, self.body(z))
+
+
+def _log_normal(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(z; mean, std) up to the constant that prior and posterior share, summed over the last dimension."""
+    return -(0.5 * ((z - mean) / std).square() + std.log()).sum(-1)
+
+
+class VAE(nn.Module):
+    """The variational autoencoder of the tabular experiments of Javaloy et al. (ICML 2022), section 1.4 of whose code it follows.
+
+    Standard normal prior; three layers on either side; the impartiality block where the decoder meets its heads. DReG decodes twice, once to train the
+    decoder and once to train the encoder: two blocks, each with a resolver of its own.
+
+    Args:
+        joint: the likelihoods of the K features.
+        hidden: width of the layers, and of the representation that the heads share.
+        latent: dimensions of z.
+        resolvers: the rule of the block, for DReG the rules of its two; None trains without a block.
+        objective: "elbo" (one sample, see `samples`), "iwae" (Burda et al., 2016) or "dreg" (Tucker et al., 2019).
+        samples: of z per row, S; 1 for the ELBO.
+
+    Raises:
+        ValueError: an objective that is not one of these, or a number of samples that does not suit it.
+    """
+
+    def __init__(
+        self,
+        joint: Joint,
+        hidden: int,
+        latent: int,
+        resolvers: Sequence[Resolver] | None = None,
+        objective: str = "elbo",
+        samples: int = 1,
+    ) -> None:
+        super().__init__()
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective is {objective!r}, expected one of {', '.join(OBJECTIVES)}")
+        if samples < 1 or (objective == "elbo" and samples != 1):
+            raise ValueError(f"samples is {samples}, expected {'1 for the ELBO' if objective == 'elbo' else 'at least 1'}")
+        blocks = 2 if objective == "dreg" else 1
+        if resolvers is not None and len(resolvers) != blocks:
+            raise ValueError(f"resolvers has {len(resolvers)} rules, expected {blocks} for {objective!r}")
+        k = len(joint.sizes)
+        self.joint, self.objective, self.samples = joint, objective, samples
+        self.encoder = nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(k), *mlp([k, hidden, hidden, hidden], nn.Tanh))
+        self.mean, self.std = nn.Linear(hidden, latent), nn.Linear(hidden, latent)
+        body = mlp([latent, hidden, hidden, hidden], nn.ReLU)
+        rules: Sequence[Resolver | None] = resolvers or [None] * blocks
+        decoders = [Decoder(body, make_heads(hidden, joint.sizes, rule)) for rule in rules]
+        self.decoder = decoders[0]
+        for part, gain in ((self.encoder, 5 / 3), (body, 2**0.5), (self.mean, 1.0), (self.std, 1.0)):
+            _xavier(part, gain)
+        heads = self.decoder.heads
+        for weight in heads.weight.split(joint.sizes):  # type: ignore[operator]
+            nn.init.xavier_uniform_(weight)  # its bound depends on the size of a head, not of all
+        nn.init.constant_(heads.bias, 0.01)  # type: ignore[arg-type]
+        if objective == "dreg":  # decodes a second time, with the same parameters
+            self.through = decoders[1]
+            self.through.heads.weight, self.through.heads.bias = heads.weight, heads.bias
+
+    def posterior(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of q(z | x), [rows, latent]; missing cells enter as zero."""
+        h = self.encoder(x * seen)
+        return self.mean(h), F.softplus(self.std(h)) + 1e-6
+
+    def loss(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Minus the objective, summed over the batch; missing cells are left out.
+
+        Args:
+            x: [rows, K] as `prepare` gives it.
+            seen: [rows, K], 1 where a cell was observed.
+        """
+        mean, std = self.posterior(x, seen)
+        z = mean + std * torch.randn(self.samples, *mean.shape, device=mean.device, dtype=mean.dtype)
+        zero, one = torch.zeros_like(mean), torch.ones_like(std)
+        if self.objective != "dreg":
+            log_x = self._log_likelihood(self.decoder(z), x, seen)
+            log_w = log_x + _log_normal(z, zero, one) - _log_normal(z, mean, std)
+            return -log_w.logsumexp(0).sum()  # of one sample: itself; log S is a constant
+        log_x = self._log_likelihood(self.decoder(z.detach()), x, seen)
+        frozen = {name: p.detach() for name, p in self.through.named_parameters()}
+        log_x_through = self._log_likelihood(functional_call(self.through, frozen, (z,)), x, seen)
+        log_w = log_x_through + _log_normal(z, zero, one) - _log_normal(z, mean.detach(), std.detach())
+        weight = log_w.detach().softmax(0)
+        return -(weight * log_x + weight.square() * log_w).sum()
+
+    def _log_likelihood(self, raw: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+        """Of the observed cells of each row, [samples, rows]."""
+        return (self.joint.log_prob(raw, x.expand(*raw.shape[:-1], -1)) * seen).sum(-1)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions [rows, K] and log-likelihoods [rows, K] at z = the posterior's mean."""
+        was_training = self.training
+        self.eval()
+        raw = self.decoder(self.posterior(x, seen)[0])
+        self.train(was_training)
+        return self.joint.predict(raw), self.joint.log_prob(raw, x)

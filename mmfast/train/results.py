@@ -1,0 +1,65 @@
+"""The record of finished runs: a file with one JSON line each, which grows and is never rewritten."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmfast.train.settings import Settings, SettingsError
+
+
+@dataclass
+class Result:
+    """What one run came to, at the epoch with the best validation likelihood."""
+
+    settings: Settings
+    best_epoch: int
+    validation_log_likelihood: float  # mean over features, in the model's units
+    validation_error: float  # mean over features
+    test_error: float  # mean over features
+    test_errors: dict[str, float]  # of each feature
+    step_us: float  # one training step, median over epochs
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """Its JSON line."""
+        values = {**vars(self), "settings": vars(self.settings)}
+        return json.dumps(values) + "\n"
+
+
+def append(path: Path, result: Result) -> None:
+    """Adds a run to the record: in one write, on a line of its own even where an earlier writer was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as f:
+        f.seek(0, os.SEEK_END)
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+        torn = bool(last := f.read(1)) and last != b"\n"
+        f.write((b"\n" if torn else b"") + result.line().encode())
+        os.fsync(f.fileno())
+
+
+def read(path: Path) -> list[Result]:
+    """All runs of a record, the first of each kind; a line that was cut off is left out.
+
+    Raises:
+        SettingsError: a whole line that is not a run.
+    """
+    if not path.exists():
+        return []
+    found: dict[Settings, Result] = {}
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue  # cut off: the run was not finished then and has a line of its own by now, or will be run again
+        try:
+            result = Result(**{**values, "settings": Settings(**values["settings"])})
+        except (KeyError, TypeError):
+            raise SettingsError(f"{path}, line {number}: not the record of a run") from None
+        found.setdefault(result.settings, result)
+    return list(found.values())
