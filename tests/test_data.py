@@ -2,6 +2,9 @@
 
 import gzip
 import hashlib
+import http.server
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,13 +80,13 @@ def test_where_files_are_found(folder, monkeypatch):
 def test_checksum_and_truncation(folder, monkeypatch):
     content = gzip.compress("\n".join(LINES).encode())
     path = write(folder, content)
-    right = hashlib.sha256(content).hexdigest()
+    right = hashlib.sha256("\n".join(LINES).encode()).hexdigest()
     monkeypatch.setitem(data.SETS, "Small", data.DataSet(SMALL.file, right, 4, SMALL.columns))
     assert data.load("Small").x.shape == (4, 6)
-    path.write_bytes(content[:-9])
+    path.write_bytes(gzip.compress("\n".join(LINES[:-1]).encode()))
     with pytest.raises(data.DataError, match=f"expected {right}: it is truncated or another version"):
         data.load("Small")
-    monkeypatch.setitem(data.SETS, "Small", SMALL)
+    path.write_bytes(content[:-9])
     with pytest.raises(data.DataError, match="cannot be read"):
         data.load("Small")
 
@@ -127,3 +130,59 @@ def test_the_sets_themselves(name):
             assert (x == x.round()).all()
     if name == "Adult":
         assert table.x.isnan().sum() == 3686
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    content, cut = b"", 0
+
+    def do_GET(self):
+        self.send_response(200 if self.path == "/rows.csv" else 404)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content[: len(self.content) - self.cut])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(folder, monkeypatch):
+    """Serves LINES; Small is to be had there and nowhere else."""
+    monkeypatch.setattr(Handler, "content", "\r\n".join(LINES).encode())
+    serving = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    right = hashlib.sha256("\n".join(LINES).encode()).hexdigest()
+    where = f"http://127.0.0.1:{serving.server_port}/rows.csv"
+    monkeypatch.setitem(data.SETS, "Small", replace(SMALL, sha256=right, address=where))
+    yield serving
+    serving.shutdown()
+    serving.server_close()
+
+
+def test_a_set_is_downloaded_once_and_kept_in_the_cache(server, folder, monkeypatch):
+    first = data.load("Small")
+    server.shutdown()
+    assert torch.equal(data.load("Small").x.nan_to_num(-9), first.x.nan_to_num(-9))
+    assert [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()] == ["cache/mmfast/data/Small/rows.csv.gz"]
+
+
+@pytest.mark.parametrize("fault", ["cut", "other", "absent", "silent", "read-only"])
+def test_a_download_that_fails_leaves_nothing(server, folder, monkeypatch, fault):
+    message = "is not here"
+    if fault == "cut":
+        monkeypatch.setattr(Handler, "cut", 5)
+        message = "IncompleteRead"
+    elif fault == "other":
+        monkeypatch.setattr(Handler, "content", Handler.content + b"\n5")
+        message = "another version of Small"
+    elif fault == "absent":
+        monkeypatch.setitem(data.SETS, "Small", replace(data.SETS["Small"], address=data.SETS["Small"].address + "x"))
+        message = "HTTPError: HTTP Error 404"
+    elif fault == "silent":
+        server.server_close()
+    else:
+        (folder / "cache").write_text("")  # no folder can be made there
+        message = "cannot be written"
+    with pytest.raises(data.DataError, match=message):
+        data.load("Small")
+    assert [p for p in folder.rglob("*") if p.is_file() and p.name != "cache"] == []

@@ -1,9 +1,7 @@
 """Data sets by name, with the kind of every column: `load("Wine")`."""
 
 import csv
-import gzip
 import math
-import zlib
 from collections.abc import Iterable
 
 import torch
@@ -23,7 +21,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Table:
-    """A data set of Table 1 of Javaloy et al. (ICML 2022), from the folder that MMFAST_DATA names or the user's cache.
+    """A data set of Table 1 of Javaloy et al. (ICML 2022), from the folder that MMFAST_DATA names, the user's cache, or where it was published.
 
     Args:
         name: one of `names()`.
@@ -32,7 +30,7 @@ def load(name: str) -> Table:
         A `Table` with x [rows, columns] float64 on the CPU in original units, NaN where a cell is missing, classes as 0, 1, ...
 
     Raises:
-        DataError: an unknown name, a file that is not there or has another checksum, or a cell that does not fit its column.
+        DataError: an unknown name, a file that cannot be had or has another checksum, or a cell that does not fit its column.
 
     Example:
         >>> table = load("Wine")  # doctest: +SKIP
@@ -45,12 +43,7 @@ def load(name: str) -> Table:
             f"there is no data set {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(SETS)}")
         )
     data = SETS[name]
-    path, content = read(name, data.file, data.sha256)
-    try:
-        lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode().splitlines()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    return parse(name, data, lines)
+    return parse(name, data, read(name, data.file, data.sha256, data.address))
 
 
 def parse(name: str, data: DataSet, lines: list[str]) -> Table:

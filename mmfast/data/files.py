@@ -1,10 +1,19 @@
-"""Finds the file of a data set, and makes sure that it is the right one."""
+"""Finds the file of a data set, downloads it if it is nowhere, and makes sure that it is the right one."""
 
+import contextlib
+import gzip
 import hashlib
+import http.client
+import logging
 import os
+import urllib.request
+import zlib
 from pathlib import Path
 
 from mmfast.data.table import DataError
+
+_LOG = logging.getLogger(__name__)
+_TIMEOUT = 30.0  # seconds without an answer
 
 
 def folders() -> list[Path]:
@@ -14,22 +23,55 @@ def folders() -> list[Path]:
     return [Path(named), cache] if named else [cache]
 
 
-def read(name: str, file: str, sha256: str) -> tuple[Path, bytes]:
-    """The path of a data set's file, and what is in it.
+def read(name: str, file: str, sha256: str, address: str) -> list[str]:
+    """The lines of a data set's file, from a folder or else from its address; what was downloaded is kept in the cache.
 
     Raises:
-        DataError: it is nowhere, or its checksum is another.
+        DataError: it is nowhere and cannot be downloaded, it cannot be unpacked, or its checksum is another.
     """
     tried = [folder / file for folder in folders()]
     path = next((path for path in tried if path.is_file()), None)
     if path is None:
-        places = " or ".join(map(str, tried))
-        raise DataError(f"{name} is not here: there is no {places}; put the file there, or name its folder in MMFAST_DATA")
+        return _lines(name, address, _download(name, tried, sha256, address), sha256)
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+        return _lines(name, str(path), gzip.decompress(content) if path.suffix == ".gz" else content, sha256)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _lines(name: str, where: str, content: bytes, sha256: str) -> list[str]:
+    """The text in a file, if it is the right one."""
+    content = content.replace(b"\r\n", b"\n")  # of two copies of a file one may have been through another system
     found = hashlib.sha256(content).hexdigest()
     if sha256 and found != sha256:
-        raise DataError(f"{path} has sha256 {found}, expected {sha256}: it is truncated or another version of {name}")
-    return path, content
+        raise DataError(f"{where} has sha256 {found} (unpacked), expected {sha256}: it is truncated or another version of {name}")
+    try:
+        return content.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} cannot be read: {error}") from None
+
+
+def _download(name: str, places: list[Path], sha256: str, address: str) -> bytes:
+    """What is at the address, now in the cache too; nothing is written unless it is whole and the right one."""
+    nowhere = f"{name} is not here: there is no {' or '.join(map(str, places))}"
+    if not address:
+        raise DataError(f"{nowhere}; put the file there, or name its folder in MMFAST_DATA")
+    _LOG.info("downloading %s from %s", name, address)
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
+            content: bytes = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"{nowhere}, and {address} gives {type(error).__name__}: {error}") from None
+    _lines(name, address, content, sha256)
+    path = places[-1]
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise DataError(f"{name} was downloaded, but {path} cannot be written: {error.strerror}") from None
+    return content
