@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import mmfast as mf
 from benchmarks import naive
 from benchmarks.timing import Call
-from mmfast.demo.model import layers
 from mmfast.models.likelihoods import Normal
+from mmfast.models.vae import mlp
 
 BATCH, HIDDEN = 128, 50
 
@@ -51,8 +51,8 @@ class Step:
         latent = (k + 1) // 2
         self.samples, self.heads = samples, heads
         self.encoder, self.decoder = (
-            nn.Sequential(*layers([k, *[HIDDEN] * 3], nn.Tanh)),
-            nn.Sequential(*layers([latent, *[HIDDEN] * 3], nn.ReLU)),
+            mlp([k, *[HIDDEN] * 3], nn.Tanh),
+            mlp([latent, *[HIDDEN] * 3], nn.ReLU),
         )
         self.posterior = nn.Linear(HIDDEN, 2 * latent)
         parameters = [p for m in (self.encoder, self.posterior, self.decoder, heads) for p in m.parameters()]

@@ -16,6 +16,7 @@ pytest.importorskip("sklearn")
 from typer.testing import CliRunner
 
 from mmfast.cli import app
+from mmfast.data.prepare import prepare
 from mmfast.demo import data, naive, report, run
 
 
@@ -139,29 +140,9 @@ def test_files_that_are_not_text(tmp_path):
             data.read_csv(tmp_path / name)
 
 
-def test_missing_cells_do_not_reach_the_loss(tmp_path):
-    """What stands in for a missing cell changes neither the loss nor the metric."""
-    table = data.read_csv(save(tmp_path, "a,b,c\n" + rows_of((*USUAL, lambda i: "" if i % 4 == 0 else i % 3))))
-    parts = data.split(table, 0)
-    assert 0 < (parts.train.seen == 0).sum() < parts.train.seen.numel() / 3
-    model = run._model(table, parts, 0, run.Loop)
-    losses, gradients = [], []
-    for other in (parts.train.x, torch.where(parts.train.seen == 0, 1.0, parts.train.x)):
-        torch.manual_seed(3)
-        model.zero_grad()
-        loss = model.loss(other, parts.train.seen)
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert losses[0] == losses[1] and torch.equal(*gradients)
-    predicted = parts.test.x + 1
-    wild = data.Part(torch.where(parts.test.seen == 0, 1e6, parts.test.x), parts.test.seen)
-    assert torch.equal(run.test_errors(predicted, parts.test, table.columns), run.test_errors(predicted, wild, table.columns))
-
-
 def test_both_models_start_alike():
     table = data.builtin("diabetes")
-    parts = data.split(table, 0)
+    parts = prepare(table, 0)
     a, b = (run._model(table, parts, 5, join) for join in (run.Loop, lambda heads: run.block(heads, "GradNorm")))
     own = {name: p for name, p in b.named_parameters()}
     assert all(torch.equal(p, own[name]) for name, p in a.named_parameters())

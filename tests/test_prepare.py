@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmfast.data import Column, DataError, Table
-from mmfast.data.prepare import errors, prepare
+from mmfast.data.prepare import Part, errors, prepare
 
 KINDS = ["real", "positive", "count", "count", "binary", "categorical"]
 
@@ -121,6 +121,12 @@ def test_errors_are_those_of_the_original_units():
         expected = (guess[seen, i] - x).square().mean().sqrt() / (x.max() - x.min())
         assert found[i].item() == pytest.approx(expected.item(), rel=1e-5)
     assert found[4].item() == 0 and found[5].item() == 10 / 40
+
+
+def test_a_missing_cell_has_no_error():
+    parts = prepare(table(), 0)
+    wild = Part(torch.where(parts.test.seen == 0, 1e6, parts.test.x), parts.test.seen)
+    assert torch.equal(errors(parts.test.x + 1, parts.test, parts.columns), errors(parts.test.x + 1, wild, parts.columns))
 
 
 def test_a_feature_without_observed_test_cells_has_no_error():

@@ -6,11 +6,9 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mmfast.data.table import Column, DataError, Table
 
@@ -214,45 +212,3 @@ def _classes(name: str, cells: list[str], kind: str | None, distinct: set[str], 
     code = {key: float(i) for i, key in enumerate(order)}
     values = [math.nan if cell.lower() in MISSING else code[keys[cell]] for cell in cells]
     return Column(name, kind, [f"{key:g}" if isinstance(key, float) else str(key) for key in order]), values, ""
-
-
-@dataclass
-class Part:
-    """Rows for the model: x with missing cells filled by some valid value, and 1 where a cell was observed."""
-
-    x: Tensor  # [rows, columns] float32
-    seen: Tensor  # [rows, columns] float32
-
-
-@dataclass
-class Split:
-    """A random 70 / 10 / 20 split and the local step (scales w) found on its training rows."""
-
-    train: Part
-    validation: Part
-    test: Part
-    w: Tensor  # [columns]
-    shift: Tensor  # [columns] taken off the real columns
-
-
-def split(table: Table, seed: int) -> Split:
-    """Splits at random and standardises as Javaloy et al. do: w = 1 / std for real, 1 / std(log) for positive, 1 for discrete columns."""
-    order = torch.randperm(len(table.x), generator=torch.Generator().manual_seed(seed))
-    a, b = round(0.7 * len(order)), round(0.8 * len(order))
-    rows = table.x[order[:a]]
-    w = torch.ones(len(table.columns), dtype=torch.float64)
-    shift, fill = torch.zeros_like(w), torch.zeros_like(w)
-    for i, column in enumerate(table.columns):
-        seen = rows[~rows[:, i].isnan(), i]
-        if column.kind == "real" and len(seen):
-            shift[i] = seen.mean()
-        if column.kind == "positive":
-            fill[i], seen = 1.0, seen.log()
-        if column.kind in ("real", "positive") and len(seen) > 1 and seen.std() > 0:
-            w[i] = 1 / seen.std()
-
-    def part(index: Tensor) -> Part:
-        x = table.x[index] - shift
-        return Part(torch.where(x.isnan(), fill, x).float(), (~x.isnan()).float())
-
-    return Split(part(order[:a]), part(order[a:b]), part(order[b:]), w.float(), shift.float())

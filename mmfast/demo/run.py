@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.block import ImpartialityBlock
+from mmfast.data.prepare import Part, Prepared, errors, prepare
+from mmfast.data.table import Table
 from mmfast.demo import naive
-from mmfast.demo.data import Column, Part, Split, Table, split
-from mmfast.demo.model import VAE, Join, Loop
+from mmfast.demo.model import Join, Loop, gradients, make_model
 from mmfast.models.likelihoods import Joint
+from mmfast.models.vae import VAE
 from mmfast.ops import gram
 from mmfast.resolvers import resolver
 from mmfast.stats import cosines, norms
@@ -80,24 +82,9 @@ class Result:
     speeds: list[Speed]
 
 
-def test_errors(predicted: Tensor, part: Part, columns: list[Column]) -> Tensor:
-    """Per feature: share of wrong classes, or root mean squared error over the range of the observed values."""
-    errors = []
-    for i, column in enumerate(columns):
-        seen = part.seen[:, i] > 0
-        p, x = predicted[seen, i].double(), part.x[seen, i].double()
-        if not len(x) or (not column.discrete and x.max() == x.min()):  # nothing to divide by
-            errors.append(torch.tensor(torch.nan, dtype=torch.float64))
-        elif column.discrete:
-            errors.append((p != x).double().mean())
-        else:
-            errors.append((p - x).square().mean().sqrt() / (x.max() - x.min()))
-    return torch.stack(errors)
-
-
 def conflict(model: VAE, part: Part) -> Conflict:
     """The conflict of the model's K gradients on some rows, and what the block's last weights make of their norms."""
-    G = gram(model.gradients(part.x, part.seen)).cpu()
+    G = gram(gradients(model, part.x, part.seen)).cpu()
     i, j = torch.triu_indices(len(G), len(G), 1)
     cosine = cosines(G)[i, j]
     cosine = cosine[~cosine.isnan()]
@@ -106,7 +93,7 @@ def conflict(model: VAE, part: Part) -> Conflict:
         share=len(negative) / max(1, len(cosine)),
         cosine=negative.mean().item() if len(negative) else 0.0,
         imbalance=_spread(norms(G)),
-        resolved=_resolved(model.heads, norms(G)),
+        resolved=_resolved(model.decoder.heads.join, norms(G)),  # type: ignore[arg-type]
     )
 
 
@@ -123,10 +110,10 @@ def _spread(x: Tensor) -> float:
     return (x.max() / x.min()).item() if len(x) else 1.0
 
 
-def _model(table: Table, parts: Split, seed: int, join: Join) -> VAE:
+def _model(table: Table, parts: Prepared, seed: int, join: Join) -> VAE:
     torch.manual_seed(seed)  # the same first weights whatever joins the heads
     k = len(table.columns)
-    return VAE(Joint([column.likelihood for column in table.columns], parts.w), HIDDEN, max(1, (k + 1) // 2), join)
+    return make_model(Joint([column.likelihood for column in table.columns], parts.w), HIDDEN, max(1, (k + 1) // 2), join)
 
 
 def _stepper(model: VAE) -> Callable[[Tensor, Tensor], None]:
@@ -140,11 +127,13 @@ def _stepper(model: VAE) -> Callable[[Tensor, Tensor], None]:
     return step
 
 
-def _batch(settings: Settings, parts: Split) -> int:
+def _batch(settings: Settings, parts: Prepared) -> int:
     return min(settings.batch, len(parts.train.x))
 
 
-def train(table: Table, parts: Split, seed: int, join: Join, settings: Settings, epochs: int, tick: Callable[[int, str], None]) -> Outcome:
+def train(
+    table: Table, parts: Prepared, seed: int, join: Join, settings: Settings, epochs: int, tick: Callable[[int, str], None]
+) -> Outcome:
     """Trains one model and keeps the test errors of its best moment on the validation rows."""
     model = _model(table, parts, seed, join)
     step = _stepper(model)
@@ -165,7 +154,7 @@ def train(table: Table, parts: Split, seed: int, join: Join, settings: Settings,
         if score > best:
             best, outcome.best_step = score, done
             predicted, _ = model.reconstruct(parts.test.x, parts.test.seen)
-            outcome.errors = test_errors(predicted, parts.test, table.columns)
+            outcome.errors = errors(predicted, parts.test, table.columns)
         outcome.steps.append(done)
         outcome.conflicts.append(conflict(model, probe))
         tick(epoch + 1, f"test error {outcome.errors.nanmean():.3f}")
@@ -191,7 +180,7 @@ def _contenders(k: int, rule: str) -> list[tuple[str, str, Join | None, str]]:
     return found
 
 
-def time_steps(table: Table, parts: Split, settings: Settings, tick: Callable[[int, str], None]) -> list[Speed]:
+def time_steps(table: Table, parts: Prepared, settings: Settings, tick: Callable[[int, str], None]) -> list[Speed]:
     """Steps per second of every way to write the block: in turns, so that a busy machine is unfair to none; the median counts."""
     batch = _batch(settings, parts)
     x, seen = parts.train.x[:batch], parts.train.seen[:batch]
@@ -235,7 +224,7 @@ def run(table: Table, settings: Settings, progress: Progress) -> Result:
 
 
 def _run(table: Table, settings: Settings, progress: Progress) -> Result:
-    parts = split(table, 0)
+    parts = prepare(table, 0)
     epochs = settings.epochs or max(1, round(settings.steps / (len(parts.train.x) // _batch(settings, parts))))
     rounds = settings.timing_rounds + 1
     joins: dict[str, Join] = {WITHOUT: Loop, WITH: partial(block, rule=settings.rule)}
@@ -244,7 +233,7 @@ def _run(table: Table, settings: Settings, progress: Progress) -> Result:
         progress(task, 0, settings.seeds * epochs, "")
     progress("speed", 0, rounds, "")
     for seed in range(settings.seeds):
-        parts = split(table, seed)
+        parts = prepare(table, seed)
         for name, join in joins.items():
             tick = partial(_tick, progress, name, seed * epochs, settings.seeds * epochs)
             outcomes[name].append(train(table, parts, seed, join, settings, epochs, tick))
