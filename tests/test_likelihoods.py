@@ -83,11 +83,13 @@ def test_joint_gives_each_feature_its_own_likelihood():
     w = torch.tensor([1, 0.5, 1, 1, 2, 1, 3, 1.0])
     joint = Joint(likelihoods, w)
     assert joint.sizes == [1, 2, 3, 1, 2, 3, 2, 2]
-    raw = torch.randn(4, sum(joint.sizes))
+    raw = torch.randn(4, sum(joint.sizes), requires_grad=True)
     x = torch.tensor([[3.0, -1, 2, 1, 0.5, 0, 2.5, 1]]).expand(4, -1)
     parts = raw.split(joint.sizes, -1)
     one_by_one = [p.log_prob(r, x[:, i], w[i]) for i, (p, r) in enumerate(zip(likelihoods, parts, strict=True))]
     torch.testing.assert_close(joint.log_prob(raw, x), torch.stack(one_by_one, -1))
+    found, expected = (torch.autograd.grad(t.sum(), raw)[0] for t in (joint.log_prob(raw, x), torch.stack(one_by_one, -1)))
+    torch.testing.assert_close(found, expected)
     predictions = [p.predict(r, w[i]) for i, (p, r) in enumerate(zip(likelihoods, parts, strict=True))]
     torch.testing.assert_close(joint.predict(raw), torch.stack(predictions, -1))
 

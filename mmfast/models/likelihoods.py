@@ -20,7 +20,7 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class Likelihood:
-    """One feature's likelihood; equal ones are evaluated together by `Joint`."""
+    """One feature's likelihood; `Joint` evaluates all of one kind together."""
 
     @property
     def n_outputs(self) -> int:
@@ -180,7 +180,7 @@ class Poisson(Likelihood):
 
 
 class Joint(nn.Module):
-    """K independent features; those with equal likelihoods are evaluated in one call.
+    """K independent features; all of one kind are evaluated in one call, categorical ones of any number of classes too.
 
     Args:
         likelihoods: one per feature.
@@ -196,12 +196,21 @@ class Joint(nn.Module):
         super().__init__()
         self.likelihoods = list(likelihoods)
         self.sizes = [likelihood.n_outputs for likelihood in likelihoods]  # outputs of each head, in order
+        most = max((part.classes for part in likelihoods if isinstance(part, Categorical)), default=0)
         groups: dict[Likelihood, list[int]] = {}
-        for i, likelihood in enumerate(likelihoods):
-            groups.setdefault(likelihood, []).append(i)
-        self._groups = [(likelihood, len(members)) for likelihood, members in groups.items()]
+        for i, part in enumerate(likelihoods):
+            groups.setdefault(Categorical(most) if isinstance(part, Categorical) else part, []).append(i)
+        self._groups = [(part, len(members)) for part, members in groups.items()]
         features = torch.tensor([i for members in groups.values() for i in members])  # kind by kind
-        heads = torch.arange(sum(self.sizes)).split(self.sizes)
+        total = sum(self.sizes)
+        heads = list(torch.arange(total).split(self.sizes))
+        self._padded = False
+        for i, part in enumerate(likelihoods):
+            if (
+                isinstance(part, Categorical) and part.classes < most
+            ):  # classes that do not exist have the logit -inf, put behind all outputs
+                heads[i] = F.pad(heads[i], (0, most - part.classes), value=total)
+                self._padded = True
         self.register_buffer("w", torch.ones(len(self.sizes)) if w is None else w.float())
         self.register_buffer("_features", features, persistent=False)
         self.register_buffer("_outputs", torch.cat([heads[i] for i in features]), persistent=False)
@@ -209,6 +218,8 @@ class Joint(nn.Module):
 
     def _by_kind(self, raw: Tensor) -> Iterator[tuple[Likelihood, Tensor, Tensor]]:
         """Each kind's likelihood, its raw outputs [..., features of that kind, n_outputs], and their w."""
+        if self._padded:
+            raw = F.pad(raw, (0, 1), value=-torch.inf)
         widths, counts = [n * part.n_outputs for part, n in self._groups], [n for _, n in self._groups]
         raws, ws = raw.index_select(-1, self._outputs).split(widths, -1), self.w[self._features].split(counts)
         for (part, n), r, w in zip(self._groups, raws, ws, strict=True):
