@@ -51,7 +51,10 @@ def train_one(
     width = max(map(len, result.test_errors))
     for feature, value in result.test_errors.items():
         print(f"{feature:<{width}}  {value:.4f}")
-    print(f"{'mean':<{width}}  {result.test_error:.4f}   test error at epoch {result.best_epoch}, {result.step_us / 1e3:.2f} ms per step")
+    print(
+        f"{'mean':<{width}}  {result.test_error:.4f}   test error at epoch {result.best_epoch}, {result.step_us / 1e3:.2f} ms per step, "
+        f"{result.plain_step_us / 1e3:.2f} without a block"
+    )
     print(f"recorded in {out / grid.RECORD}")
 
 

@@ -19,7 +19,8 @@ class Result:
     validation_error: float  # mean over features
     test_error: float  # mean over features
     test_errors: dict[str, float]  # of each feature
-    step_us: float  # one training step, median over epochs
+    step_us: float  # one training step
+    plain_step_us: float  # one of the same model without a block, timed in turn with it
     versions: dict[str, str] = field(default_factory=dict)
 
     def line(self) -> str:
