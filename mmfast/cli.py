@@ -8,7 +8,7 @@ from typing import Annotated
 try:
     import typer
 except ModuleNotFoundError:
-    print("mmfast: the command line needs typer: pip install 'mmfast[demo]'", file=sys.stderr)
+    print("mmfast: the command line needs typer: pip install 'mmfast[demo,train]'", file=sys.stderr)
     raise SystemExit(2) from None
 
 from mmfast.console import fail, need

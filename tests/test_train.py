@@ -1,7 +1,7 @@
 """Training runs: settings, the record, checkpoints and kills, the grid, and the report."""
 
 import json
-import math
+import resource
 import signal
 import subprocess
 import sys
@@ -10,11 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from records import result
+from typer.testing import CliRunner
 
 from mmfast import data
+from mmfast.cli import app
 from mmfast.data.files import folders
 from mmfast.demo.data import builtin
-from mmfast.train import grid, published, report, results, run
+from mmfast.train import grid, results, run
 from mmfast.train.results import Result
 from mmfast.train.settings import Settings, SettingsError, canonical, make_resolver, settings
 
@@ -26,14 +29,9 @@ SHORT = Settings("elbo", "Wine", "GradNorm+PCGrad", 0, 5, 64, 1)
 LONG = replace(SHORT, epochs=100)
 
 
-def result(rule="none", seed=0, error=0.1, validation=None, **changes) -> Result:
-    made = Settings(**{"model": "elbo", "data": "Wine", "rule": rule, "seed": seed, "epochs": 2000, "batch": 128, "samples": 1, **changes})
-    return Result(made, 7, -1.0, error if validation is None else validation, error, {"a": error}, 1100.0, 1000.0, {})
-
-
 def numbers(found: Result) -> tuple:
     """All but the time."""
-    return found.settings, found.best_epoch, found.validation_log_likelihood, found.validation_error, found.test_error, found.test_errors
+    return tuple(value for name, value in vars(found).items() if name not in ("step_us", "plain_step_us"))
 
 
 # settings
@@ -51,7 +49,10 @@ def test_settings_fill_in_the_papers_numbers():
         ("None", "none"),
         ("imtlg", "IMTLG"),
         ("gradnorm + pcgrad", "GradNorm+PCGrad"),
-        ("GradNorm(alpha=1.0)+PCGrad(order='random')", "GradNorm(alpha=1.0)+PCGrad(order='random')"),
+        ("GradNorm(alpha=1)+PCGrad(order='random')", "GradNorm(alpha=1.0)+PCGrad"),
+        ("PCGrad(reduction='mean')", "PCGrad(reduction='mean')"),
+        ("imtl-g", "IMTLG"),
+        ("GradNorm(lr=1e-5)", "GradNorm(lr=1e-05)"),
     ],
 )
 def test_a_rule_has_one_way_to_be_written(text, expected):
@@ -76,7 +77,8 @@ def test_the_arguments_of_a_rule_arrive():
         (("elbo", "Wine", "__import__('os')"), "expected none or rules such as"),
         (("elbo", "Wine", "GradDrop"), "needs each gradient's elements"),
         (("elbo", "Wine", "none", 0, 0), "epochs is 0, expected at least 1"),
-        (("elbo", "Wine", "none", 0, 1, 1, 5), "samples is 5, but elbo takes 1"),
+        (("elbo", "Wine", "none", 0, 1, 9, 5), "samples is 5, but elbo takes 1"),
+        (("elbo", "Wine", "none", 0, 1, 1), "batch is 1, expected at least 2"),
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, message):
@@ -119,10 +121,36 @@ def test_a_run_counts_once(tmp_path):
     assert [r.test_error for r in results.read(tmp_path / "runs.jsonl")] == [0.1]
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "runs.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(SettingsError, match="line 1: not the record of a run"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n', "line 1: not the record of a run"),
+        (b"[]\n", "line 1: not the record of a run"),
+        (result(model="gan").line().encode(), "line 1: there is no model 'gan' on 'Wine'"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, message):
+    (tmp_path / "runs.jsonl").write_bytes(content)
+    with pytest.raises(SettingsError, match=message):
         results.read(tmp_path / "runs.jsonl")
+
+
+def test_a_full_disk_loses_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Result, "line", lambda self: "x" * 100)
+    checkpoint = grid.checkpoint_of(tmp_path, SHORT)
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, limit[1]))
+    try:
+        with pytest.raises(OSError, match="only 60 of 100 bytes"):
+            grid._record(tmp_path, replace(result(), settings=SHORT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert checkpoint.exists()
 
 
 # a run
@@ -181,6 +209,28 @@ run.train({LONG!r}, Path({str(tmp_path / "x.pt")!r}), lambda e, r: print(e, flus
     assert epochs[0] > 1 and numbers(found) == numbers(run.train(LONG, table=TABLE))
 
 
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, content):
+    path = tmp_path / "x.pt"
+    if content is None:  # of a model that has changed since
+        torch.save({"settings": vars(SHORT), "model": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(SettingsError, match="x.pt cannot be taken up .*; delete it to start this run over"):
+        run.train(SHORT, path, table=TABLE)
+
+
+def test_a_run_that_diverges_ends_and_says_so():
+    found = run.train(replace(SHORT, rule="GradNorm(lr=1e+308)"), table=TABLE)
+    assert found.epochs_done == 1 and found.best_epoch is found.test_error is found.validation_error is None
+    assert json.loads(found.line())["test_errors"] == {}
+
+
+def test_a_rule_that_does_not_suit_the_data_is_said():
+    with pytest.raises(SettingsError, match=r"rule is 'Constant\(weights=\[1, 2\]\)': .*2"):
+        run.train(replace(SHORT, rule="Constant(weights=[1, 2])"), table=TABLE)
+
+
 def test_the_threads_of_torch_are_given_back():
     before = torch.get_num_threads()
     run.train(replace(SHORT, epochs=1), table=TABLE)
@@ -200,7 +250,7 @@ def test_a_grid_is_trained_once(tmp_path):
     assert not list((tmp_path / "checkpoints").iterdir())
     seen.clear()
     again = grid.many(*arguments)
-    assert again == found and seen == [(r.rule, 2) for r in runs]
+    assert again == found and seen == []
     assert grid.one(runs[0], tmp_path, pytest.fail) == found[0]
     assert numbers(run.train(runs[0])) == numbers(found[0])
 
@@ -252,40 +302,45 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch
     assert results.read(tmp_path / "out" / "runs.jsonl") == []
 
 
-# the report
+# the commands
 
 
-def test_the_corrected_t_test():
-    # differences 1, 2, 3: mean 2, variance 1; t = 2 / sqrt(1/3 + 2/7), of which two degrees of freedom leave 1 - t / sqrt(2 + t^2) outside
-    t = 2 / math.sqrt(1 / 3 + 2 / 7)
-    assert report.corrected_t_test([2, 4, 6], [1, 2, 3]) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-9)
-    assert report.corrected_t_test([1.0], [2.0]) is None
-    assert report.corrected_t_test([1, 1], [1, 1]) == 1.0 and report.corrected_t_test([2, 2], [1, 1]) == 0.0
+def command(*arguments):
+    return CliRunner().invoke(app, ["train", *arguments])
 
 
-def test_the_rule_is_chosen_on_validation_and_reported_on_test():
-    runs = [result("none", s, 0.3) for s in range(3)]
-    runs += [result("PCGrad", s, 0.1 + 0.01 * s, validation=0.25) for s in range(3)]  # better on test, worse on validation
-    runs += [result("MGDA", s, 0.2 + 0.001 * s, validation=0.15) for s in range(3)]
-    runs += [result("IMTLG", 0, 0.01, validation=0.01)]  # on one seed alone: not in the choice
-    (cell,) = report.cells(runs)
-    assert (cell.rule, cell.seeds, cell.plain) == ("MGDA", 3, 0.3) and cell.ours == pytest.approx(0.201)
-    assert (cell.paper_plain, cell.paper_ours) == (0.086, 0.071) and cell.verdict == "better"
-    assert cell.by_rule == pytest.approx({"none": 0.3, "PCGrad": 0.11, "MGDA": 0.201, "IMTLG": 0.01})
-    text = report.markdown([cell])
-    assert "| VAE | Wine | 2000 | 3 | 0.086 | 0.071 | 0.300 | 0.201 | MGDA |" in text and "| 1.00 ms | 1.10x |" in text
+@needs_data
+def test_a_run_and_its_report_by_command(tmp_path):
+    out = ("--out", str(tmp_path / "out"))
+    for rule in ("none", "imtl-g"):
+        shown = command("--model", "hivae", "--rule", rule, "--epochs", "2", *out)
+        assert shown.exit_code == 0 and "residual_sugar" in shown.output and "test errors at epoch" in shown.output
+    again = command("--model", "hivae", "--rule", "IMTLG", "--epochs", "2", *out)
+    assert again.output.splitlines()[-16:] == shown.output.splitlines()[-16:]
+    table = CliRunner().invoke(app, ["report", "table1", *out])
+    assert table.exit_code == 0 and "| HI-VAE | Wine | 2, 1000, 1 | 1 | 0.126 | 0.117 |" in table.output
+    assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_loss_is_reported_as_one():
-    (cell,) = report.cells([result("none", s, 0.1) for s in range(3)] + [result("MGDA", s, 0.2 + 0.001 * s) for s in range(3)])
-    assert cell.verdict == "worse"
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gan"], "model is 'gan'"),
+        (["--model", "hivae", "table1"], "--model stands before table1"),
+        (["table1", "--data", "Beer"], "data is 'Beer'"),
+        (["table1", "--data", "IMDB"], "IMDB is not here"),
+        (["table1"], "no data set is in"),
+        (["--data", "IMDB"], "IMDB is not here"),
+    ],
+)
+def test_commands_say_what_is_wrong(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("MMFAST_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shown = command(*arguments)
+    assert shown.exit_code == 2 and message in shown.output and "Traceback" not in shown.output
 
 
-def test_runs_of_other_lengths_are_other_cells():
-    runs = [result(rule, 0, 0.1, epochs=epochs) for rule in ("none", "MGDA") for epochs in (5, 2000)]
-    assert [c.epochs for c in report.cells(runs)] == [5, 2000]
-    assert report.cells([result("none"), result("none", 1)]) == []
-
-
-def test_the_papers_table_is_whole():
-    assert len(published.TABLE1) == 48 and published.TABLE1["hivae", "Credit"] == (0.107, 0.060)
+def test_a_report_of_nothing(tmp_path):
+    shown = CliRunner().invoke(app, ["report", "table1", "--out", str(tmp_path)])
+    assert shown.exit_code == 2 and "there is no" in shown.output

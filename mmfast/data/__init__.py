@@ -10,7 +10,7 @@ from mmfast.data.files import read
 from mmfast.data.sets import SETS, DataSet
 from mmfast.data.table import Column, DataError, Table
 
-__all__ = ["SETS", "Column", "DataError", "DataSet", "Table", "load", "names"]
+__all__ = ["SETS", "Column", "DataError", "DataSet", "Table", "check", "load", "names"]
 
 _MISSING = {"", "na", "nan"}
 
@@ -44,6 +44,16 @@ def load(name: str) -> Table:
         )
     data = SETS[name]
     return parse(name, data, read(name, data.file, data.sha256, data.address))
+
+
+def check(name: str) -> None:
+    """Makes sure that the file of a data set is there, downloading it if need be, without reading the rows.
+
+    Raises:
+        DataError: as `load`, but for what is wrong in the cells.
+    """
+    data = SETS[name]
+    read(name, data.file, data.sha256, data.address)
 
 
 def parse(name: str, data: DataSet, lines: list[str]) -> Table:

@@ -35,8 +35,9 @@ class Prepared:
 def prepare(table: Table, seed: int, positive: str = "log") -> Prepared:
     """Splits a table at random into 70 / 10 / 20 % and standardises it as Javaloy et al. (ICML 2022) do, on the training rows alone.
 
-    Real columns are centred; counts that start at one or later begin at zero; a positive column keeps its unit ("log"), where a zero becomes a small
-    random number because it has no logarithm, or is 1 + x over the geometric mean of that ("log1p", as HI-VAE takes it).
+    Real columns are centred; of a count whose smallest value in the table is one or more, one is taken off; a positive column keeps its unit, and a zero,
+    which has no logarithm, becomes a small random number ("log"); or it is 1 + x over the geometric mean of that, and counts stay as they are ("log1p",
+    as HI-VAE takes them).
 
     Args:
         table: what `load` gives.
@@ -57,10 +58,10 @@ def prepare(table: Table, seed: int, positive: str = "log") -> Prepared:
     a, b = round(0.7 * rows), round(0.8 * rows)
     if not 1 < a < b < rows:
         raise DataError(f"{table.name} has {rows} rows, too few for a training, a validation and a test part")
-    x = table.x.clone()
+    x = table.x
     is_positive = torch.tensor([c.kind == "positive" for c in table.columns])
-    if positive == "log" and is_positive.any():
-        x[:, is_positive] = torch.maximum(x[:, is_positive], _small(rows, seed).unsqueeze(1))  # keeps NaN
+    if positive == "log":
+        x = torch.where((x == 0) & is_positive, _small(rows, seed).unsqueeze(1), x)
     w, shift, scale = torch.ones(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64), torch.ones(k, dtype=torch.float64)
     for i, column in enumerate(table.columns):
         seen = x[order[:a], i]
@@ -88,10 +89,10 @@ def prepare(table: Table, seed: int, positive: str = "log") -> Prepared:
 
 def _small(rows: int, seed: int) -> Tensor:
     """One number per row that stands for zero, drawn from Beta(0.2, 60) as in the paper's experiments."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        one, sixty = torch.tensor(0.2, dtype=torch.float64), torch.tensor(60.0, dtype=torch.float64)
-        return 1e-20 + torch.distributions.Beta(one, sixty).sample(torch.Size([rows]))
+    draws = torch._standard_gamma(
+        torch.tensor([0.2, 60.0], dtype=torch.float64).expand(rows, 2), generator=torch.Generator().manual_seed(seed)
+    )
+    return 1e-20 + draws[:, 0] / draws.sum(1)
 
 
 def errors(predicted: Tensor, part: Part, columns: Sequence[Column]) -> Tensor:

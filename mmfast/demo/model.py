@@ -47,8 +47,11 @@ def make_model(joint: Joint, hidden: int, latent: int, join: Join = Loop) -> VAE
 
 def gradients(model: VAE, x: Tensor, seen: Tensor) -> list[Tensor]:
     """The K gradients that meet at the shared representation, one per feature, at z = its mean."""
+    was_training = model.training
+    model.eval()  # looking must not move the encoder's statistics, nor use up random numbers
     with torch.no_grad():
         y = model.decoder.body(model.posterior(x, seen)[0])
+    model.train(was_training)
     y.requires_grad_()
     raw = torch.cat([head(y) for head in model.decoder.heads.branches], -1)  # type: ignore[union-attr]
     losses = -(model.joint.log_prob(raw, x) * seen).sum(0)

@@ -48,6 +48,9 @@ class HIVAE(nn.Module):
     """
 
     free: Tensor  # [outputs], 0 where a logit is fixed to zero
+    _numeric: Tensor  # real, positive and count features
+    _classes: Tensor
+    _offsets: Tensor  # of each class feature among the codes
 
     def __init__(
         self, joint: Joint, latent: int = 10, y_size: int = 5, components: int = 10, resolvers: Sequence[Resolver] | None = None
@@ -60,10 +63,13 @@ class HIVAE(nn.Module):
         ]
         if sum(map(len, places)) < len(joint.sizes):
             raise TypeError(f"joint has {joint.likelihoods!r}; the inputs of HI-VAE are defined for {kinds[:3]} and {kinds[3]} alone")
-        self._numeric, self._classes = places[:3], places[3]
-        counts = [part.classes if isinstance(part, Categorical) else 2 for part in (joint.likelihoods[i] for i in self._classes)]
-        self._codes, self._offsets = sum(counts), torch.tensor([0, *counts]).cumsum(0)[:-1]
-        width = sum(map(len, self._numeric)) + self._codes
+        self._counts = [len(p) for p in places[:3]]
+        self.register_buffer("_numeric", torch.cat(places[:3]), persistent=False)
+        self.register_buffer("_classes", places[3], persistent=False)
+        counts = [part.classes if isinstance(part, Categorical) else 2 for part in (joint.likelihoods[i] for i in places[3])]
+        self._codes = sum(counts)
+        self.register_buffer("_offsets", torch.tensor([0, *counts]).cumsum(0)[:-1], persistent=False)
+        width = sum(self._counts) + self._codes
         self.to_s = nn.Linear(width, components)
         self.to_mean, self.to_log_std = nn.Linear(width + components, latent), nn.Linear(width + components, latent)
         self.prior = nn.Linear(components, latent)
@@ -86,9 +92,9 @@ class HIVAE(nn.Module):
 
     def inputs(self, x: Tensor, seen: Tensor) -> Tensor:
         """What the encoder sees, [rows, inputs]: standardised numbers, log(1 + count), classes one-hot, zeros where a cell is missing."""
-        real, positive, count = (x[:, i] for i in self._numeric)
-        w = [self.joint.w[i] for i in self._numeric]
-        numbers = torch.cat([w[0] * real, w[1] * positive.log(), count.log1p()], 1) * seen[:, torch.cat(self._numeric)]
+        real, positive, count = x[:, self._numeric].split(self._counts, 1)
+        w = self.joint.w[self._numeric].split(self._counts)
+        numbers = torch.cat([w[0] * real, w[1] * positive.log(), count.log1p()], 1) * seen[:, self._numeric]
         codes = x.new_zeros(len(x), self._codes).scatter_(1, x[:, self._classes].long() + self._offsets, seen[:, self._classes])
         return torch.cat([numbers, codes], 1)
 

@@ -33,8 +33,11 @@ def train_one(
     samples: Annotated[int | None, typer.Option(help="Of z per row, for iwae and dreg; 20 by default.")] = None,
     out: Out = OUT,
 ) -> None:
-    """Trains one model on one data set with one rule; killed and called again, it goes on where it was."""
+    """Trains one model on one data set with one rule and records its errors (not its weights); killed and called again, it goes on where it was."""
     if context.invoked_subcommand is not None:
+        given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
+        if given:
+            fail(f"--{given[0]} stands before {context.invoked_subcommand}; put the options of {context.invoked_subcommand} behind it")
         return
     need("training", "train", EXTRAS)
     from mmfast.data import DataError
@@ -48,13 +51,14 @@ def train_one(
             result = grid.one(run, out, lambda done, remark: bars.update(task, completed=done, remark=remark))
     except (SettingsError, DataError) as error:
         fail(str(error))
-    width = max(map(len, result.test_errors))
-    for feature, value in result.test_errors.items():
-        print(f"{feature:<{width}}  {value:.4f}")
+    width = max(map(len, ["mean", *result.test_errors]))
+    for feature, value in {**result.test_errors, "mean": result.test_error}.items():
+        print(f"{feature:<{width}}  {'none' if value is None else f'{value:.4f}'}")
     print(
-        f"{'mean':<{width}}  {result.test_error:.4f}   test error at epoch {result.best_epoch}, {result.step_us / 1e3:.2f} ms per step, "
-        f"{result.plain_step_us / 1e3:.2f} without a block"
+        f"test errors at epoch {result.best_epoch}, {result.step_us / 1e3:.2f} ms per step, {result.plain_step_us / 1e3:.2f} without a block"
     )
+    if result.epochs_done < run.epochs:
+        print(f"the parameters became NaN in epoch {result.epochs_done} of {run.epochs}")
     print(f"recorded in {out / grid.RECORD}")
 
 
@@ -70,17 +74,21 @@ def train_table1(
 ) -> None:
     """Trains the grid of Table 1 (Javaloy et al., ICML 2022); killed and called again, it goes on where it was."""
     need("training", "train", EXTRAS)
-    from mmfast.train import grid
+    from mmfast.data import DataError, check
+    from mmfast.train import grid, results
     from mmfast.train.settings import MODELS, Settings, SettingsError
 
     try:
         runs = grid.table1(model or list(MODELS), data or _here(), rule or RULES, seeds, epochs)
-    except SettingsError as error:
+        finished = {found.settings for found in results.read(out / grid.RECORD)}.intersection(runs)
+        for name in dict.fromkeys(run.data for run in runs if run not in finished):
+            check(name)
+    except (SettingsError, DataError) as error:
         fail(str(error))
     wrong: list[tuple[Settings, str]] = []
     with _bars() as bars:
-        everything = bars.add_task(f"{len(runs)} runs", total=len(runs), remark="")
-        share = dict.fromkeys(runs, 0.0)
+        everything = bars.add_task(f"{len(runs)} runs", total=len(runs), completed=len(finished), remark="")
+        share = {run: float(run in finished) for run in runs}
         lines: dict[Settings, object] = {}
 
         def progress(run: Settings, done: int, remark: str) -> None:
@@ -93,6 +101,7 @@ def train_table1(
 
         def failed(run: Settings, reason: str) -> None:
             wrong.append((run, reason))
+            progress(run, run.epochs, "")
             bars.console.print(f"{run.name} failed: {reason.strip().splitlines()[-1]}", style="red", markup=False)
 
         try:
@@ -131,8 +140,13 @@ def _here() -> Sequence[str]:
     from mmfast.data.files import folders
 
     found = [name for name, entry in data.SETS.items() if any((folder / entry.file).is_file() for folder in folders())]
+    others = [name for name in data.names() if name not in found]
     if not found:
-        fail(f"no data set is in {' or '.join(map(str, folders()))}; name a folder with them in MMFAST_DATA")
+        fail(
+            f"no data set is in {' or '.join(map(str, folders()))}; name a folder with them in MMFAST_DATA, or one to be downloaded: --data Wine"
+        )
+    if others:
+        print(f"not here, and left out: {', '.join(others)}; --data NAME downloads one that can be")
     return found
 
 

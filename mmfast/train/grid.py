@@ -32,13 +32,8 @@ class _Worker:
 
 def table1(models: Sequence[str], data_sets: Sequence[str], rules: Sequence[str], seeds: int, epochs: int | None = None) -> list[Settings]:
     """The runs of Table 1 of Javaloy et al. (ICML 2022), seed by seed, so that a grid that is stopped early has whole columns."""
-    return [
-        settings(model, name, rule, seed, epochs)
-        for seed in range(seeds)
-        for name in data_sets
-        for model in models
-        for rule in dict.fromkeys(rules)
-    ]
+    runs = [settings(model, name, rule, seed, epochs) for seed in range(seeds) for name in data_sets for model in models for rule in rules]
+    return list(dict.fromkeys(runs))  # a rule may have been named in two ways
 
 
 def checkpoint_of(folder: Path, run: Settings) -> Path:
@@ -65,9 +60,6 @@ def many(
     """
     with _alone(folder):
         done = {found.settings: found for found in results.read(folder / RECORD)}
-        for run in runs:
-            if run in done:
-                progress(run, run.epochs, "")
         waiting = [run for run in dict.fromkeys(runs) if run not in done]
         workers: dict[Connection, _Worker] = {}
         try:
@@ -115,7 +107,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise SettingsError(f"another process trains in {folder}; wait for it, or choose another folder") from None
         yield
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from scipy import stats
@@ -17,28 +17,27 @@ ALPHA = 0.1
 
 @dataclass(frozen=True)
 class Cell:
-    """One model on one data set: the paper's two numbers and ours."""
+    """One model on one data set: the paper's two numbers and ours, all of ours over the same seeds."""
 
-    model: str
-    data: str
-    epochs: int
-    seeds: int  # that the run without a block and the chosen rule share
+    run: Settings  # rule and seed left open
+    seeds: int
     paper_plain: float | None
     paper_ours: float | None
-    plain: float  # median test error without a block
+    plain: float  # median test error without a block; infinite where most runs diverged
     ours: float  # the same with the chosen rule
     rule: str  # chosen by the median validation error
-    p: float | None  # of the two being the same, by the corrected paired t-test; None for fewer than two seeds
+    gain: float  # mean over seeds of what the block takes off the test error
+    p: float | None  # of there being no gain, by the corrected paired t-test; None for fewer than two seeds
     plain_us: float  # a training step without a block, median
     step_ratio: float  # of a step with the chosen rule to one without, timed in turn; median
-    by_rule: dict[str, float]  # median test error of every rule
+    by_rule: dict[str, float]  # median test error of every rule that ran on these seeds
 
     @property
     def verdict(self) -> str:
         """better, worse, or nothing where the test sees no difference."""
         if self.p is None or not self.p < ALPHA:
             return ""
-        return "better" if self.ours < self.plain else "worse"
+        return "better" if self.gain > 0 else "worse"
 
 
 def corrected_t_test(a: Sequence[float], b: Sequence[float], test_over_train: float = TEST_OVER_TRAIN) -> float | None:
@@ -62,51 +61,64 @@ def cells(found: Sequence[Result]) -> list[Cell]:
     for result in found:
         run = result.settings
         groups.setdefault(replace(run, rule="", seed=0), {}).setdefault(run.rule, {})[run.seed] = result
-    complete = {key: by_rule for key, by_rule in groups.items() if NONE in by_rule and len(by_rule) > 1}
-    order = sorted(complete, key=lambda key: (list(MODELS).index(key.model), DATA_SETS.index(key.data), key.epochs, key.batch, key.samples))
-    return [_cell(key, complete[key]) for key in order]
+    order = sorted(groups, key=lambda run: (list(MODELS).index(run.model), DATA_SETS.index(run.data), run.epochs, run.batch, run.samples))
+    made = [_cell(run, groups[run]) for run in order]
+    return [cell for cell in made if cell is not None]
 
 
-def _cell(key: Settings, by_rule: dict[str, dict[int, Result]]) -> Cell:
-    """The rule is chosen among those that ran on the most seeds, by its median error on the validation rows."""
-    plain = by_rule[NONE]
-    impartial = {rule: runs for rule, runs in by_rule.items() if rule != NONE}
-    most = max(map(len, impartial.values()))
-    candidates = {
-        rule: statistics.median(r.validation_error for r in runs.values()) for rule, runs in impartial.items() if len(runs) == most
-    }
-    rule = min(candidates, key=lambda rule: math.inf if math.isnan(candidates[rule]) else candidates[rule])
-    ours = by_rule[rule]
-    shared = sorted(plain.keys() & ours.keys())
-    paper = TABLE1.get((key.model, key.data), (None, None))
+def _cell(run: Settings, by_rule: dict[str, dict[int, Result]]) -> Cell | None:
+    """The rule is chosen by its median validation error among those that ran on as many seeds as any, or on one fewer: a grid that was stopped lacks
+    the last seed of its last rules. Only seeds that all of them and the run without a block share count.
+    """
+    plain = by_rule.get(NONE, {})
+    counts = {rule: len(runs.keys() & plain.keys()) for rule, runs in by_rule.items() if rule != NONE}
+    most = max(counts.values(), default=0)
+    candidates = [rule for rule, count in counts.items() if count >= max(1, most - 1)]
+    seeds = sorted(plain.keys() & set.intersection(*(set(by_rule[rule]) for rule in candidates))) if candidates else []
+    if not seeds:
+        return None
+    whole = {rule: [runs[s] for s in seeds] for rule, runs in by_rule.items() if runs.keys() >= set(seeds)}
+    rule = min(candidates, key=lambda rule: _median(r.validation_error for r in whole[rule]))
+    before, after = ([_finite(r.test_error) for r in whole[name]] for name in (NONE, rule))
+    finite = all(map(math.isfinite, before + after))
+    paper = TABLE1.get((run.model, run.data), (None, None))
     return Cell(
-        key.model,
-        key.data,
-        key.epochs,
-        len(shared),
+        run,
+        len(seeds),
         paper[0],
         paper[1],
-        statistics.median(r.test_error for r in plain.values()),
-        statistics.median(r.test_error for r in ours.values()),
+        statistics.median(before),
+        statistics.median(after),
         rule,
-        corrected_t_test([ours[s].test_error for s in shared], [plain[s].test_error for s in shared]),
-        statistics.median(r.plain_step_us for r in ours.values()),
-        statistics.median(r.step_us / r.plain_step_us for r in ours.values()),
-        {rule: statistics.median(r.test_error for r in runs.values()) for rule, runs in by_rule.items()},
+        statistics.mean(before) - statistics.mean(after) if finite else math.nan,
+        corrected_t_test(after, before) if finite else None,
+        statistics.median(r.plain_step_us for r in whole[rule]),
+        statistics.median(r.step_us / r.plain_step_us for r in whole[rule]),
+        {name: _median(r.test_error for r in runs) for name, runs in whole.items()},
     )
+
+
+def _finite(error: float | None) -> float:
+    """A run without an error diverged: worse than any."""
+    return math.inf if error is None else error
+
+
+def _median(errors: Iterable[float | None]) -> float:
+    return statistics.median(map(_finite, errors))
 
 
 def markdown(table: Sequence[Cell]) -> str:
     """The table, a line per cell, and every rule's error below it."""
     lines = [
-        "| model | data | epochs | seeds | paper: plain | paper: impartial | ours: plain | ours: impartial | rule | p | | step, plain | step, impartial |",
+        "| model | data | epochs, batch, S | seeds | paper: plain | paper: impartial | ours: plain | ours: impartial | rule | p | | step, plain | step, impartial |",
         "|---|---|--:|--:|--:|--:|--:|--:|---|--:|---|--:|--:|",
     ]
     for c in table:
+        sizes = f"{c.run.epochs}, {c.run.batch}, {c.run.samples}"
         values = [
-            MODELS[c.model],
-            c.data,
-            str(c.epochs),
+            MODELS[c.run.model],
+            c.run.data,
+            sizes,
             str(c.seeds),
             *map(_error, (c.paper_plain, c.paper_ours, c.plain, c.ours)),
             c.rule,
@@ -115,9 +127,9 @@ def markdown(table: Sequence[Cell]) -> str:
         lines.append(f"| {' | '.join(values)} |")
     rules = sorted({rule for c in table for rule in c.by_rule}, key=lambda rule: (rule != NONE, rule))
     lines += ["", f"| model | data | {' | '.join(rules)} |", f"|---|---|{'--:|' * len(rules)}"]
-    lines += [f"| {MODELS[c.model]} | {c.data} | {' | '.join(_error(c.by_rule.get(rule)) for rule in rules)} |" for c in table]
+    lines += [f"| {MODELS[c.run.model]} | {c.run.data} | {' | '.join(_error(c.by_rule.get(rule)) for rule in rules)} |" for c in table]
     return "\n".join(lines)
 
 
 def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else f"{value:.3f}" if math.isfinite(value) else "diverged"

@@ -6,19 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmfast.train.settings import Settings, SettingsError
+from mmfast.data import SETS
+from mmfast.train.settings import MODELS, Settings, SettingsError
 
 
 @dataclass
 class Result:
-    """What one run came to, at the epoch with the best validation likelihood."""
+    """What one run came to, at the epoch with the best validation likelihood; None where no epoch had a finite one."""
 
     settings: Settings
-    best_epoch: int
-    validation_log_likelihood: float  # mean over features, in the model's units
-    validation_error: float  # mean over features
-    test_error: float  # mean over features
-    test_errors: dict[str, float]  # of each feature
+    epochs_done: int  # fewer than asked for where the parameters became NaN
+    best_epoch: int | None
+    validation_log_likelihood: float | None  # mean over features, in the model's units
+    validation_error: float | None  # mean over features
+    test_error: float | None  # mean over features
+    test_errors: dict[str, float | None]  # of each feature; None for one that has no error, see `prepare.errors`
     step_us: float  # one training step
     plain_step_us: float  # one of the same model without a block, timed in turn with it
     versions: dict[str, str] = field(default_factory=dict)
@@ -26,7 +28,7 @@ class Result:
     def line(self) -> str:
         """Its JSON line."""
         values = {**vars(self), "settings": vars(self.settings)}
-        return json.dumps(values) + "\n"
+        return json.dumps(values, allow_nan=False) + "\n"
 
 
 def append(path: Path, result: Result) -> None:
@@ -37,7 +39,10 @@ def append(path: Path, result: Result) -> None:
         if f.tell():
             f.seek(-1, os.SEEK_END)
         torn = bool(last := f.read(1)) and last != b"\n"
-        f.write((b"\n" if torn else b"") + result.line().encode())
+        line = (b"\n" if torn else b"") + result.line().encode()
+        written = f.write(line)
+        if written != len(line):
+            raise OSError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
         os.fsync(f.fileno())
 
 
@@ -50,7 +55,10 @@ def read(path: Path) -> list[Result]:
     if not path.exists():
         return []
     found: dict[Settings, Result] = {}
-    lines = path.read_text().split("\n")
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -62,5 +70,7 @@ def read(path: Path) -> list[Result]:
             result = Result(**{**values, "settings": Settings(**values["settings"])})
         except (KeyError, TypeError):
             raise SettingsError(f"{path}, line {number}: not the record of a run") from None
+        if result.settings.model not in MODELS or result.settings.data not in SETS:
+            raise SettingsError(f"{path}, line {number}: there is no model {result.settings.model!r} on {result.settings.data!r}")
         found.setdefault(result.settings, result)
     return list(found.values())

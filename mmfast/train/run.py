@@ -1,11 +1,13 @@
 """One training run, which can be cut off at any moment and goes on where its last checkpoint was."""
 
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from mmfast.models.hivae import HIVAE
 from mmfast.models.likelihoods import Joint
 from mmfast.models.vae import VAE
 from mmfast.train.results import Result
-from mmfast.train.settings import NONE, Settings, make_resolver
+from mmfast.train.settings import NONE, Settings, SettingsError, make_resolver
 
 HIDDEN = 50
 LEARNING_RATE = 1e-3
@@ -35,8 +37,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     epoch: int = 0  # done
-    best: float = float("-inf")  # validation log-likelihood
-    kept: dict[str, float | list[float]] = field(default_factory=dict)  # the numbers of the best epoch
+    kept: dict[str, Any] = field(default_factory=dict)  # the numbers of the best epoch, as in a Result
 
     def step(self, x: Tensor, seen: Tensor) -> None:
         """One step of training on a batch."""
@@ -47,44 +48,61 @@ class State:
     def save(self, path: Path, settings: Settings) -> None:
         """Replaces the checkpoint in one move: a kill leaves the old one or the new one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".part{os.getpid()}")
-        torch.save(
-            {
-                "settings": vars(settings),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "random": torch.get_rng_state(),
-                "epoch": self.epoch,
-                "best": self.best,
-                "kept": self.kept,
-            },
-            part,
-        )
+        part = path.with_suffix(".part")
+        with part.open("wb") as f:
+            torch.save(self._state(settings), f)
+            f.flush()
+            os.fsync(f.fileno())
         part.replace(path)
 
+    def _state(self, settings: Settings) -> dict[str, object]:
+        return {
+            "settings": vars(settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "epoch": self.epoch,
+            "kept": self.kept,
+        }
+
     def load(self, path: Path, settings: Settings) -> None:
-        """Takes up a checkpoint, if there is one of this very run."""
+        """Takes up a checkpoint, if there is one of this very run.
+
+        Raises:
+            SettingsError: it cannot be read, or the model has changed since.
+        """
         if not path.exists():
             return
-        saved = torch.load(path)
-        if saved["settings"] != vars(settings):
-            return
-        self.model.load_state_dict(saved["model"])
+        try:
+            saved = torch.load(path)
+            if saved["settings"] != vars(settings):
+                return
+            self.model.load_state_dict(saved["model"])
+        except Exception as error:  # a file that is not a checkpoint fails in many ways
+            reason = str(error).partition("\n")[0]
+            raise SettingsError(f"{path} cannot be taken up ({reason}); delete it to start this run over") from error
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["random"])
-        self.epoch, self.best, self.kept = saved["epoch"], saved["best"], saved["kept"]
+        self.epoch, self.kept = saved["epoch"], saved["kept"]
 
 
 def make_model(settings: Settings, parts: Prepared) -> nn.Module:
-    """The model of a run, with the same first weights whatever its rule."""
+    """The model of a run, with the same first weights whatever its rule.
+
+    Raises:
+        SettingsError: the rule does not suit the number of features.
+    """
     torch.manual_seed(settings.seed)
     blocks = 2 if settings.model in ("dreg", "hivae") else 1
     rules = [rule for rule in (make_resolver(settings.rule) for _ in range(blocks)) if rule is not None] or None
     joint = Joint([column.likelihood for column in parts.columns], parts.w)
     torch.manual_seed(settings.seed)
-    if settings.model == "hivae":
-        return HIVAE(joint, resolvers=rules)
-    return VAE(joint, HIDDEN, max(1, (len(parts.columns) + 1) // 2), rules, settings.model, settings.samples)
+    try:
+        if settings.model == "hivae":
+            return HIVAE(joint, resolvers=rules)
+        return VAE(joint, HIDDEN, max(1, (len(parts.columns) + 1) // 2), rules, settings.model, settings.samples)
+    except ValueError as error:
+        raise SettingsError(f"rule is {settings.rule!r}: {error}") from None
 
 
 def train(
@@ -124,24 +142,17 @@ def _train(settings: Settings, checkpoint: Path | None, tick: Tick, table: Table
         _epoch(state, parts.train, settings.batch)
         _validate(state, parts)
         diverged = any(bool(p.isnan().any()) for p in model.parameters())
-        tick(state.epoch, f"test error {state.kept.get('test_error', torch.nan):.3f}")
+        error = state.kept.get("test_error")
+        tick(state.epoch, "" if error is None else f"test error {error:.3f}")
         if checkpoint is not None and (time.monotonic() - saved > SAVE_SECONDS or state.epoch == settings.epochs):
             state.save(checkpoint, settings)
             saved = time.monotonic()
         if diverged:  # what was kept before stands
             break
-    kept = state.kept
-    names = [column.name for column in parts.columns]
-    return Result(
-        settings,
-        int(kept.get("epoch", 0)),  # type: ignore[arg-type]
-        state.best,
-        kept.get("validation_error", torch.nan),  # type: ignore[arg-type]
-        kept.get("test_error", torch.nan),  # type: ignore[arg-type]
-        dict(zip(names, kept.get("test_errors", []), strict=False)),  # type: ignore[arg-type]
-        *_step_times(settings, parts),
-        {"mmfast": mmfast.__version__, "torch": torch.__version__},
-    )
+    kept = dict.fromkeys(("best_epoch", "validation_log_likelihood", "validation_error", "test_error")) | {"test_errors": {}} | state.kept
+    own, plain = _step_times(settings, parts)
+    versions = {"mmfast": mmfast.__version__, "torch": torch.__version__}
+    return Result(settings, state.epoch, **kept, step_us=own, plain_step_us=plain, versions=versions)  # type: ignore[arg-type]
 
 
 def _start(model: nn.Module) -> State:
@@ -179,18 +190,19 @@ def _validate(state: State, parts: Prepared) -> None:
     predicted, log_prob = state.model.reconstruct(part.x, part.seen)  # type: ignore[operator]
     cells = part.seen.sum(0)
     score = ((log_prob * part.seen).sum(0) / cells)[cells > 0].mean().item()
-    if not score > state.best:
+    if not (math.isfinite(score) and score > state.kept.get("validation_log_likelihood", -math.inf)):
         return
-    state.best = score
-    test_errors = _test_errors(state.model, parts)
+    test, _ = state.model.reconstruct(parts.test.x, parts.test.seen)  # type: ignore[operator]
+    test_errors = errors(test, parts.test, parts.columns)
+    names = [column.name for column in parts.columns]
     state.kept = {
-        "epoch": state.epoch,
-        "validation_error": errors(predicted, part, parts.columns).nanmean().item(),
-        "test_error": test_errors.nanmean().item(),
-        "test_errors": test_errors.tolist(),
+        "best_epoch": state.epoch,
+        "validation_log_likelihood": score,
+        "validation_error": _number(errors(predicted, part, parts.columns).nanmean().item()),
+        "test_error": _number(test_errors.nanmean().item()),
+        "test_errors": {name: _number(error) for name, error in zip(names, test_errors.tolist(), strict=True)},
     }
 
 
-def _test_errors(model: nn.Module, parts: Prepared) -> Tensor:
-    predicted, _ = model.reconstruct(parts.test.x, parts.test.seen)  # type: ignore[operator]
-    return errors(predicted, parts.test, parts.columns)
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import inspect
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -67,13 +68,15 @@ def settings(
     for name in ("epochs", "batch", "samples"):
         if getattr(found, name) < 1:
             raise SettingsError(f"{name} is {getattr(found, name)}, expected at least 1")
+    if found.batch == 1 and model != "hivae":
+        raise SettingsError("batch is 1, expected at least 2: the encoder normalises over the batch")
     return found
 
 
 def _steps(rule: str) -> list[tuple[str, dict[str, object]]]:
     """(name, arguments) of each step of a rule such as "GradNorm(alpha=1.0)+PCGrad"."""
     try:
-        tree = ast.parse(rule, mode="eval").body
+        tree = ast.parse(re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])", "", rule), mode="eval").body  # imtl-g is a name too
         parts = []
         while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
             parts.append(tree.right)
@@ -112,11 +115,16 @@ def make_resolver(rule: str) -> Resolver | None:
 
 
 def canonical(rule: str) -> str:
-    """The one way to write a rule: its class names, with the arguments that were given."""
+    """The one way to write a rule: its class names, with the arguments that are not the default."""
     if make_resolver(rule) is None:
         return NONE
     steps = []
     for name, arguments in _steps(rule):
-        given = ", ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
-        steps.append(type(resolver(name, **arguments)).__name__ + (f"({given})" if given else ""))  # type: ignore[arg-type]
+        kind = type(resolver(name, **arguments))
+        given = []
+        for key, value in sorted(arguments.items()):
+            default = inspect.signature(kind).parameters[key].default
+            if value != default:
+                given.append(f"{key}={float(value) if isinstance(default, float) else value!r}")  # type: ignore[arg-type]
+        steps.append(kind.__name__ + (f"({', '.join(given)})" if given else ""))
     return "+".join(steps)
