@@ -148,6 +148,15 @@ def test_both_models_start_alike():
     assert all(torch.equal(p, own[name]) for name, p in a.named_parameters())
 
 
+def test_looking_at_the_conflict_changes_nothing():
+    parts = prepare(data.builtin("diabetes"), 0)
+    model = run._model(data.builtin("diabetes"), parts, 0, run.Loop)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    found = [run.conflict(model, parts.test) for _ in range(2)]
+    assert found[0] == found[1] and model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 def test_naive_pcgrad_removes_the_conflict():
     g = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
     resolved = naive.pcgrad(g)

@@ -75,21 +75,25 @@ def test_w_standardises_the_training_rows(positive):
 
 def test_nothing_of_the_other_parts_leaks_into_the_scales():
     source = table()
-    parts = prepare(source, 0)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     changed = table()
-    changed.x[order[140:], 0] = 1e6
-    assert torch.equal(prepare(changed, 0).w, parts.w) and torch.equal(prepare(changed, 0).shift, parts.shift)
+    changed.x[order[140:], :2] = 1e6
+    for positive in ("log", "log1p"):
+        parts, found = prepare(source, 0, positive), prepare(changed, 0, positive)
+        assert torch.equal(found.w, parts.w) and torch.equal(found.shift, parts.shift) and torch.equal(found.scale, parts.scale)
 
 
-def test_zeros_of_a_positive_column_become_small_and_positive():
+def test_zeros_of_a_positive_column_become_small_and_others_stay():
     source = table()
+    source.x[:, 1] *= 1e-3  # below many of the small numbers
     parts = prepare(source, 0)
-    x = torch.cat([p.x[:, 1] for p in (parts.train, parts.validation, parts.test)])
-    seen = torch.cat([p.seen[:, 1] for p in (parts.train, parts.validation, parts.test)]) > 0
-    zeros = int((source.x[:, 1] == 0).sum())
-    small = x[seen][x[seen] < source.x[source.x[:, 1] > 0, 1].min()]
-    assert (x > 0).all() and 0.9 * zeros <= len(small) <= zeros and len(small.unique()) > zeros // 2
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    x, before = torch.cat([p.x[:, 1] for p in (parts.train, parts.validation, parts.test)]), source.x[order, 1]
+    zero = before == 0
+    assert 0 < zero.sum() < 100 and torch.equal(x[before > 0], before[before > 0].float())
+    assert (x[zero] > 0).all() and x[zero].max() < 0.3 and len(x[zero].unique()) == zero.sum()
+    # of Beta(0.2, 60), to three standard errors
+    assert abs(x[zero].mean() - 0.2 / 60.2) < 3 * 0.0075 / zero.sum() ** 0.5
     assert (prepare(source, 0, "log1p").train.x[:, 1] > 0).all()
 
 

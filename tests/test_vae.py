@@ -282,6 +282,12 @@ def test_training_lowers_the_loss():
         assert (after * seen).sum() > (before * seen).sum() + 0.2 * seen.sum()
 
 
+@pytest.mark.parametrize("make", [vae, hivae])
+def test_everything_moves_with_the_model(make):
+    x, seen = (t.to("meta") for t in batch())
+    assert make().to("meta").loss(x, seen).device.type == "meta"
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="objective is 'vae', expected one of elbo, iwae, dreg"):
         vae("vae")

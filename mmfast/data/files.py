@@ -23,7 +23,7 @@ def folders() -> list[Path]:
     return [Path(named), cache] if named else [cache]
 
 
-def read(name: str, file: str, sha256: str, address: str) -> list[str]:
+def read(name: str, file: str, sha256: str, address: str, source: str) -> list[str]:
     """The lines of a data set's file, from a folder or else from its address; what was downloaded is kept in the cache.
 
     Raises:
@@ -32,7 +32,7 @@ def read(name: str, file: str, sha256: str, address: str) -> list[str]:
     tried = [folder / file for folder in folders()]
     path = next((path for path in tried if path.is_file()), None)
     if path is None:
-        return _lines(name, address, _download(name, tried, sha256, address), sha256)
+        return _lines(name, address, _download(name, tried, sha256, address, source), sha256)
     try:
         content = path.read_bytes()
         return _lines(name, str(path), gzip.decompress(content) if path.suffix == ".gz" else content, sha256)
@@ -52,11 +52,11 @@ def _lines(name: str, where: str, content: bytes, sha256: str) -> list[str]:
         raise DataError(f"{where} cannot be read: {error}") from None
 
 
-def _download(name: str, places: list[Path], sha256: str, address: str) -> bytes:
+def _download(name: str, places: list[Path], sha256: str, address: str, source: str) -> bytes:
     """What is at the address, now in the cache too; nothing is written unless it is whole and the right one."""
     nowhere = f"{name} is not here: there is no {' or '.join(map(str, places))}"
     if not address:
-        raise DataError(f"{nowhere}; put the file there, or name its folder in MMFAST_DATA")
+        raise DataError(f"{nowhere}; put {source or 'the file'} there, or name its folder in MMFAST_DATA")
     _LOG.info("downloading %s from %s", name, address)
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:

@@ -12,14 +12,15 @@ class DataSet:
     """Where the rows are and what they hold."""
 
     file: str  # below a data folder
-    sha256: str  # of what is in the file, unpacked and with lines that end in \n; empty: not checked, the file is the user's own copy of the original
+    sha256: str  # of what is in the file, unpacked and with lines that end in \n; empty: not checked, the file is made by the user
     rows: int  # in the file
     columns: str
     header: bool = True
     separator: str = ","  # a blank stands for any white space
     complete: bool = False  # rows with a missing cell are left out
     note: str = ""
-    address: str = ""  # of the same rows, unpacked; empty where what was published must be converted first
+    address: str = ""  # of the same rows, unpacked
+    source: str = ""  # what to put in place by hand where there is no address
 
 
 SETS = {
@@ -72,12 +73,13 @@ SETS = {
     ),
     "IMDB": DataSet(
         "IMDB/movies.csv.gz",
-        "c3901cd76cf27d4ad60d13b71892a24beb6ad5c13013f16e169bf76b74b1b4bb",
+        "",
         58788,
         """title -, year count, length count, budget positive, rating real, votes count, r1 real, r2 real, r3 real, r4 real, r5 real, r6 real, r7 real,
         r8 real, r9 real, r10 real, mpaa categorical 4, action binary, animation binary, comedy binary, drama binary, documentary binary,
         romance binary, short binary""",
         note="a film without an MPAA rating counts as a missing cell",
+        source="the table movies of the R package ggplot2movies, written as CSV",
     ),
     "HI": DataSet(
         "HI/HI.csv.gz",
@@ -106,17 +108,19 @@ SETS = {
     ),
     "ElNino": DataSet(
         "ElNino/tao-all2.csv.gz",
-        "c72427f44464a3a0c929ddca979a03c8aae780c1ce5484b30e8ca5ade135fca9",
+        "",
         178080,
         """obs -, year -, month -, day -, date -, latitude real, longitude real, zon_winds real, mer_winds real, humidity real, air_temp real,
         ss_temp real""",
         complete=True,
+        source="tao-all2.dat of the UCI repository (El Nino), with commas between cells, nothing where it has a dot, and a line with the columns' names",
     ),
     "Magic": DataSet(
         "Magic/magic04.csv.gz",
-        "ed9c3c747b6a424f579fb830b375bfea72ac4b0f4520fb2edd1ee609df79d0bc",
+        "",
         19020,
         """length real, width real, size real, conc real, conc1 real, asym real, m3_long real, m3_trans real, alpha real, dist real, class -""",
+        source="magic04.data of the UCI repository, with a line that names the columns",
     ),
     "BooNE": DataSet(
         "BooNE/MiniBooNE_PID.txt",
@@ -124,6 +128,6 @@ SETS = {
         130064,
         ", ".join(f"particle_{i} real" for i in range(1, 51)),
         separator=" ",
-        note="the file of the UCI repository, as it is",
+        source="MiniBooNE_PID.txt of the UCI repository, as it is",
     ),
 }
