@@ -1,11 +1,10 @@
 // What this machine can do at best: floating-point multiply-adds and reading memory. Compiled on the fly by roofline.py.
-// Every function uses `threads` threads and returns seconds from the first thread's start to the last one's end.
+// The work runs on torch's own threads, like the operators beside which it is timed: fresh threads may share a processor for their
+// first milliseconds, and a second set of threads would meet torch's, which spin for a while after each call.
 
-#include <chrono>
 #include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
+
+extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
 #ifdef __AVX512F__
 constexpr int kBytes = 64;
@@ -17,58 +16,49 @@ typedef float Vector __attribute__((vector_size(kBytes)));
 typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4)));
 constexpr int kLanes = kBytes / 4;
 
-using Clock = std::chrono::steady_clock;
 static volatile float sink;
 
+// work(t) for each t below `threads`, each on a thread of its own
 template <class F>
-static double timed(int threads, F work) {
-    std::vector<Clock::time_point> start(threads), end(threads);
-    auto run = [&](int t) {
-        start[t] = Clock::now();
-        work(t);
-        end[t] = Clock::now();
-    };
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back(run, t);
-    run(0);
-    for (auto& other : others) other.join();
-    auto first = start[0], last = end[0];
-    for (int t = 1; t < threads; ++t) {
-        if (start[t] < first) first = start[t];
-        if (end[t] > last) last = end[t];
-    }
-    return std::chrono::duration<double>(last - first).count();
+static void on_threads(int threads, F work) {
+  torch_parallel_for(
+      0, threads, 1,
+      [](int64_t begin, int64_t end, void* context) {
+        for (int64_t t = begin; t < end; ++t) (*static_cast<F*>(context))(static_cast<int>(t));
+      },
+      &work);
 }
 
-extern "C" double fma_flops(int threads, int64_t rounds) { return double(threads) * rounds * kChains * kLanes * 2; }
+// floating-point operations of one round of one thread; a multiply-add counts two
+extern "C" int64_t operations() { return kChains * kLanes * 2; }
 
-// `rounds` multiply-adds in each of kChains independent chains on every thread; fma_flops says how many operations that is
-extern "C" double fma_seconds(int threads, int64_t rounds) {
-    return timed(threads, [=](int t) {
-        Vector a, b, x[kChains];
-        for (int l = 0; l < kLanes; ++l) a[l] = 0.999f, b[l] = 1e-3f * (t + 1);
-        for (int c = 0; c < kChains; ++c) x[c] = b * float(c);
-        for (int64_t r = 0; r < rounds; ++r)
+// `rounds` multiply-adds in each of kChains independent chains on every thread
+extern "C" void multiply_add(int threads, int64_t rounds) {
+  on_threads(threads, [=](int t) {
+    Vector a, b, x[kChains];
+    for (int l = 0; l < kLanes; ++l) a[l] = 0.999f, b[l] = 1e-3f * (t + 1);
+    for (int c = 0; c < kChains; ++c) x[c] = b * float(c);
+    for (int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 12
-            for (int c = 0; c < kChains; ++c) x[c] = x[c] * a + b;
-        Vector sum = x[0];
-        for (int c = 1; c < kChains; ++c) sum += x[c];
-        sink = sum[0];
-    });
+      for (int c = 0; c < kChains; ++c) x[c] = x[c] * a + b;
+    Vector sum = x[0];
+    for (int c = 1; c < kChains; ++c) sum += x[c];
+    sink = sum[0];
+  });
 }
 
 // reads n floats once: each thread a contiguous part, as several streams at once because one alone does not fill the memory system
-extern "C" double read_seconds(const float* data, int64_t n, int threads, int streams) {
-    return timed(threads, [=](int t) {
-        int64_t part = n / threads / streams / (4 * kLanes) * (4 * kLanes);
-        const float* begin = data + t * (n / threads);
-        Vector sum[4] = {};
-        for (int64_t i = 0; i < part; i += 4 * kLanes)
-            for (int s = 0; s < streams; ++s)
-                for (int u = 0; u < 4; ++u) sum[u] += *reinterpret_cast<const Unaligned*>(begin + s * part + i + u * kLanes);
-        Vector total = sum[0] + sum[1] + sum[2] + sum[3];
-        float x = 0;
-        for (int l = 0; l < kLanes; ++l) x += total[l];
-        sink = x;
-    });
+extern "C" void read_all(const float* data, int64_t n, int threads, int streams) {
+  on_threads(threads, [=](int t) {
+    int64_t part = n / threads / streams / (4 * kLanes) * (4 * kLanes);
+    const float* begin = data + t * (n / threads);
+    Vector sum[4] = {};
+    for (int64_t i = 0; i < part; i += 4 * kLanes)
+      for (int s = 0; s < streams; ++s)
+        for (int u = 0; u < 4; ++u) sum[u] += *reinterpret_cast<const Unaligned*>(begin + s * part + i + u * kLanes);
+    Vector total = sum[0] + sum[1] + sum[2] + sum[3];
+    float x = 0;
+    for (int l = 0; l < kLanes; ++l) x += total[l];
+    sink = x;
+  });
 }

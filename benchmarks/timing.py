@@ -38,8 +38,9 @@ def _summary(samples: list[float]) -> Timing:
 
 
 def side_by_side(calls: dict[str, Call], budget: float) -> dict[str, Timing]:
-    """Times each call for about `budget` seconds, one sample of each in turn.
+    """Times each call for about `budget` seconds, at most ROUNDS samples; next is always the call that has had the least of its share.
 
+    So the samples of all, slow and fast, are spread over the same time.
     The first call of each warms up and is dropped, unless it took so long that it is the sample.
     """
     samples: dict[str, list[float]] = {}
@@ -55,14 +56,15 @@ def side_by_side(calls: dict[str, Call], budget: float) -> dict[str, Timing]:
             slow = first > SLOW_SECONDS
             samples[name], spent[name], least[name] = ([first], first, 1) if slow else ([], 0.0, MIN_ROUNDS)
             repeats[name] = 1 if slow else math.ceil(SAMPLE_SECONDS / _seconds(call, 1))
-        while True:
-            waiting = [n for n in calls if len(samples[n]) < ROUNDS and (spent[n] < budget or len(samples[n]) < least[n])]
-            if not waiting:
-                break
-            for name in waiting:
-                took = _seconds(calls[name], repeats[name])
-                samples[name].append(took)
-                spent[name] += took * repeats[name]
+
+        def progress(name: str) -> float:
+            taken = len(samples[name])
+            return min(taken / least[name], max(spent[name] / budget, taken / ROUNDS))
+
+        while progress(name := min(calls, key=progress)) < 1:
+            took = _seconds(calls[name], repeats[name])
+            samples[name].append(took)
+            spent[name] += took * repeats[name]
     finally:
         if enabled:
             gc.enable()

@@ -1,12 +1,15 @@
 """What the benchmarks stand on: providers that compute the same thing, a gate that turns red, tables that say what was measured."""
 
 import copy
+import shutil
+import time
+import timeit
 
 import pytest
 import torch
 
 import mmfast as mf
-from benchmarks import naive, report
+from benchmarks import naive, report, roofline
 from benchmarks.machine import Quiet, environment
 from benchmarks.providers import MIN_K, PROVIDERS, RULES, TORCHJD, TWELVE, Data, error_of, gate, jacobian
 from benchmarks.rows import Row, read, write
@@ -115,6 +118,34 @@ def test_side_by_side_counts_calls():
     for name, timing in timings.items():
         assert 0 < timing.p20 <= timing.median <= timing.p80
         assert calls[name] >= timing.runs >= 3
+
+
+def test_slow_and_fast_are_spread_over_the_same_time():
+    """What slows the machine for a while must meet all of them."""
+    order = []
+
+    def note(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+
+    side_by_side({"fast": lambda: note("fast", 0.001), "slow": lambda: note("slow", 0.01)}, budget=0.1)
+    taken = order[4:]  # behind the warm-up
+    half = len(taken) // 2
+    for name in ("fast", "slow"):
+        assert 0.2 < taken[:half].count(name) / taken.count(name) < 0.8
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
+def test_peak_is_above_what_others_reach():
+    """A loop that the compiler takes out would make a peak out of all reach; too few chains or threads make one that is none."""
+    a = torch.randn(512, 512)
+    calls = {"mm": lambda: a @ a, **roofline.multiply_adds(2 * 512**3)}
+    assert list(calls) == ["mm", "peak.cpp"]
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(40):
+        for name, call in calls.items():
+            best[name] = min(best[name], timeit.timeit(call, number=1))
+    assert 0.1 < best["peak.cpp"] / best["mm"] < 1.1  # torch's product may be far from the peak, not beyond it
 
 
 def test_rows_survive_a_file(tmp_path):
