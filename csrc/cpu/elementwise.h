@@ -1,8 +1,6 @@
 // Rules that decide element by element: GradDrop and TrimmedMean. One read of the rows, one write, 16 (8) elements at a time.
 #pragma once
 
-#include <initializer_list>
-
 #include "../solvers/philox.h"
 #include "resolve.h"
 
@@ -47,26 +45,35 @@ struct Words {
 
 // Uniforms of the 64 elements from 64 * group on: element e takes word e / 16 of the Philox block at place e % 16 (philox.h).
 // 23 bits each: with the half added they are exact in single precision, and stay inside the open interval (0, 1).
-inline void uniforms(uint64_t seed, uint32_t counter, uint64_t group, float* u) {
+template <class Acc>
+inline void uniforms(uint64_t seed, uint32_t counter, uint64_t group, Acc* u) {
   using W = Words;
+  constexpr int abreast = 2;  // the rounds of one register wait for each other
   alignas(64) uint64_t place[16], out[4][16];
   for (int i = 0; i < 16; ++i) place[i] = group * 16 + static_cast<uint64_t>(i);
-  for (int i = 0; i < 16; i += W::width) {
-    W::Reg c0 = W::load(place + i), c1 = W::high(c0), c2 = W::set(0), c3 = W::set(counter);
+  for (int i = 0; i < 16; i += abreast * W::width) {
+    W::Reg c[abreast][4];
+    for (int n = 0; n < abreast; ++n) {
+      c[n][0] = W::load(place + i + n * W::width);
+      c[n][1] = W::high(c[n][0]);
+      c[n][2] = W::set(0);
+      c[n][3] = W::set(counter);
+    }
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
-      const W::Reg p0 = W::mul(W::set(0xD2511F53ull), c0), p1 = W::mul(W::set(0xCD9E8D57ull), c2);
-      c0 = W::mix(W::high(p1), c1, W::set(k0));
-      c2 = W::mix(W::high(p0), c3, W::set(k1));
-      c1 = p1;
-      c3 = p0;
+#pragma GCC unroll 2
+      for (int n = 0; n < abreast; ++n) {
+        const W::Reg p0 = W::mul(W::set(0xD2511F53ull), c[n][0]), p1 = W::mul(W::set(0xCD9E8D57ull), c[n][2]);
+        c[n][0] = W::mix(W::high(p1), c[n][1], W::set(k0));
+        c[n][2] = W::mix(W::high(p0), c[n][3], W::set(k1));
+        c[n][1] = p1;
+        c[n][3] = p0;
+      }
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    W::store(out[0] + i, c0);
-    W::store(out[1] + i, c1);
-    W::store(out[2] + i, c2);
-    W::store(out[3] + i, c3);
+    for (int n = 0; n < abreast; ++n)
+      for (int word = 0; word < 4; ++word) W::store(out[word] + i + n * W::width, c[n][word]);
   }
   for (int word = 0; word < 4; ++word)
     for (int i = 0; i < 16; ++i)
@@ -106,34 +113,61 @@ inline void graddrop(const Pool& pool, const Grads& g, const ElementwiseArgs& a,
     using T = decltype(zero);
     using V = typename Stored<T>::Vec;
     using Acc = typename V::Acc;
-    const Acc leak = static_cast<Acc>(a.leak);
+    typedef Acc Lanes __attribute__((vector_size(V::width * sizeof(Acc))));  // a V::Reg that can be compared and divided
+    constexpr int kAbreast = 4, kAtOnce = kAbreast * V::width;  // one register alone would wait for its division
+    const Lanes none = {}, one = none + 1, low = none + static_cast<Acc>(a.leak);
     groups<T>(pool, g, [&](int64_t first, int count, const Present<T>& p) {
-      alignas(64) Acc x[64], sum[64], size[64], keep[64], positive[64], negative[64];
-      alignas(64) float u[128];
-      for (Acc* values : {x, sum, size, keep})  // in registers' widths: a compiler's "rep stos" takes longer to start than this to end
-        for (int t = 0; t < 64; t += V::width) V::store(values + t, V::zero());
-      for (int i = 0; i < p.k; ++i) {
-        load_some(p.rows[i] + first, count, x);
-        for (int t = 0; t < 64; ++t) {
-          sum[t] = sum[t] + x[t];
-          size[t] = size[t] + std::fabs(x[t]);
+      alignas(64) Acc draw[128], kept[64];
+      uniforms(a.seed, a.counter, static_cast<uint64_t>(first / 64), draw);
+      if (first % 64) std::memcpy(draw + 64, draw, 64 * sizeof(Acc));
+      for (int t = 0; t < count; t += kAtOnce) {
+        auto load = [&](int i, Lanes* x) {
+          const T* row = p.rows[i] + first + t;
+          if (t + kAtOnce <= count) {
+#pragma GCC unroll 4
+            for (int n = 0; n < kAbreast; ++n) {
+              const typename V::Reg whole = V::load(row + n * V::width);
+              std::memcpy(x + n, &whole, sizeof whole);
+            }
+          } else {
+            Acc some[kAtOnce];
+            for (Acc& value : some) value = 0;
+            load_some(row, count - t, some);
+            for (int n = 0; n < kAbreast; ++n) std::memcpy(x + n, some + n * V::width, sizeof *x);
+          }
+        };
+        Lanes x[kAbreast], sum[kAbreast], size[kAbreast], keep[kAbreast], positive[kAbreast], negative[kAbreast];
+#pragma GCC unroll 4
+        for (int n = 0; n < kAbreast; ++n) sum[n] = size[n] = keep[n] = none;
+        for (int i = 0; i < p.k; ++i) {
+          load(i, x);
+#pragma GCC unroll 4
+          for (int n = 0; n < kAbreast; ++n) {
+            sum[n] += x[n];
+            size[n] += x[n] > 0 ? x[n] : none - x[n];
+          }
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < kAbreast; ++n) {  // the share of a positive and of a negative element that is let through
+          const Lanes purity = Acc(0.5) * (Acc(1) + sum[n] / size[n]);
+          Lanes u;
+          std::memcpy(&u, draw + first % 64 + t + n * V::width, sizeof u);
+          positive[n] = purity > u ? one : low;
+          negative[n] = purity < u ? one : low;
+        }
+        for (int i = 0; i < p.k; ++i) {
+          load(i, x);
+#pragma GCC unroll 4
+          for (int n = 0; n < kAbreast; ++n) keep[n] += (x[n] > 0 ? positive[n] : negative[n]) * x[n];
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < kAbreast; ++n) {
+          keep[n] += Acc(0) * size[n];  // a non-finite element stays one
+          std::memcpy(kept + t + n * V::width, keep + n, sizeof *keep);
         }
       }
-      uniforms(a.seed, a.counter, static_cast<uint64_t>(first / 64), u);
-      if (first % 64) std::memcpy(u + 64, u, 64 * sizeof(float));
-      const float* draw = u + first % 64;
-      const Acc low = leak, one = 1;  // values, not references: else no vectors
-      for (int t = 0; t < 64; ++t) {  // the share of a positive and of a negative element that is let through
-        const Acc purity = Acc(0.5) * (Acc(1) + sum[t] / size[t]);
-        positive[t] = purity > draw[t] ? one : low;
-        negative[t] = purity < draw[t] ? one : low;
-      }
-      for (int i = 0; i < p.k; ++i) {
-        load_some(p.rows[i] + first, count, x);
-        for (int t = 0; t < 64; ++t) keep[t] = keep[t] + (x[t] > 0 ? positive[t] : negative[t]) * x[t];
-      }
       T* to = static_cast<T*>(out) + first;
-      for (int t = 0; t < count; ++t) write(to + t, keep[t] + Acc(0) * size[t]);  // a non-finite element stays one
+      for (int t = 0; t < count; ++t) write(to + t, kept[t]);
     });
   });
 }
