@@ -229,6 +229,71 @@ Tensor trimmed_mean_cpu(Tensors grads, std::vector<int64_t> missing, std::option
   return out;
 }
 
+// Linear branches: (resolved gradient [..., H] of their input, weights and K x K Gramian of each problem); state and rng advance in place.
+std::tuple<Tensor, Tensor> heads_cpu(Tensor delta, Tensor weight, Tensor head_of, std::optional<Tensor> mask, std::vector<int64_t> steps,
+                                     std::vector<double> params, std::optional<Tensor> state, std::optional<Tensor> rng, int64_t K, int64_t per,
+                                     bool preserve_norm) {
+  const char* op = "mmfast::heads";
+  const int64_t dim = delta.dim(), O = dim ? delta.size(dim - 1) : 0;
+  STD_TORCH_CHECK(K >= 1 && K <= kMaxRows, op, ": k must be from 1 to 256");
+  STD_TORCH_CHECK(per >= 0 && per <= 2, op, ": per must be 0, 1 or 2");
+  STD_TORCH_CHECK(dim >= (per ? 2 : 1) && dim < 64 && weight.dim() == 2 && weight.size(0) == O, op,
+                  ": delta must be [..., O], with a leading batch dimension for per = 1 and 2, and weight [O, H]");
+  STD_TORCH_CHECK(is_cpu(delta) && is_cpu(weight) && dtype_of(delta) == dtype_of(weight), op, ": delta and weight must have one dtype and device");
+  STD_TORCH_CHECK(is_cpu(head_of) && dtype_of(head_of) == aoti_torch_dtype_int64() && head_of.is_contiguous() && head_of.numel() == O, op,
+                  ": head_of must be a contiguous int64 tensor [O]");
+  int64_t sizes[kMaxRows] = {}, head = 0;
+  for (int64_t o = 0; o < O; ++o) {
+    const int64_t next = static_cast<const int64_t*>(head_of.const_data_ptr())[o];
+    STD_TORCH_CHECK(next >= 0 && next < K && (next == head || (next == head + 1 && sizes[head])), op, ": head_of must name all of k branches in order");
+    ++sizes[head = next];
+  }
+  STD_TORCH_CHECK(head == K - 1 && sizes[head], op, ": head_of must name all of k branches in order");
+  delta = torch::stable::contiguous(delta);
+  weight = torch::stable::contiguous(weight);
+  const Dtype dtype = dtype_or_throw(op, dtype_of(delta));
+  const bool half = dtype == Dtype::f16;
+  const int32_t product = half ? aoti_torch_dtype_float32() : dtype_of(delta);
+  const int64_t batch = dim > 1 ? delta.size(0) : 1, problems = per == 1 ? batch : 1, width = K + K * K, H = weight.size(1);
+  Heads h{dtype, delta.const_data_ptr(), weight.const_data_ptr(), batch, batch ? delta.numel() / (batch * O) : 0, O, H, sizes, static_cast<int>(K),
+          static_cast<Per>(per), nullptr, 0};
+  SolveArgs args{};
+  args.batch = problems;
+  args.K = h.K;
+  args.preserve_norm = preserve_norm;
+  args.precision = dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
+  bool any[kMaxRows] = {};  // the rows that a mask leaves in somewhere
+  if (mask) {
+    mask = torch::stable::contiguous(*mask);
+    const bool shared = mask->dim() == 1;
+    STD_TORCH_CHECK(is_cpu(*mask) && dtype_of(*mask) == aoti_torch_dtype_bool() &&
+                        (shared ? mask->numel() == K : mask->dim() == 2 && dim > 1 && mask->size(0) == batch && mask->size(1) == K),
+                    op, ": mask must be a bool tensor [K] or [B, K]");
+    h.mask = args.mask = static_cast<const bool*>(mask->const_data_ptr());
+    h.mask_stride = args.mask_stride = shared ? 0 : K;
+    if (!shared && per != 1) {
+      for (int64_t e = 0; e < batch * K; ++e) any[e % K] |= h.mask[e];
+      args.mask = any;
+      args.mask_stride = 0;
+    }
+  }
+  const int64_t S = state_width(op, state, problems);
+  Tensor left = delta, right = empty_cpu({O, H}, product);
+  const bool copies = per == 1 || mask || half;
+  if (copies) left = empty_cpu(delta.sizes().data(), dim, product);
+  Tensor info = per == 1 ? empty_cpu({problems, width}, aoti_torch_dtype_float64()) : empty_cpu({width}, aoti_torch_dtype_float64());
+  set_chain(args, op, steps, params, S, rng);
+  double* data = static_cast<double*>(info.mutable_data_ptr());
+  args.w = data;
+  args.G = data + K;
+  args.w_stride = args.G_stride = width;
+  args.state = S ? static_cast<double*>(state->mutable_data_ptr()) : nullptr;
+  args.state_stride = S;
+  kernels->heads(torch_pool(), h, args, copies ? left.mutable_data_ptr() : nullptr, right.mutable_data_ptr());
+  Tensor out = torch::stable::matmul(left, right);
+  return {half ? torch::stable::to(out, ScalarType::Half) : out, info};
+}
+
 }  // namespace
 }  // namespace mmfast
 
@@ -243,6 +308,9 @@ STABLE_TORCH_LIBRARY(mmfast, m) {
       "bool preserve_norm, bool with_gram) -> (Tensor, Tensor)");
   m.def("graddrop(Tensor[] grads, int[] missing, Tensor? mask, float leak, Tensor(a!) rng) -> Tensor");
   m.def("trimmed_mean(Tensor[] grads, int[] missing, Tensor? mask, int trim) -> Tensor");
+  m.def(
+      "heads(Tensor delta, Tensor weight, Tensor head_of, Tensor? mask, int[] steps, float[] params, Tensor(a!)? state, Tensor(b!)? rng, "
+      "int k, int per, bool preserve_norm) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
@@ -252,4 +320,5 @@ STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
   m.impl("resolve", TORCH_BOX(&mmfast::resolve_cpu));
   m.impl("graddrop", TORCH_BOX(&mmfast::graddrop_cpu));
   m.impl("trimmed_mean", TORCH_BOX(&mmfast::trimmed_mean_cpu));
+  m.impl("heads", TORCH_BOX(&mmfast::heads_cpu));
 }

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmfast import ops
 from mmfast.block import Impartial, check_state, refuse_double_backward
-from mmfast.ops import contract, reference
+from mmfast.ops import contract, linear, reference
 from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.scaling import LocalScale
-
-_CHUNK = 1 << 22  # elements of per-sample products held at once
 
 
 class _LinearHeads(torch.autograd.Function):
@@ -40,15 +37,11 @@ class _LinearHeads(torch.autograd.Function):
             return *_backward(ctx, delta), None, None
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     y, weight, mask = ctx.saved_tensors
     module = ctx.module
     if module.beta is not None:
-        wide = _wide(delta)
+        wide = reference.wide(delta)
         delta = (delta.to(wide) * module.beta.to(wide)[module._head_of]).to(delta.dtype)
     flat = delta.reshape(-1, delta.shape[-1])
     wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -61,35 +54,9 @@ def _backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Te
 
 def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     """The resolved gradient of the shared tensor, [..., in_features]."""
-    per, out_features, precision = module.per, delta.shape[-1], reference.precision_of(delta.dtype)
-    if mask is not None and mask.dim() == 2:  # a missing sample of a row counts as zero
-        columns = mask[:, module._head_of].view(mask.shape[0], *[1] * (delta.dim() - 2), out_features)
-        delta = torch.where(columns, delta, 0)
-        row_mask: Tensor | None = mask if per == "sample" else mask.any(0)
-    else:
-        if mask is not None:  # what a missing row holds is not read, not even a NaN
-            delta = torch.where(mask[module._head_of], delta, 0)
-        row_mask = mask
-    # a branch that sends nothing must not be read: its weights may be anything
-    weight = torch.where((delta != 0).reshape(-1, out_features).any(0).unsqueeze(1), weight, 0)
-    wide = _wide(delta)
-    d, w = delta.to(wide), weight.to(wide)
-    products = (w @ w.mT).double()
-    if per == "sample":
-        rows = d.flatten(1, -2) if d.dim() > 2 else d.unsqueeze(1)
-        step = max(1, _CHUNK // (out_features * out_features))
-        G = torch.cat([module._fold((part.mT @ part).double(), products, precision) for part in rows.split(step)])
-    else:
-        rows = d.sum(0).reshape(-1, out_features) if per == "batch_sum" and d.dim() > 1 else d.reshape(-1, out_features)
-        G = module._fold((rows.mT @ rows).double(), products, precision)
-    coefficients = ops.solve(G, module.resolver, row_mask, module.preserve_norm, precision)
-    module._keep(torch.cat([coefficients, G.flatten(-2)], -1))
-    scale = coefficients.to(wide).index_select(-1, module._head_of)
-    if per == "sample":
-        scale = scale.view(delta.shape[0], *[1] * (delta.dim() - 2), out_features)
-    if delta.dtype == torch.float16:  # scaled rows could leave its range though their sum does not
-        return ((d * scale) @ w).to(delta.dtype)
-    return (d * scale).to(delta.dtype) @ weight
+    out, info = linear.heads(delta, weight, module._head_of, module.resolver, len(module.sizes), module.per, mask, module.preserve_norm)
+    module._keep(info)
+    return out
 
 
 class LinearHeads(Impartial):
@@ -126,7 +93,6 @@ class LinearHeads(Impartial):
     """
 
     _head_of: Tensor  # [sum of out_features], the branch of each output
-    _members: Tensor  # [sum of out_features, K] float64, 1 where the output belongs to the branch
 
     def __init__(
         self,
@@ -201,20 +167,11 @@ class LinearHeads(Impartial):
         check_state(self.resolver, len(self.sizes))
         return _LinearHeads.apply(y, weight, bias, mask, self)  # type: ignore[no-any-return]
 
-    def _fold(self, deltas: Tensor, weights: Tensor, precision: float) -> Tensor:
-        """The Gramian [..., K, K] from delta' delta [..., O, O] and W W' [O, O], both known to `precision`."""
-        G = self._members.mT @ (deltas * weights) @ self._members
-        # where the parts of a branch's gradient cancel, rounding must make it neither missing nor negative
-        lengths = (deltas.diagonal(dim1=-2, dim2=-1) * weights.diagonal()).sqrt() @ self._members
-        floor = precision * lengths.square()
-        return G + torch.diag_embed((floor - G.diagonal(dim1=-2, dim2=-1)).clamp_min(0))
-
     def _index(self, device: torch.device) -> None:
         """Makes what follows from the sizes alone."""
         total, k = sum(self.sizes), len(self.sizes)
         places = torch.arange(k, device=device)
         self._head_of = torch.repeat_interleave(places, torch.tensor(self.sizes, device=device), output_size=total)
-        self._members = (self._head_of.unsqueeze(1) == places).double()  # no buffer: stays float64 whatever the model's dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LinearHeads":
         super()._apply(fn, recurse)

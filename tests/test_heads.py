@@ -8,6 +8,7 @@ from rule_table import RULES
 from torch import Tensor, nn
 
 import mmfast as mf
+from mmfast.ops import linear, native, reference
 
 B, H = 6, 9
 SIZES = [3, 1, 2, 4, 1]
@@ -85,8 +86,9 @@ def test_a_masked_branch_may_hold_anything():
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_a_branch_that_sends_nothing_may_have_any_weights(masked):
-    heads, block = pair("MGDA")
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_a_branch_that_sends_nothing_may_have_any_weights(per, masked):
+    heads, block = pair("MGDA", per=per)
     with torch.no_grad():
         heads.weight[4:6] = torch.nan  # branch 2
         block.branches[2].weight.fill_(torch.nan)
@@ -141,10 +143,68 @@ def test_output_gradients_of_any_strides(per):
 
 
 def test_many_rows_in_pieces(monkeypatch):
-    """Per-sample Gramians do not depend on how many are made at once."""
-    heads, block = pair("CAGrad", per="sample")
-    monkeypatch.setattr("mmfast.heads._CHUNK", 2 * sum(SIZES) ** 2)
-    same(heads, block, (7, 2, H))
+    """Per-sample Gramians of the plain-torch form do not depend on how many are made at once."""
+    delta, weight, head_of, k = problem((7, 2), [3, 1, 7], torch.float64)
+    whole = reference.heads_gram(delta, weight, head_of, k, "sample")
+    monkeypatch.setattr("mmfast.ops.reference._PIECE", 2 * head_of.shape[0] ** 2)
+    torch.testing.assert_close(reference.heads_gram(delta, weight, head_of, k, "sample"), whole)
+
+
+def problem(shape, sizes, dtype):
+    """Output gradients, weights and places of linear branches; one branch sends nothing and has weights that must not be read."""
+    delta, weight = torch.randn(*shape, sum(sizes)).to(dtype), torch.randn(sum(sizes), 11).to(dtype)
+    head_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    delta[..., head_of == 1] = 0
+    weight[head_of == 1] = torch.nan
+    return delta, weight, head_of, len(sizes)
+
+
+@pytest.mark.skipif(not native.available, reason=str(native.missing_reason))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [None, "[K]", "[B, K]"])
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_compiled_equals_reference(per, masked, dtype):
+    """Fewer and more rows than a chain (128) and than are packed at once; every width of the last tile."""
+    for shape, sizes in [
+        ((3,), [1, 1]),
+        ((4, 5), [3, 1, 7]),
+        ((2, 130), [5, 2, 20, 6]),
+        ((17, 3), [2] * 50),
+        ((2, 1500), [40, 1, 60]),
+        ((0, 3), [2, 1]),
+    ]:
+        delta, weight, head_of, k = problem(shape, sizes, dtype)
+        mask = None
+        if masked:
+            mask = torch.rand(k if masked == "[K]" else (shape[0], k)) < 0.7
+            columns = mask[..., head_of]
+            hidden = ~columns if masked == "[K]" else ~columns.view(shape[0], *[1] * (len(shape) - 1), -1) if shape[0] else None
+            delta = delta if hidden is None else torch.where(hidden, torch.nan, delta)
+        results = []
+        for backend in ("cpu", "reference"):
+            rule = mf.Compose(mf.GradNorm(), mf.MGDA())
+            results.append(linear.heads(delta, weight, head_of, rule, k, per, mask, True, backend))
+        (out, info), (expected, expected_info) = results
+        assert out.dtype == dtype and out.isfinite().all()
+        rtol = max(8 * torch.finfo(dtype).eps, 1e-6 if dtype != torch.float64 else 1e-12)
+        torch.testing.assert_close(
+            info[..., k:], expected_info[..., k:], rtol=rtol, atol=rtol * info.abs().amax().item() if info.numel() else 0
+        )
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=10 * rtol * out.abs().amax().item() if out.numel() else 0)
+
+
+@pytest.mark.skipif(not native.available, reason=str(native.missing_reason))
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_same_bits_for_every_number_of_threads(per):
+    delta, weight, head_of, k = problem((20, 160), [2] * 50, torch.float32)
+    threads, infos = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            infos.append(linear.heads(delta, weight, head_of, mf.MGDA(), k, per, None, True)[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(infos[0], infos[1]) and torch.equal(infos[0], infos[2])
 
 
 def test_autocast():

@@ -18,6 +18,14 @@ def gradients(k=3, shape=(4, 6)):
 
 
 RNG = torch.tensor([7, 0])
+
+
+def heads(delta, k=3):
+    """Arguments of the operator of linear branches."""
+    delta = delta[:, :70]
+    return delta, torch.ones(delta.shape[1], 5), torch.arange(delta.shape[1]) * k // delta.shape[1]
+
+
 CALLS = {
     "gram": lambda g: (native.gram, (g, [], None, 0)),
     "gram sample": lambda g: (native.gram, (g, [1], torch.ones(4, len(g) + 1, dtype=torch.bool), 1)),
@@ -31,6 +39,8 @@ CALLS = {
     "resolve sample": lambda g: (native.resolve, (g, [0], None, [4, 2], [0.0, 0.0], None, RNG, 1, True, True)),
     "graddrop": lambda g: (native.graddrop, (g, [], None, 0.0, RNG)),
     "trimmed_mean": lambda g: (native.trimmed_mean, (g, [], None, 1)),
+    "heads": lambda g: (native.heads, (*heads(g[0]), None, [6, 1], [0.0], None, None, 3, 0, True)),
+    "heads sample": lambda g: (native.heads, (*heads(g[0]), torch.ones(4, 3, dtype=torch.bool), [4, 2], [0.0, 0.0], None, RNG, 3, 1, True)),
 }
 
 
@@ -86,6 +96,7 @@ def test_every_element_is_written():
 
 _BITS = """
 import hashlib, torch, mmfast as mf
+from mmfast.ops import linear
 torch.manual_seed(0)
 digest = hashlib.sha256()
 rules = [mf.Random(), mf.PCGrad(), mf.GradVac(), mf.MGDA(), mf.CAGrad(), mf.UPGrad(), mf.DualProj(), mf.PCD(), mf.NashMTL(), mf.FairGrad(2.0), mf.IMTLG(),
@@ -98,6 +109,10 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for rule in rules:
             rule.reset()
             digest.update(mf.resolve(grads, rule).double().numpy().tobytes())
+        for per in ("batch", "sample", "batch_sum"):
+            delta = torch.stack(grads, -1)
+            info = linear.heads(delta, torch.randn(k, 9).to(dtype), torch.arange(k), mf.MGDA(), k, per, None, True)[1]
+            digest.update(info.numpy().tobytes())
 print(mf.backends()["cpu"][1], digest.hexdigest())
 """
 

@@ -58,6 +58,23 @@ struct ElementwiseArgs {
   int trim;          // TrimmedMean
 };
 
+// K linear branches: output gradients [batch, rows, outputs] and weights [outputs, inputs], contiguous and of one type; branch i has
+// sizes[i] of the outputs.
+struct Heads {
+  Dtype dtype;
+  const void* delta;
+  const void* weight;
+  int64_t batch;
+  int64_t rows;
+  int64_t outputs;
+  int64_t inputs;
+  const int64_t* sizes;
+  int K;
+  Per per;
+  const bool* mask;  // as in Grads
+  int64_t mask_stride;
+};
+
 struct CpuKernels {
   const char* isa;
   bool (*accepts)(const SolveArgs&);        // whether its rules exist and its parameters suffice
@@ -72,6 +89,10 @@ struct CpuKernels {
   void (*resolve)(const Pool&, const Grads&, const SolveArgs& args, bool with_gram, void* out);
   void (*graddrop)(const Pool&, const Grads&, const ElementwiseArgs&, void* out);
   void (*trimmed_mean)(const Pool&, const Grads&, const ElementwiseArgs&, void* out);
+  // Gramian and weights of the gradients at the branches' common input, as in resolve; the resolved one is left right. `right` is
+  // [outputs, inputs]; `left` is [batch, rows, outputs], or null where delta itself will do: not per sample, no mask, not float16.
+  // Both are of delta's type, float for float16.
+  void (*heads)(const Pool&, const Heads&, const SolveArgs& args, void* left, void* right);
 };
 
 extern const CpuKernels kernels_avx512, kernels_avx2, kernels_portable;  // the first two exist on x86 only

@@ -1,5 +1,6 @@
 // The kernels of one instruction set; each isa_*.cpp compiles this file with its own flags and namespace.
 #include "elementwise.h"
+#include "heads.h"
 #include "resolve.h"
 
 #define MMFAST_TABLE_(isa) kernels_##isa
@@ -9,5 +10,5 @@
 
 namespace mmfast {
 const CpuKernels MMFAST_TABLE(MMFAST_ISA) = {MMFAST_NAME(MMFAST_ISA), MMFAST_ISA::accepts, MMFAST_ISA::state_size, MMFAST_ISA::solve_batch, MMFAST_ISA::gram, MMFAST_ISA::combine, MMFAST_ISA::resolve,
-                                           MMFAST_ISA::graddrop, MMFAST_ISA::trimmed_mean};
+                                           MMFAST_ISA::graddrop, MMFAST_ISA::trimmed_mean, MMFAST_ISA::heads};
 }

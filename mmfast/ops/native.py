@@ -12,7 +12,7 @@ from mmfast.ops import contract
 
 BUILD_LINE = "MMFAST_BUILD=cpu pip install -e . (in mmfast's source folder)"
 PATH = Path(os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "_C.so")
-OPERATORS = ["gram", "combine", "weights", "resolve", "graddrop", "trimmed_mean"]
+OPERATORS = ["gram", "combine", "weights", "resolve", "graddrop", "trimmed_mean", "heads"]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -57,6 +57,7 @@ if available:
     resolve = torch.ops.mmfast.resolve.default
     graddrop = torch.ops.mmfast.graddrop.default
     trimmed_mean = torch.ops.mmfast.trimmed_mean.default
+    heads = torch.ops.mmfast.heads.default
 
     def _problems(grads, per, mask=None):
         contract.check_grads(grads)
@@ -94,3 +95,8 @@ if available:
     def _(grads, missing, mask, trim):
         contract.check_grads(grads)
         return grads[0].new_empty(grads[0].shape)
+
+    @torch.library.register_fake("mmfast::heads")
+    def _(delta, weight, head_of, mask, steps, params, state, rng, k, per, preserve_norm):
+        info = delta.new_empty((*((delta.shape[0],) if per == 1 else ()), k + k * k), dtype=torch.float64)
+        return delta.new_empty((*delta.shape[:-1], weight.shape[1])), info

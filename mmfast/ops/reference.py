@@ -1,6 +1,6 @@
 """Every operator in plain torch: any device, any dtype, no host synchronisation. The tests' oracle and the fallback."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ _EPS = torch.finfo(torch.float64).eps
 def precision_of(dtype: torch.dtype) -> float:
     """Relative rounding of a Gramian of gradients of this dtype: float64's own, or that of the float32 it was summed in."""
     return _EPS if dtype == torch.float64 else torch.finfo(torch.float32).eps
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What numbers of x are summed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _normalised(G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +138,7 @@ def _present(grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     first = grads[0]
     batch = first.shape[0] if first.dim() else 1
     x = torch.stack([g.reshape(batch, first.numel() // max(batch, 1)) for g in grads])
-    x = x.to(torch.float64 if first.dtype == torch.float64 else torch.float32)
+    x = x.to(wide(first))
     if mask is None:
         return x
     return torch.where((mask.mT if mask.dim() == 2 else mask.unsqueeze(-1)).unsqueeze(-1), x, 0)
@@ -154,6 +159,69 @@ def gram(grads: Sequence[Tensor], mask: Tensor | None, per: str) -> Tensor:
     if per == "sample":
         return _products(x.movedim(1, 0))
     return _products(x.double().sum(1).to(x.dtype) if per == "batch_sum" else x.flatten(1))
+
+
+_PIECE = 1 << 22  # elements of per-sample products held at once
+
+
+def _fold(deltas: Tensor, products: Tensor, members: Tensor, precision: float) -> Tensor:
+    """The Gramian [..., K, K] from delta' delta [..., O, O] and W W' [O, O], both known to `precision`."""
+    squares = deltas.diagonal(dim1=-2, dim2=-1)
+    read = ((squares != 0).double() @ members @ members.mT) != 0  # the outputs of branches that send something
+    parts = torch.where(read.unsqueeze(-1) & read.unsqueeze(-2), deltas * products, 0)
+    G = members.mT @ parts @ members
+    # where the parts of a branch's gradient cancel, rounding must make it neither missing nor negative
+    floor = precision * (parts.diagonal(dim1=-2, dim2=-1).sqrt() @ members).square()
+    return G + torch.diag_embed((floor - G.diagonal(dim1=-2, dim2=-1)).clamp_min(0))
+
+
+def heads_gram(delta: Tensor, weight: Tensor, head_of: Tensor, k: int, per: str) -> Tensor:
+    """Gramian [K, K] (per="sample": [B, K, K]) float64 of the gradients delta_i W_i of K linear branches, from delta' delta and W W'."""
+    precision, outputs = precision_of(delta.dtype), delta.shape[-1]
+    accumulator = wide(delta)
+    d, w = delta.to(accumulator), weight.to(accumulator)
+    members = (head_of.unsqueeze(1) == torch.arange(k, device=delta.device)).double()
+    products = (w @ w.mT).double()
+    if per == "sample":
+        rows = d.flatten(1, -2) if d.dim() > 2 else d.unsqueeze(1)
+        pieces = rows.split(max(1, _PIECE // (outputs * outputs)))
+        return torch.cat([_fold((part.mT @ part).double(), products, members, precision) for part in pieces])
+    rows = (d.sum(0) if per == "batch_sum" else d).reshape(-1, outputs)
+    return _fold((rows.mT @ rows).double(), products, members, precision)
+
+
+def heads(
+    delta: Tensor,
+    weight: Tensor,
+    head_of: Tensor,
+    mask: Tensor | None,
+    k: int,
+    per: str,
+    solve: Callable[[Tensor, Tensor | None, float], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Linear branches: (resolved gradient [..., H] of their input, weights | Gramian); `solve` maps Gramian, mask and precision to weights.
+
+    delta [..., O] is the gradient of the branches' outputs, weight [O, H]; head_of [O] names the branch of each output, ascending.
+    """
+    row_mask = mask
+    if mask is not None:  # what a missing row or sample holds is not read, not even a NaN
+        columns = mask.index_select(-1, head_of)
+        if mask.dim() == 2:
+            columns = columns.view(mask.shape[0], *[1] * (delta.dim() - 2), head_of.shape[0])
+            row_mask = mask if per == "sample" else mask.any(0)
+        delta = torch.where(columns, delta, 0)
+    G = heads_gram(delta, weight, head_of, k, per)
+    w = solve(G, row_mask, precision_of(delta.dtype))
+    accumulator = wide(delta)
+    scale = w.to(accumulator).index_select(-1, head_of)
+    # of a branch that gets no weight nothing is read: one that sends nothing may have any weights
+    if per == "sample":
+        left = delta.to(accumulator) * scale.view(delta.shape[0], *[1] * (delta.dim() - 2), head_of.shape[0])
+        right = torch.where((scale != 0).any(0).unsqueeze(1), weight, 0)
+    else:
+        left, right = delta, torch.where(scale.unsqueeze(1) != 0, weight.to(accumulator) * scale.unsqueeze(1), 0)
+    product = accumulator if delta.dtype == torch.float16 else delta.dtype  # scaled rows could leave its range though their sum does not
+    return (left.to(product) @ right.to(product)).to(delta.dtype), torch.cat([w, G.flatten(-2)], -1)
 
 
 def combine(grads: Sequence[Tensor], mask: Tensor | None, w: Tensor, per: str) -> Tensor:
