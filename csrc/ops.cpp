@@ -132,6 +132,15 @@ void set_chain(SolveArgs& args, const char* op, const std::vector<int64_t>& step
   if (rng) std::tie(args.seed, args.counter) = draw_from(op, *rng);
 }
 
+// The solver writes weights [K] and Gramian [K, K] of each problem into info, and keeps its S numbers of state.
+void bind_info(SolveArgs& args, Tensor& info, std::optional<Tensor>& state, int64_t S) {
+  args.w = static_cast<double*>(info.mutable_data_ptr());
+  args.G = args.w + args.K;
+  args.w_stride = args.G_stride = args.K + args.K * args.K;
+  args.state = S ? static_cast<double*>(state->mutable_data_ptr()) : nullptr;
+  args.state_stride = S;
+}
+
 // (result, weights and K x K Gramian of each problem); state and rng advance in place.
 std::tuple<Tensor, Tensor> resolve_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, std::vector<int64_t> steps,
                                        std::vector<double> params, std::optional<Tensor> state, std::optional<Tensor> rng, int64_t per,
@@ -150,12 +159,7 @@ std::tuple<Tensor, Tensor> resolve_cpu(Tensors grads, std::vector<int64_t> missi
   Tensor info = per == 1 ? empty_cpu({problems, width}, aoti_torch_dtype_float64()) : empty_cpu({width}, aoti_torch_dtype_float64());
   set_chain(args, op, steps, params, S, rng);
   if (problems == 0) return {out, info};
-  double* data = static_cast<double*>(info.mutable_data_ptr());
-  args.w = data;
-  args.G = data + K;
-  args.w_stride = args.G_stride = width;
-  args.state = S ? static_cast<double*>(state->mutable_data_ptr()) : nullptr;
-  args.state_stride = S;
+  bind_info(args, info, state, S);
   kernels->resolve(torch_pool(), in.grads(), args, with_gram, out.mutable_data_ptr());
   return {out, info};
 }
@@ -283,12 +287,7 @@ std::tuple<Tensor, Tensor> heads_cpu(Tensor delta, Tensor weight, Tensor head_of
   if (copies) left = empty_cpu(delta.sizes().data(), dim, product);
   Tensor info = per == 1 ? empty_cpu({problems, width}, aoti_torch_dtype_float64()) : empty_cpu({width}, aoti_torch_dtype_float64());
   set_chain(args, op, steps, params, S, rng);
-  double* data = static_cast<double*>(info.mutable_data_ptr());
-  args.w = data;
-  args.G = data + K;
-  args.w_stride = args.G_stride = width;
-  args.state = S ? static_cast<double*>(state->mutable_data_ptr()) : nullptr;
-  args.state_stride = S;
+  bind_info(args, info, state, S);
   kernels->heads(torch_pool(), h, args, copies ? left.mutable_data_ptr() : nullptr, right.mutable_data_ptr());
   Tensor out = torch::stable::matmul(left, right);
   return {half ? torch::stable::to(out, ScalarType::Half) : out, info};
