@@ -1,4 +1,4 @@
-"""What the commands share: how they fail, what they need, and their progress bars."""
+"""What the commands share: how they fail, and what they need."""
 
 import importlib.util
 import sys

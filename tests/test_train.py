@@ -15,15 +15,13 @@ from typer.testing import CliRunner
 
 from mmfast import data
 from mmfast.cli import app
-from mmfast.data.files import folders
+from mmfast.data.files import find
 from mmfast.demo.data import builtin
 from mmfast.train import grid, results, run
 from mmfast.train.results import Result
 from mmfast.train.settings import Settings, SettingsError, canonical, make_resolver, settings
 
-needs_data = pytest.mark.skipif(
-    not any((folder / data.SETS["Wine"].file).is_file() for folder in folders()), reason="Wine is not here; set MMFAST_DATA"
-)
+needs_data = pytest.mark.skipif(find(data.SETS["Wine"].file) is None, reason="Wine is not here; set MMFAST_DATA")
 TABLE = builtin("diabetes")
 SHORT = Settings("elbo", "Wine", "GradNorm+PCGrad", 0, 5, 64, 1)
 LONG = replace(SHORT, epochs=100)

@@ -1,6 +1,8 @@
 // The Gramian of the gradients of K linear branches, from two small ones: <g_a, g_b> = <delta_a' delta_b, W_a W_b'>.
 #pragma once
 
+#include <type_traits>
+
 #include "columns.h"
 #include "resolve.h"
 
@@ -40,16 +42,6 @@ inline void fold_heads(const Heads& h, double precision, const double* deltas, c
     }
   }
 }
-
-// What the last product takes: float16 is widened, for scaled rows could leave its range though their sum does not.
-template <class T>
-struct Widened {
-  using type = T;
-};
-template <>
-struct Widened<Half> {
-  using type = float;
-};
 
 template <class T, class P>
 inline void heads_typed(const Pool& pool, const Heads& h, const SolveArgs& args, P* left, P* right) {
@@ -121,8 +113,10 @@ inline void heads_typed(const Pool& pool, const Heads& h, const SolveArgs& args,
 
 inline void heads(const Pool& pool, const Heads& h, const SolveArgs& args, void* left, void* right) {
   with_type(h.dtype, [&](auto zero) {
-    using P = typename Widened<decltype(zero)>::type;
-    heads_typed<decltype(zero), P>(pool, h, args, static_cast<P*>(left), static_cast<P*>(right));
+    using T = decltype(zero);
+    // what the last product takes: float16 is widened, for scaled rows could leave its range though their sum does not
+    using P = std::conditional_t<std::is_same_v<T, Half>, float, T>;
+    heads_typed<T, P>(pool, h, args, static_cast<P*>(left), static_cast<P*>(right));
   });
 }
 

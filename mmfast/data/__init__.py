@@ -43,7 +43,7 @@ def load(name: str) -> Table:
             f"there is no data set {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(SETS)}")
         )
     data = SETS[name]
-    return parse(name, data, read(name, data.file, data.sha256, data.address, data.source))
+    return parse(name, data, read(name, data))
 
 
 def check(name: str) -> None:
@@ -52,8 +52,7 @@ def check(name: str) -> None:
     Raises:
         DataError: as `load`, but for what is wrong in the cells.
     """
-    data = SETS[name]
-    read(name, data.file, data.sha256, data.address, data.source)
+    read(name, SETS[name])
 
 
 def parse(name: str, data: DataSet, lines: list[str]) -> Table:

@@ -10,6 +10,7 @@ import urllib.request
 import zlib
 from pathlib import Path
 
+from mmfast.data.sets import DataSet
 from mmfast.data.table import DataError
 
 _LOG = logging.getLogger(__name__)
@@ -23,19 +24,23 @@ def folders() -> list[Path]:
     return [Path(named), cache] if named else [cache]
 
 
-def read(name: str, file: str, sha256: str, address: str, source: str) -> list[str]:
+def find(file: str) -> Path | None:
+    """The first of `folders()` that has the file, with it; None if none has."""
+    return next((folder / file for folder in folders() if (folder / file).is_file()), None)
+
+
+def read(name: str, data: DataSet) -> list[str]:
     """The lines of a data set's file, from a folder or else from its address; what was downloaded is kept in the cache.
 
     Raises:
         DataError: it is nowhere and cannot be downloaded, it cannot be unpacked, or its checksum is another.
     """
-    tried = [folder / file for folder in folders()]
-    path = next((path for path in tried if path.is_file()), None)
+    path = find(data.file)
     if path is None:
-        return _lines(name, address, _download(name, tried, sha256, address, source), sha256)
+        return _download(name, data)
     try:
         content = path.read_bytes()
-        return _lines(name, str(path), gzip.decompress(content) if path.suffix == ".gz" else content, sha256)
+        return _lines(name, str(path), gzip.decompress(content) if path.suffix == ".gz" else content, data.sha256)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -52,18 +57,19 @@ def _lines(name: str, where: str, content: bytes, sha256: str) -> list[str]:
         raise DataError(f"{where} cannot be read: {error}") from None
 
 
-def _download(name: str, places: list[Path], sha256: str, address: str, source: str) -> bytes:
-    """What is at the address, now in the cache too; nothing is written unless it is whole and the right one."""
+def _download(name: str, data: DataSet) -> list[str]:
+    """The lines that are at the address, now in the cache too; nothing is written unless they are whole and the right ones."""
+    places = [folder / data.file for folder in folders()]
     nowhere = f"{name} is not here: there is no {' or '.join(map(str, places))}"
-    if not address:
-        raise DataError(f"{nowhere}; put {source or 'the file'} there, or name its folder in MMFAST_DATA")
-    _LOG.info("downloading %s from %s", name, address)
+    if not data.address:
+        raise DataError(f"{nowhere}; put {data.source or 'the file'} there, or name its folder in MMFAST_DATA")
+    _LOG.info("downloading %s from %s", name, data.address)
     try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
+        with urllib.request.urlopen(data.address, timeout=_TIMEOUT) as answer:
             content: bytes = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"{nowhere}, and {address} gives {type(error).__name__}: {error}") from None
-    _lines(name, address, content, sha256)
+        raise DataError(f"{nowhere}, and {data.address} gives {type(error).__name__}: {error}") from None
+    lines = _lines(name, data.address, content, data.sha256)
     path = places[-1]
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
@@ -74,4 +80,4 @@ def _download(name: str, places: list[Path], sha256: str, address: str, source: 
         with contextlib.suppress(OSError):
             part.unlink()
         raise DataError(f"{name} was downloaded, but {path} cannot be written: {error.strerror}") from None
-    return content
+    return lines

@@ -66,9 +66,9 @@ class HIVAE(nn.Module):
         self._counts = [len(p) for p in places[:3]]
         self.register_buffer("_numeric", torch.cat(places[:3]), persistent=False)
         self.register_buffer("_classes", places[3], persistent=False)
-        counts = [part.classes if isinstance(part, Categorical) else 2 for part in (joint.likelihoods[i] for i in places[3])]
-        self._codes = sum(counts)
-        self.register_buffer("_offsets", torch.tensor([0, *counts]).cumsum(0)[:-1], persistent=False)
+        classes = [part.classes if isinstance(part, Categorical) else 2 for part in (joint.likelihoods[i] for i in places[3])]
+        self._codes = sum(classes)
+        self.register_buffer("_offsets", torch.tensor([0, *classes]).cumsum(0)[:-1], persistent=False)
         width = sum(self._counts) + self._codes
         self.to_s = nn.Linear(width, components)
         self.to_mean, self.to_log_std = nn.Linear(width + components, latent), nn.Linear(width + components, latent)

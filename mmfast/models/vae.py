@@ -48,8 +48,13 @@ class Decoder(nn.Module):
         return apply_heads(self.heads, self.body(z))
 
 
+def _log_prior(z: Tensor) -> Tensor:
+    """log N(z; 0, I), summed over the last dimension, up to the constant that prior and posterior share."""
+    return -(0.5 * z.square()).sum(-1)
+
+
 def _log_normal(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(z; mean, std) up to the constant that prior and posterior share, summed over the last dimension."""
+    """log N(z; mean, std), likewise."""
     return -(0.5 * ((z - mean) / std).square() + std.log()).sum(-1)
 
 
@@ -120,15 +125,14 @@ class VAE(nn.Module):
         """
         mean, std = self.posterior(x, seen)
         z = mean + std * torch.randn(self.samples, *mean.shape, device=mean.device, dtype=mean.dtype)
-        zero, one = torch.zeros_like(mean), torch.ones_like(std)
         if self.objective != "dreg":
             log_x = self._log_likelihood(self.decoder(z), x, seen)
-            log_w = log_x + _log_normal(z, zero, one) - _log_normal(z, mean, std)
+            log_w = log_x + _log_prior(z) - _log_normal(z, mean, std)
             return -log_w.logsumexp(0).sum()  # of one sample: itself; log S is a constant
         log_x = self._log_likelihood(self.decoder(z.detach()), x, seen)
         frozen = {name: p.detach() for name, p in self.through.named_parameters()}
         log_x_through = self._log_likelihood(functional_call(self.through, frozen, (z,)), x, seen)
-        log_w = log_x_through + _log_normal(z, zero, one) - _log_normal(z, mean.detach(), std.detach())
+        log_w = log_x_through + _log_prior(z) - _log_normal(z, mean.detach(), std.detach())
         weight = log_w.detach().softmax(0)
         return -(weight * log_x + weight.square() * log_w).sum()
 

@@ -137,9 +137,9 @@ def report_table1(out: Out = OUT) -> None:
 def _here() -> Sequence[str]:
     """The data sets whose files are on this machine."""
     from mmfast import data
-    from mmfast.data.files import folders
+    from mmfast.data.files import find, folders
 
-    found = [name for name, entry in data.SETS.items() if any((folder / entry.file).is_file() for folder in folders())]
+    found = [name for name, entry in data.SETS.items() if find(entry.file)]
     others = [name for name in data.names() if name not in found]
     if not found:
         fail(
