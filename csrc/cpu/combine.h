@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arena.h"
+#include "pool.h"
 #include "vec.h"
 
 namespace mmfast {
@@ -100,14 +101,13 @@ inline void combine_range(const T* const* rows, int k, const typename Stored<T>:
 template <class T>
 inline void combine_parallel(const Pool& pool, const T* const* rows, int k, const typename Stored<T>::Vec::Acc* w, int64_t n, T* out) {
   const bool stream = n * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
-  if (n * k <= 32768 || pool.threads == 1) return combine_range<T>(rows, k, w, 0, n, out, stream);
+  if (n * k <= kSmallWork || pool.threads == 1) return combine_range<T>(rows, k, w, 0, n, out, stream);
   constexpr int64_t kPiece = 4096;
   auto range = [&](int64_t begin, int64_t end) {
     for (int64_t piece = end - 1; piece >= begin; --piece)
       combine_range<T>(rows, k, w, piece * kPiece, (piece + 1) * kPiece < n ? (piece + 1) * kPiece : n, out, stream);
   };
-  using Range = decltype(range);
-  pool.run((n + kPiece - 1) / kPiece, 1, [](int64_t begin, int64_t end, void* ctx) { (*static_cast<Range*>(ctx))(begin, end); }, &range);
+  share<true>(pool, (n + kPiece - 1) / kPiece, range);
 }
 
 }  // namespace MMFAST_ISA

@@ -127,7 +127,7 @@ inline void sum_units(const Pool& pool, int64_t units, int64_t work, int64_t pai
   auto add = [&](const double* slot) {
     for (int64_t e = 0; e < pairs; ++e) total[e] += slot[e];
   };
-  if (work <= 32768 || slots <= 1 || pool.threads == 1) {
+  if (work <= kSmallWork || slots <= 1 || pool.threads == 1) {
     double* slot = clear(arena.take<double>(pairs));
     range(0, units, [&](int64_t u) {
       if (u > 0 && u % group == 0) {

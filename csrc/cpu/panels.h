@@ -39,13 +39,15 @@ struct InPlace {
 };
 constexpr int kInPlace = 10;
 
-// What a tile does besides, a line in each of its steps while the multipliers are busy: fetches a row of the next stretch, and copies
-// one that was fetched before.
+// What a tile does besides, a line in each of its steps while the multipliers are busy: fetches a row of the next stretch, or copies one
+// that was fetched before. Registers that take a whole step at once leave few tiles to a stretch: there a copy fetches the next row, too.
+enum class Task { none, fetch, copy };
 template <class T>
 struct Chore {
-  const char* fetch;
-  const T* from;
-  typename Stored<T>::Vec::Acc* to;  // null: nothing to copy
+  Task task = Task::none;
+  const char* fetch = nullptr;
+  const T* from = nullptr;
+  typename Stored<T>::Vec::Acc* to = nullptr;
 };
 
 // The first chain of a chunk starts the lane sums, the others add to them.
@@ -55,8 +57,9 @@ MMFAST_INLINE void meet(typename V::Acc* lanes, typename V::Reg chain, bool firs
 }
 
 // The pairs of R rows with C others, or with themselves when C is 0; lanes of the pairs stand one after the other.
-template <class T, int R, int C, bool copies, class Rows, class V = typename Stored<T>::Vec>
-inline void tile(const Rows& rows, int i0, int j0, int steps, bool first, Chore<T> chore, typename V::Acc* lanes) {
+// A function of its own, for its loop needs every register.
+template <class T, int R, int C, Task task, class Rows, class V = typename Stored<T>::Vec>
+__attribute__((noinline)) void tile(const Rows& rows, int i0, int j0, int steps, bool first, Chore<T> chore, typename V::Acc* lanes) {
   constexpr int L = kStep<T>, P = C ? R * C : R * (R + 1) / 2;
   const typename V::Acc *a[R], *b[C ? C : 1];
   for (int i = 0; i < R; ++i) a[i] = rows(i0 + i);
@@ -65,9 +68,11 @@ inline void tile(const Rows& rows, int i0, int j0, int steps, bool first, Chore<
 #pragma GCC unroll 32
   for (int e = 0; e < P; ++e) acc[e] = V::zero();
   for (int64_t t = 0; t < static_cast<int64_t>(steps) * Rows::step; t += Rows::step) {
-    __builtin_prefetch(chore.fetch, 0, 2);
-    chore.fetch += L * sizeof(T);
-    if constexpr (copies) {
+    if constexpr (task == Task::fetch || (task == Task::copy && V::parts == 1)) {
+      __builtin_prefetch(chore.fetch, 0, 2);
+      chore.fetch += L * sizeof(T);
+    }
+    if constexpr (task == Task::copy) {
       V::store(chore.to, V::load(chore.from));
       chore.from += L;
       chore.to += V::width;
@@ -114,36 +119,49 @@ inline void pack_part(const T* row, int64_t begin, int64_t end, int part, typena
 template <class T>
 struct Feed {
   using V = typename Stored<T>::Vec;
+  static constexpr int kFetches = V::parts > 1;           // jobs of a row: one that fetches the row behind it,
+  static constexpr int kJobs = kFetches + V::parts;       // and one that copies each part
   const T* rows[2 * kPanel];
-  int jobs = 0, tiles = 0, next = 0, credit = 0;  // a job is one part of one row
+  int count = 0, tiles = 0, next = 0, credit = 0;
   int64_t begin, end, apart;
   typename V::Acc* packed;
-  bool in_place = false;  // nothing to copy: the jobs are only fetched
+  bool in_place = false;  // nothing to copy: a row is only fetched
 
-  typename V::Acc* place(int job) { return packed + job % V::parts * apart + job / V::parts * kPackedRow<V>; }
+  int jobs() const { return count * (in_place ? 1 : kJobs); }
+  typename V::Acc* place(int row, int part) { return packed + part * apart + row * kPackedRow<V>; }
   void pack() {
-    pack_part(rows[next / V::parts], begin, end, next % V::parts, place(next));
+    const int row = next / kJobs, part = next % kJobs - kFetches;
+    if (part >= 0) pack_part(rows[row], begin, end, part, place(row, part));
     ++next;
   }
   void pack_all() {
-    while (next < jobs) pack();
+    while (next < jobs()) pack();
   }
   // The share of one tile of `steps` steps; what it cannot do is done at once.
-  Chore<T> chore(int steps, const typename V::Acc* anything) {
-    Chore<T> c{reinterpret_cast<const char*>(anything), nullptr, nullptr};
+  Chore<T> chore(int steps) {
+    Chore<T> c;
+    auto fetch = [&](int row) {
+      if (row >= count) row = count - 1;  // nothing is left to fetch: any row that is there will do
+      c.fetch = reinterpret_cast<const char*>(rows[row] + begin);
+      c.task = Task::fetch;
+    };
     if (in_place) {
-      if (next < jobs) c.fetch = reinterpret_cast<const char*>(rows[next++ / V::parts] + begin);
+      if (next < count) fetch(next++);
       return c;
     }
-    credit += jobs;
+    credit += jobs();
     if (credit >= tiles && end - begin == static_cast<int64_t>(steps) * kStep<T>) {
-      c.from = rows[next / V::parts] + begin + next % V::parts * V::width;
-      c.to = place(next++);
+      const int row = next / kJobs, part = next % kJobs - kFetches;
+      fetch(row + 1);
+      if (part >= 0) {
+        c.task = Task::copy;
+        c.from = rows[row] + begin + part * V::width;
+        c.to = place(row, part);
+      }
+      ++next;
       credit -= tiles;
     }
     for (; credit >= tiles; credit -= tiles) pack();
-    const int later = next / V::parts + 1;
-    if (later * V::parts < jobs) c.fetch = reinterpret_cast<const char*>(rows[later] + begin);
     return c;
   }
 };
@@ -160,11 +178,12 @@ inline int tiles_of(int na, int nb) {
 
 template <class T, int R, int C, class Rows, class V = typename Stored<T>::Vec>
 inline void next_tile(const Rows& rows, int i, int j, int steps, bool first, Feed<T>& feed, typename V::Acc*& lanes) {
-  const Chore<T> chore = feed.chore(steps, rows(i));
-  if (chore.to)
-    tile<T, R, C, true>(rows, i, j, steps, first, chore, lanes);
-  else
-    tile<T, R, C, false>(rows, i, j, steps, first, chore, lanes);
+  const Chore<T> chore = feed.chore(steps);
+  switch (chore.task) {
+    case Task::none: tile<T, R, C, Task::none>(rows, i, j, steps, first, chore, lanes); break;
+    case Task::fetch: tile<T, R, C, Task::fetch>(rows, i, j, steps, first, chore, lanes); break;
+    case Task::copy: tile<T, R, C, Task::copy>(rows, i, j, steps, first, chore, lanes); break;
+  }
   lanes += (C ? R * C : R * (R + 1) / 2) * kStep<T>;
 }
 
@@ -253,7 +272,7 @@ inline void gram_panels(const T* const* rows, int k, int64_t n, int64_t first, i
   auto feed_of = [&](const Stretch& s) {
     Feed<T> feed;
     const int na = rows_of(s.pa), nb = s.pa == s.pb ? 0 : rows_of(s.pb);
-    if (s.chunk < last) feed.jobs = V::parts * (na + nb);
+    if (s.chunk < last) feed.count = na + nb;
     for (int i = 0; i < na; ++i) feed.rows[i] = rows[s.pa + i];
     for (int j = 0; j < nb; ++j) feed.rows[na + j] = rows[s.pb + j];
     feed.begin = s.begin, feed.end = s.end, feed.apart = apart, feed.packed = packed[turn], feed.in_place = in_place(s);
