@@ -1,6 +1,8 @@
 """Builds mmfast/_C.so, and mmfast/_host for development, with ninja. Read top to bottom: decide, compile, note the facts.
 
 MMFAST_BUILD     auto (default) | cuda | cpu | none: what to compile; auto takes the most that this machine can do
+CUDA_HOME        where the CUDA toolkit is; else nvcc is looked for on PATH and in /usr/local/cuda. No GPU is needed to compile
+TORCH_CUDA_ARCH_LIST  8.0;9.0+PTX (default): the GPUs to compile for
 MMFAST_HOST      1 adds mmfast/_host, the solvers on NumPy arrays for tests and experiments; never in a released wheel
 MMFAST_SANITIZE  1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer
 CXX, CXXFLAGS and LDFLAGS mean what they mean elsewhere
@@ -33,14 +35,52 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"avx512": AVX512, "avx2": AVX2, "portable": ""} if X86 else {"portable": "-ffp-contract=fast"}
 
 
+# no fast math, nothing fused that is not written so: the solvers are those of the CPU, bit for bit
+NVCC_FLAGS = "-O3 -std=c++17 -fmad=false --expt-relaxed-constexpr -lineinfo -Xcompiler -fPIC,-fvisibility=hidden"
+
+
+def cuda_release(home):
+    version = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    return version.partition("release ")[2].partition(",")[0] or "unknown"
+
+
+def find_cuda():
+    """(the toolkit's folder, None), or (None, why there is none to use)."""
+    nvcc = shutil.which("nvcc")
+    places = [
+        Path(place) for place in (os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda") if place
+    ]
+    home = next((place for place in places if (place / "bin/nvcc").exists() and (place / "lib64/libcudart_static.a").exists()), None)
+    if home is None:
+        return None, "no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda)"
+    release = cuda_release(home)
+    if not release[:2].isdigit() or int(release[:2]) < 12:
+        return None, f"the CUDA toolkit is {release}, 12.0 or later is needed"
+    return home, None
+
+
+def gencodes():
+    """nvcc's words for TORCH_CUDA_ARCH_LIST."""
+    words = []
+    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX").replace(" ", ";").split(";"):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        if not number.rstrip("a").isdigit():
+            sys.exit(f"mmfast: TORCH_CUDA_ARCH_LIST names {arch!r}; it must be a list such as 8.0;9.0+PTX")
+        words.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            words.append(f"-gencode arch=compute_{number},code=compute_{number}")
+    return " ".join(words)
+
+
 def decide(wanted):
-    """(build, compiler, why no more than that is built)."""
+    """(build, compiler, the CUDA toolkit's folder, why no more than that is built)."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     cxx = next((c for c in candidates if shutil.which(shlex.split(c)[0])), None)
     why_not_cpu = None if cxx else f"no C++ compiler was found (tried {', '.join(candidates)})"
     if sys.platform != "linux":
         why_not_cpu = f"the compiled code is for Linux, this is {sys.platform}"
-    why_not_cuda = why_not_cpu or "this version has no CUDA sources"
+    cuda, why_not_cuda = find_cuda()
+    why_not_cuda = why_not_cpu or why_not_cuda
     if wanted not in ("auto", "cuda", "cpu", "none"):
         sys.exit(f"mmfast: MMFAST_BUILD is {wanted!r}; it must be auto, cuda, cpu or none")
     if obstacle := {"cuda": why_not_cuda, "cpu": why_not_cpu}.get(wanted):
@@ -49,11 +89,13 @@ def decide(wanted):
         line = f"* mmfast: NOTHING IS COMPILED, only the slow plain-torch backend will work: {why_not_cpu} *"
         print("*" * len(line), line, "*" * len(line), sep="\n", file=sys.stderr)
     if wanted == "none" or why_not_cpu:
-        return "none", None, why_not_cpu
-    return "cpu", cxx, "MMFAST_BUILD=cpu" if wanted == "cpu" else why_not_cuda
+        return "none", None, None, why_not_cpu
+    if wanted == "cpu" or why_not_cuda:
+        return "cpu", cxx, None, "MMFAST_BUILD=cpu" if wanted == "cpu" else why_not_cuda
+    return "cuda", cxx, cuda, None
 
 
-BUILD, CXX, WHY_NOT_MORE = decide(os.environ.get("MMFAST_BUILD") or "auto")
+BUILD, CXX, CUDA, WHY_NOT_MORE = decide(os.environ.get("MMFAST_BUILD") or "auto")
 
 
 class Ninja(build_ext):
@@ -85,6 +127,7 @@ class Ninja(build_ext):
 
             system["host"] = [pybind11.get_include(), sysconfig.get_paths()["include"]]
         extra = {kind: " ".join(f"-isystem {shlex.quote(str(path))}" for path in paths) for kind, paths in system.items()}
+        extra["host"] += " -Wno-unknown-pragmas"  # those of the CUDA code that it runs on the CPU
         extra["ops"] += " -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION=0x020a000000000000"
         extra |= {f"isa_{isa}": flags for isa, flags in ISAS.items()}
         mapped = shlex.quote(f"-ffile-prefix-map={ROOT}=.")
@@ -92,15 +135,26 @@ class Ninja(build_ext):
             f"rule compile\n  command = {CXX} -MD -MF $out.d {self.flags()} {mapped} $extra -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {CXX} -shared {SANITIZE_FLAGS} $in -o $out $libraries {os.environ.get('LDFLAGS', '')}",
         ]
-        objects = {"ops": "", "host": "", "cpu": ""}
+        objects = {"ops": "", "host": "", "cpu": "", "cuda": ""}
         for source in sorted((ROOT / "csrc").rglob("*.cpp")):
             kind = next((kind for kind in extra if source.stem.startswith(kind)), "other")
             if kind == "host" and not HOST or kind == "other" and source.stem.startswith("isa_"):
                 continue  # the instruction set of another processor
+            if source.stem == "ops_cuda" and not CUDA:
+                continue
             lines.append(f"build {source.stem}.o: compile {os.path.relpath(source, work)}\n  extra = {extra.get(kind, '')}")
             objects[kind if kind in objects else "cpu"] += f" {source.stem}.o"
-        lines.append(f"build _C.so: link {objects['ops']} {objects['cpu']}")
-        lines.append(f"  libraries = -L{shlex.quote(str(torch_dir / 'lib'))} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10")
+        libraries = f"-L{shlex.quote(str(torch_dir / 'lib'))} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
+        if CUDA:
+            # what the assembler says of registers and spills is kept: tests/test_cuda_build.py has limits
+            nvcc = f"{shlex.quote(str(CUDA / 'bin/nvcc'))} -ccbin {shlex.quote(CXX)} {NVCC_FLAGS} {gencodes()} -Xptxas -v"
+            lines.append(f"rule cuda\n  command = {nvcc} -MD -MF $out.d -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; false)")
+            lines.append("  depfile = $out.d\n  deps = gcc")
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+                lines.append(f"build cuda_{source.stem}.o: cuda {os.path.relpath(source, work)}")
+                objects["cuda"] += f" cuda_{source.stem}.o"
+            libraries += f" -L{shlex.quote(str(CUDA / 'lib64'))} -lcudart_static -lpthread -ldl -lrt -Wl,--exclude-libs,ALL"
+        lines.append(f"build _C.so: link {objects['ops']} {objects['cpu']} {objects['cuda']}\n  libraries = {libraries}")
         if HOST:
             lines.append(f"build {TARGETS['_host']}: link {objects['host']} {objects['cpu']}")
         return "\n".join(lines) + "\n"
@@ -122,6 +176,7 @@ class Ninja(build_ext):
             "compiler": first_line(*shlex.split(CXX), "--version"),
             "flags": self.flags(),
             "isas": list(ISAS),
+            "cuda": CUDA and {"release": cuda_release(CUDA), "flags": f"{NVCC_FLAGS} {gencodes()}"},
         }
 
 

@@ -89,6 +89,10 @@ py::tuple solve(const Doubles& G, const std::vector<int64_t>& steps, const std::
 }
 
 }  // namespace
+
+void define_gpu(py::module_& m);   // host_gpu.cpp
+void define_warp(py::module_& m);  // host_warp.cpp
+
 }  // namespace mmfast
 
 PYBIND11_MODULE(_host, m) {
@@ -107,4 +111,6 @@ PYBIND11_MODULE(_host, m) {
   m.def("solve", &solve, "G"_a, "steps"_a, "params"_a, "mask"_a = py::none(), "state"_a = py::none(), "seed"_a = 0, "counter"_a = 0,
         "preserve_norm"_a = false, "isa"_a = py::none(),
         "Weights [..., K] and next state [..., S] of the Gramians G [..., K, K]; steps is a flat list of (rule id, number of parameters) pairs.");
+  define_gpu(m);
+  define_warp(m);
 }

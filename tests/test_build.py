@@ -124,6 +124,25 @@ def test_facts():
     assert str(ROOT) not in json.dumps(facts)  # it travels in wheels
 
 
+def test_the_cuda_backend_says_why_it_is_not_there(monkeypatch):
+    """No library, no CUDA in it, no GPU: each has its reason, and nothing falls back in silence."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    reason = native.why_no_cuda()
+    assert ops.backends()["cuda"] == (False, reason)
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: "):
+        ops.gram([torch.ones(2)], backend="cuda")
+    if native.read_facts(native.PATH).get("cuda"):
+        assert reason == f"torch {torch.__version__} sees no CUDA device"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert native.why_no_cuda() is None
+        with pytest.raises(ValueError, match="backend 'cuda' needs tensors on CUDA, they are on cpu"):
+            ops.gram([torch.ones(2)], backend="cuda")
+    monkeypatch.setattr(native, "available", False)
+    monkeypatch.setattr(native, "missing_reason", "no library")
+    assert native.why_no_cuda() == "no library"
+
+
 @builds
 @pytest.mark.parametrize("build", ["none", "auto"])
 def test_install_without_a_compiler(tmp_path, build):

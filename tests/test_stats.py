@@ -1,14 +1,9 @@
 """Statistics of a Gramian against the same computed from the gradients."""
 
-import doctest
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch import nn
 
-from mmfast import block, scaling, stats
-from mmfast.resolvers.simple import Mean
+from mmfast import stats
 
 
 @pytest.fixture
@@ -99,10 +94,3 @@ def test_errors(function):
         function([[1.0]])
     with pytest.raises(ValueError, match=r"w has shape \(2,\), expected weights of shape \[..., 3\]"):
         stats.cosine_to_direction(torch.eye(3), torch.ones(2))
-
-
-@pytest.mark.parametrize("module", [block, scaling, stats])
-def test_examples_in_the_docstrings(module):
-    mf = SimpleNamespace(**{**vars(scaling), **vars(block), "Mean": Mean})
-    result = doctest.testmod(module, extraglobs={"mf": mf, "torch": torch, "nn": nn})
-    assert result.attempted > 0 and result.failed == 0

@@ -126,6 +126,12 @@ MMFAST_HD inline void apply(const Team& team, int k, int K, const double* map, c
   });
 }
 
+// One rule: on the GPU a function of its own, for the assembler takes minutes over all rules in one.
+template <class R, class Team>
+MMFAST_APART void solve_rule(const Team& team, Problem& problem) {
+  R::solve(team, problem);
+}
+
 template <class Team>
 MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const Io& io, double* work, int* iwork) {
   double* dense = work;               // [k, k] the problem of this step
@@ -157,7 +163,7 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
     bool maps = false;
     with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) {
       using R = decltype(rule);
-      R::solve(team, p);
+      solve_rule<R>(team, p);
       maps = R::maps_rows;
       if (state) state += R::state_size(K);
     });
@@ -180,7 +186,7 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
         q.state = state;
         with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) {
           using R = decltype(rule);
-          R::solve(team, q);
+          solve_rule<R>(team, q);
           if (state) state += R::state_size(K);
         });
         params += chain.steps[2 * s + 1];

@@ -7,8 +7,10 @@
 
 #ifdef __CUDACC__
 #define MMFAST_HD __host__ __device__
+#define MMFAST_APART __host__ __device__ __noinline__
 #else
 #define MMFAST_HD
+#define MMFAST_APART inline
 #endif
 
 // Each instruction set compiles these headers in a namespace of its own: no inline function of one is ever linked into another.

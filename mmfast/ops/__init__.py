@@ -11,7 +11,7 @@ from mmfast.ops import contract, native, reference
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "reference")
 
 
 def backends() -> dict[str, tuple[bool, str]]:
@@ -21,7 +21,9 @@ def backends() -> dict[str, tuple[bool, str]]:
     >>> mf.backends()["reference"]
     (True, 'plain torch, any device')
     """
+    no_cuda = native.why_no_cuda()
     return {
+        "cuda": (no_cuda is None, no_cuda or "compiled; only where backend='cuda' asks for it, for no GPU has run it yet"),
         "cpu": (native.available, f"compiled, {native.cpu_isa()}" if native.available else str(native.missing_reason)),
         "reference": (True, "plain torch, any device"),
     }
@@ -32,11 +34,14 @@ def _use_native(device: torch.device, backend: str) -> bool:
         return native.available and device.type == "cpu"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "cpu" and not native.available:
-        raise RuntimeError(f"backend 'cpu' is not available: {native.missing_reason}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' needs tensors on the CPU, they are on {device}")
-    return backend == "cpu"
+    if backend == "reference":
+        return False
+    reason = native.missing_reason if backend == "cpu" else native.why_no_cuda()
+    if reason:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    if device.type != backend:
+        raise ValueError(f"backend {backend!r} needs tensors on {backend.upper()}, they are on {device}")
+    return True
 
 
 def _restrict(mask: Tensor | None, missing: Sequence[int], k: int) -> Tensor | None:
@@ -54,7 +59,7 @@ def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = N
         per: "batch" takes each gradient as one vector; "sample" one Gramian per entry of the leading dimension;
             "batch_sum" the Gramian of the gradients summed over the leading dimension.
         mask: bool [K], or [B, K] for a mask per sample; False entries count as zero and are not read.
-        backend: "auto", "cpu" (compiled) or "reference" (plain torch).
+        backend: "auto", "cpu" or "cuda" (compiled), or "reference" (plain torch). "auto" is "cpu" on the CPU, "reference" elsewhere.
 
     Returns:
         float64 [K, K], or [B, K, K] per sample, freshly allocated. Products are summed in single precision over at most 4096
@@ -202,11 +207,14 @@ def _keep(states: list[Tensor | None], joined: Tensor | None) -> None:
             state.copy_(after)
 
 
-def _stream(chain: list[Rule]) -> Tensor | None:
+def _stream(chain: list[Rule], device: torch.device) -> Tensor | None:
     """The random stream of a chain: its first random rule's; the steps draw from different places of it."""
     for rule in chain:
         if rule.random:
-            return rule._buffers["rng"]
+            rng = cast(Tensor, rule._buffers["rng"])
+            if rng.device != device:
+                rule.rng = rng = rng.to(device)
+            return rng
     return None
 
 
@@ -249,7 +257,7 @@ def solve(G: Tensor, resolver: Resolver, mask: Tensor | None, preserve_norm: boo
         there = _there(G, mask)
         w = _ask(resolver, G, there, precision)
         return w if not preserve_norm else reference.preserve_norm(G, there, w, precision)
-    states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain)
+    states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain, G.device)
     if _use_native(G.device, backend):
         steps, params = _steps(chain)
         state = _joined(states)
@@ -285,7 +293,7 @@ def resolve(
         bits on every run, thread count and instruction set. A non-finite gradient gives a non-finite result.
 
     >>> import torch, mmfast as mf
-    >>> mf.resolve([torch.tensor([-4.0, 1.0, 1.0]), torch.tensor([6.0, 1.0, 1.0])], mf.MGDA())
+    >>> mf.resolve([torch.tensor([-3.0, 1.0, 1.0]), torch.tensor([5.0, 1.0, 1.0])], mf.MGDA())
     tensor([0., 1., 1.])
     """
     k = len(grads)
@@ -337,7 +345,7 @@ def _resolve(
             contract.check(grads, per, mask, k)
         return _resolve_general(grads, resolver, k, missing, per, mask, preserve_norm, use_native)
     problems = (first.shape[0],) if code == 1 and first.dim() else ()
-    states, rng = _states(chain, problems, k, first.device), _stream(chain)
+    states, rng = _states(chain, problems, k, first.device), _stream(chain, first.device)
     with_gram = with_info or preserve_norm or chain[0].needs_gram or any(rule.needs_gram for rule in chain)
     if not use_native:
         return reference.resolve(grads, missing, mask, chain, states, rng, per, preserve_norm, with_gram)

@@ -30,7 +30,7 @@ def heads(
             return ops.solve(G, resolver, row_mask, preserve_norm, precision, backend)
 
         return reference.heads(delta, weight, head_of, mask, k, per, solve)
-    states, rng = ops._states(chain, (delta.shape[0],) if per == "sample" else (), k, delta.device), ops._stream(chain)
+    states, rng = ops._states(chain, (delta.shape[0],) if per == "sample" else (), k, delta.device), ops._stream(chain, delta.device)
     steps, params = ops._steps(chain)
     state = ops._joined(states)
     out, info = native.heads(delta, weight, head_of, mask, steps, params, state, rng, k, contract.PER[per], preserve_norm)

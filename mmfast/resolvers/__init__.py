@@ -59,7 +59,7 @@ def resolver(name: str, **kwargs: Any) -> Resolver:
     >>> mf.resolver("imtl-g")
     IMTLG()
     >>> mf.resolver("cagrad", c=0.4)
-    CAGrad(c=0.4)
+    CAGrad(c=0.4, rescale=0)
     """
     rule = _BY_NAME.get(_plain(name))
     if rule is None:

@@ -20,6 +20,7 @@ class Compose(Resolver):
 
     Example:
         >>> mf.Compose(mf.GradNorm(alpha=1.0), mf.PCGrad())
+        Compose(GradNorm(alpha=1.0, lr=0.001, update_at=20), PCGrad(reduction='sum', order='random'))
     """
 
     parts: Sequence[Resolver]

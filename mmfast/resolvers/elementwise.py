@@ -1,7 +1,7 @@
 """Rules that decide element by element and so need the gradients themselves: GradDrop, TrimmedMean. Mirrors csrc/cpu/elementwise.h."""
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -84,7 +84,10 @@ class GradDrop(ElementwiseRule):
     def native(self, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
         from mmfast.ops import native
 
-        return native.graddrop(grads, missing, mask, self.leak, self._buffers["rng"])
+        rng = cast(Tensor, self._buffers["rng"])
+        if rng.device != grads[0].device:
+            self.rng = rng = rng.to(grads[0].device)
+        return native.graddrop(grads, missing, mask, self.leak, rng)
 
     def advance(self) -> None:
         advance(self.rng)

@@ -1,0 +1,68 @@
+// A block of kThreads threads as kernels see it: on the GPU one thread of it, in tests on the CPU all of them in turn.
+// A kernel is written as a row of steps, each of them each(f), with barriers between; what a thread keeps from one step to the next is
+// Per<T>. So the very code that runs on the GPU is run in tests without one, and its order of summation compared bit for bit.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../solvers/team.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+
+constexpr int kThreads = 128;  // the lanes of all chains of a chunk (gramian.h)
+
+#ifdef __CUDACC__
+#define MMFAST_BLOCK __device__
+
+struct Block {
+  template <class T>
+  struct Per {
+    T value;
+    __device__ T& operator()(int) { return value; }
+  };
+  template <class F>
+  __device__ void each(F f) const {
+    f(static_cast<int>(threadIdx.x));
+  }
+  __device__ void sync() const { __syncthreads(); }
+  // x of the thread `stride` further on, among `lanes` neighbours, is added to x
+  template <class T>
+  __device__ void add_from(Per<T>& x, int stride, int lanes) const {
+    x.value += __shfl_down_sync(~0u, x.value, stride, lanes);
+  }
+};
+
+__device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+#else
+#define MMFAST_BLOCK
+
+struct Block {
+  template <class T>
+  struct Per {
+    T value[kThreads];
+    T& operator()(int thread) { return value[thread]; }
+  };
+  template <class F>
+  void each(F f) const {
+    for (int t = 0; t < kThreads; ++t) f(t);
+  }
+  void sync() const {}
+  template <class T>
+  void add_from(Per<T>& x, int stride, int lanes) const {
+    T moved[kThreads];
+    for (int t = 0; t < kThreads; ++t) moved[t] = t % lanes + stride < lanes ? x(t + stride) : x(t);
+    for (int t = 0; t < kThreads; ++t) x(t) += moved[t];
+  }
+};
+
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline double fused(double a, double b, double c) { return std::fma(a, b, c); }
+
+#endif
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

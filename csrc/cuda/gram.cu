@@ -1,0 +1,115 @@
+// The first pass: partial Gramians of slots, then the slots of each problem in order (gram.h).
+#define MMFAST_ISA cuda
+#include "launch.h"
+#include "tiles.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+template <class T, int R, int C>
+__global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Units units, double* slots) {
+  __shared__ Acc<T> shared[tile_shared<T>()];
+  const Corner at = corner<R, C>(rows.k, static_cast<int>(blockIdx.y));
+  for (int64_t s = blockIdx.x; s < units.slots(); s += gridDim.x)
+    gram_slot<T, R, C>(Block{}, rows, units, s, at.row, at.column, shared, slots + s * pair_count(rows.k));
+}
+
+struct RowOf {
+  int16_t at[kMaxRows];
+};
+
+__global__ void fold_kernel(const double* slots, int64_t per_problem, int k, int K, const __grid_constant__ RowOf row_of, int64_t problems, double* G, int64_t stride) {
+  const int64_t size = static_cast<int64_t>(K) * K;
+  for (int64_t e = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; e < problems * size; e += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t b = e / size, pairs = pair_count(k);
+    const int i = static_cast<int>(e % size / K), j = static_cast<int>(e % K);
+    G[b * stride + e % size] = fold_slots(slots + b * per_problem * pairs, per_problem, pairs, k, row_of.at[i], row_of.at[j]);
+  }
+}
+
+// Masked rows are left out by the caller: rows.mask is looked at here for samples only.
+template <class T>
+__global__ void sums_kernel(const __grid_constant__ Rows rows, int64_t batch, int64_t inner, Acc<T>* sums) {
+  for (int64_t e = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; e < rows.k * inner; e += int64_t{gridDim.x} * blockDim.x) {
+    const int i = static_cast<int>(e / inner);
+    const T* row = static_cast<const T*>(rows.at[i]) + e % inner;
+    double sum = 0.0;
+    for (int64_t b = 0; b < batch; ++b)
+      if (!rows.mask || rows.mask[b * rows.mask_stride + rows.places[i]]) sum += static_cast<double>(number(row + b * inner));
+    sums[e] = static_cast<Acc<T>>(sum);
+  }
+}
+
+// Threads that find a non-zero element all write the same 1.
+template <class T>
+__global__ void presence_kernel(const __grid_constant__ Rows rows, int K, int64_t batch, int64_t inner, bool samples, double* G, int64_t stride) {
+  const int i = static_cast<int>(blockIdx.y);
+  const T* row = static_cast<const T*>(rows.at[i]);
+  for (int64_t t = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; t < batch * inner; t += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t b = t / inner;
+    if (rows.mask && !rows.mask[b * rows.mask_stride + rows.places[i]]) continue;
+    if (!(number(row + t) == 0)) G[(samples ? b : 0) * stride + rows.places[i] * int64_t{K + 1}] = 1.0;
+  }
+}
+
+template <class T>
+void launch_gram(const Rows& rows, const Units& units, double* slots, cudaStream_t stream) {
+  for_tiles(rows.k, [&](auto r, auto c, int tiles) {
+    gram_kernel<T, decltype(r)::value, decltype(c)::value><<<dim3(blocks_for(units.slots()), tiles), kThreads, 0, stream>>>(rows, units, slots);
+    check_launch("gram");
+  });
+}
+
+Units units_of(const Grads& g) {
+  if (g.per == Per::sample || g.mask_stride) return sample_units(g.batch, g.inner, g.per == Per::sample);
+  return whole_units(g.batch * g.inner);
+}
+
+}  // namespace
+}  // namespace MMFAST_ISA
+
+namespace gpu {
+
+SlotPlan plan_slots(const Grads& g) {
+  const int64_t slots = cuda::units_of(g).slots();
+  return {slots, g.per == Per::sample ? 1 : slots, slots * pair_count(g.k)};
+}
+
+void batch_sums(const Grads& g, void* sums, Stream stream) {
+  cuda::with_type(g.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    cuda::sums_kernel<T><<<cuda::blocks_for((g.k * g.inner + 255) / 256), 256, 0, cuda::raw(stream)>>>(
+        cuda::rows_of(g), g.batch, g.inner, static_cast<cuda::Acc<T>*>(sums));
+    cuda::check_launch("batch_sums");
+  });
+}
+
+void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, Stream stream) {
+  const SlotPlan plan = plan_slots(g);
+  const int64_t problems = g.per == Per::sample ? g.batch : 1;
+  if (plan.slots)
+    cuda::with_type(g.dtype, [&](auto zero) { cuda::launch_gram<decltype(zero)>(cuda::rows_of(g), cuda::units_of(g), workspace, cuda::raw(stream)); });
+  cuda::RowOf row_of;
+  for (int place = 0; place < g.K; ++place) row_of.at[place] = -1;
+  for (int i = 0; i < g.k; ++i) row_of.at[g.places[i]] = static_cast<int16_t>(i);
+  const int64_t entries = problems * g.K * g.K;
+  if (entries == 0) return;
+  cuda::fold_kernel<<<cuda::blocks_for((entries + 127) / 128), 128, 0, cuda::raw(stream)>>>(workspace, plan.per_problem, g.k, g.K, row_of, problems, G, G_stride);
+  cuda::check_launch("fold");
+}
+
+void presence(const Grads& g, double* G, int64_t G_stride, Stream stream) {
+  const int64_t problems = g.per == Per::sample ? g.batch : 1, n = g.batch * g.inner;
+  const size_t width = sizeof(double) * g.K * g.K;
+  cudaMemset2DAsync(G, sizeof(double) * G_stride, 0, width, problems, cuda::raw(stream));
+  if (n == 0) return;
+  cuda::with_type(g.dtype, [&](auto zero) {
+    cuda::presence_kernel<decltype(zero)><<<dim3(cuda::blocks_for((n + 1023) / 1024), g.k), 256, 0, cuda::raw(stream)>>>(
+        cuda::rows_of(g), g.K, g.batch, g.inner, g.per == Per::sample, G, G_stride);
+    cuda::check_launch("presence");
+  });
+}
+
+}  // namespace gpu
+}  // namespace mmfast

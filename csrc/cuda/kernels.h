@@ -1,0 +1,44 @@
+// What ops_cuda.cpp asks of the CUDA code: launches in the given stream, on the current device, nothing that waits for the GPU.
+// Nothing here names torch, and workspaces come from the caller.
+#pragma once
+
+#include <cstdint>
+
+#include "../cpu/kernels.h"
+
+namespace mmfast {
+namespace gpu {
+
+using Stream = void*;
+
+// The numbers of a chain of rules, small enough to travel as a kernel's argument.
+constexpr int kMaxSteps = 16, kMaxParams = 1024;
+
+// How a Gramian is summed: slots of every problem, and the doubles that they take.
+struct SlotPlan {
+  int64_t slots;         // of all problems
+  int64_t per_problem;
+  int64_t workspace;     // doubles for gram()
+};
+SlotPlan plan_slots(const Grads& g);
+
+// sums [k, inner] over the batch, in accumulator precision, masked samples left out: what per = batch_sum takes the Gramian of.
+void batch_sums(const Grads& g, void* sums, Stream stream);
+// G [K, K] of problem b at G + b * G_stride.
+void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, Stream stream);
+// Only the diagonal: 1 where a row has a non-zero element.
+void presence(const Grads& g, double* G, int64_t G_stride, Stream stream);
+
+int64_t solve_workspace(const SolveArgs& args);  // doubles
+// Pointers of args are the device's, but for steps and params; `rng` (seed, counter) on the device moves on, or is null.
+void solve(const SolveArgs& args, int64_t* rng, double* workspace, Stream stream);
+
+// w of problem b at w + b * w_stride; rows of weight zero are not read when `skip`.
+void combine(const Grads& g, const double* w, int64_t w_stride, bool skip, void* out, Stream stream);
+
+void graddrop(const Grads& g, double leak, int64_t* rng, void* out, Stream stream);
+// `present` [K, K] is the result of presence().
+void trimmed_mean(const Grads& g, const double* present, int trim, void* out, Stream stream);
+
+}  // namespace gpu
+}  // namespace mmfast

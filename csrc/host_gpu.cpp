@@ -1,0 +1,103 @@
+// The GPU's kernels on the CPU, thread by thread (cuda/exec.h): what they compute is tested where there is no GPU.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <vector>
+
+#define MMFAST_ISA host_gpu
+#include "cuda/combine.h"
+#include "cuda/gram.h"
+#include "cuda/tiles.h"
+
+namespace py = pybind11;
+
+namespace mmfast {
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
+
+// The rows [batch, inner] of one call, and how they are summed.
+template <class T>
+struct Inputs {
+  host_gpu::Rows rows{};
+  host_gpu::Units units{};
+  int64_t batch, inner;
+  bool samples;  // a problem each, or masked each on their own
+
+  Inputs(const std::vector<Array<T>>& grads, const std::optional<Bools>& mask, bool per_sample) {
+    const int k = static_cast<int>(grads.size());
+    if (k < 1 || k > kMaxRows) throw py::value_error("grads must hold 1 to 256 arrays");
+    for (int i = 0; i < k; ++i) {
+      if (grads[i].ndim() != 2 || grads[i].shape(0) != grads[0].shape(0) || grads[i].shape(1) != grads[0].shape(1))
+        throw py::value_error("grads must be arrays [batch, inner] of one shape");
+      rows.at[i] = grads[i].data();
+      rows.places[i] = static_cast<int16_t>(i);
+    }
+    batch = grads[0].shape(0), inner = grads[0].shape(1);
+    rows.k = k;
+    const bool apart = mask && mask->ndim() == 2;
+    if (mask && mask->size() != (apart ? batch * k : k)) throw py::value_error("mask must have shape [K] or [batch, K]");
+    rows.mask = mask ? mask->data() : nullptr;
+    rows.mask_stride = apart ? k : 0;
+    samples = per_sample || apart;
+    units = samples ? host_gpu::sample_units(batch, inner, per_sample) : host_gpu::whole_units(batch * inner);
+  }
+};
+
+template <class T>
+py::array_t<double> gram(const std::vector<Array<T>>& grads, const std::optional<Bools>& mask, bool per_sample) {
+  const Inputs<T> in(grads, mask, per_sample);
+  const int k = in.rows.k;
+  const int64_t slots = in.units.slots(), pairs = pair_count(k), problems = per_sample ? in.batch : 1;
+  std::vector<double> sums(static_cast<size_t>(slots * pairs), NAN);  // what no tile writes shows
+  std::vector<host_gpu::Acc<T>> shared(host_gpu::tile_shared<T>());
+  host_gpu::for_tiles(k, [&](auto rows, auto columns, int tiles) {
+    constexpr int R = decltype(rows)::value, C = decltype(columns)::value;
+    for (int tile = 0; tile < tiles; ++tile)
+      for (int64_t s = 0; s < slots; ++s) {
+        const host_gpu::Corner at = host_gpu::corner<R, C>(k, tile);
+        host_gpu::gram_slot<T, R, C>(host_gpu::Block{}, in.rows, in.units, s, at.row, at.column, shared.data(), sums.data() + s * pairs);
+      }
+  });
+  py::array_t<double> G({problems, static_cast<int64_t>(k), static_cast<int64_t>(k)});
+  const int64_t each = per_sample ? 1 : slots;
+  for (int64_t b = 0; b < problems; ++b)
+    for (int i = 0; i < k; ++i)
+      for (int j = 0; j < k; ++j) G.mutable_at(b, i, j) = host_gpu::fold_slots(sums.data() + b * each * pairs, each, pairs, k, i, j);
+  return G;
+}
+
+template <class T>
+Array<T> combine(const std::vector<Array<T>>& grads, const py::array_t<double, py::array::c_style | py::array::forcecast>& w,
+                 const std::optional<Bools>& mask, bool per_sample, bool skip) {
+  const Inputs<T> in(grads, mask, per_sample);
+  if (w.size() != (per_sample ? in.batch : 1) * in.rows.k) throw py::value_error("w must have shape [K], or [batch, K] per sample");
+  Array<T> out({in.batch, in.inner});
+  for (int64_t t = 0; t < in.batch * in.inner; ++t) {
+    const int64_t sample = in.samples ? t / in.inner : 0;
+    out.mutable_data()[t] = host_gpu::weighted<T>(in.rows, w.data() + (per_sample ? sample * in.rows.k : 0), sample, t, skip);
+  }
+  return out;
+}
+
+template <class T>
+void define(py::module_& m) {
+  using namespace py::literals;
+  m.def("gpu_gram", &gram<T>, "grads"_a, "mask"_a = py::none(), "per_sample"_a = false,
+        "Gramians [1 or batch, K, K] of arrays [batch, inner] as the CUDA kernels sum them.");
+  m.def("gpu_combine", &combine<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "per_sample"_a = false, "skip"_a = false,
+        "The weighted sum of arrays [batch, inner] as the CUDA kernels form it.");
+}
+
+}  // namespace
+
+void define_gpu(py::module_& m) {
+  define<float>(m);
+  define<double>(m);
+}
+
+}  // namespace mmfast

@@ -1,0 +1,92 @@
+// The solvers run by a team of 32 threads, as a warp of the GPU runs them: shows that they agree with one thread, bit for bit.
+#include <pthread.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#define MMFAST_ISA host_warp
+#include "solvers/solve.h"
+
+namespace py = pybind11;
+using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
+
+namespace mmfast {
+namespace {
+
+using host_warp::kTeamLanes;
+
+// What the threads of a team share.
+struct Meeting {
+  pthread_barrier_t barrier;
+  double values[kTeamLanes];
+  Meeting() { pthread_barrier_init(&barrier, nullptr, kTeamLanes); }
+  ~Meeting() { pthread_barrier_destroy(&barrier); }
+};
+
+class Threads {
+ public:
+  Threads(Meeting& meeting, int rank) : meeting_(meeting), rank_(rank) {}
+  int rank() const { return rank_; }
+  int size() const { return kTeamLanes; }
+  void sync() const { pthread_barrier_wait(&meeting_.barrier); }
+  // cuda/warp.h, with an array in place of shuffles
+  template <class F>
+  double sum(int n, F f) const {
+    double value = rank_ < n ? f(rank_) : 0.0;
+    for (int i = rank_ + kTeamLanes; i < n; i += kTeamLanes) value += f(i);
+    meeting_.values[rank_] = value;
+    sync();
+    double lanes[kTeamLanes];
+    std::copy(meeting_.values, meeting_.values + kTeamLanes, lanes);
+    sync();
+    int m = 1;
+    while (m < n && m < kTeamLanes) m *= 2;
+    for (int stride = m / 2; stride > 0; stride /= 2)
+      for (int l = 0; l < stride; ++l) lanes[l] += lanes[l + stride];
+    return lanes[0];
+  }
+
+ private:
+  Meeting& meeting_;
+  int rank_;
+};
+
+py::tuple solve(const Doubles& G, const std::vector<int64_t>& steps, const std::vector<double>& params, const std::optional<Bools>& mask,
+                const std::optional<Doubles>& state, uint64_t seed, uint32_t counter, bool preserve_norm) {
+  if (G.ndim() != 2 || G.shape(0) != G.shape(1) || G.shape(0) < 1 || G.shape(0) > 256) throw py::value_error("G must have shape [K, K] with K from 1 to 256");
+  const int K = static_cast<int>(G.shape(0));
+  const host_warp::Chain chain{steps.data(), static_cast<int>(steps.size() / 2), params.data(), preserve_norm};
+  const int size = host_warp::chain_state_size(chain, K);
+  if (state && state->size() != size) throw py::value_error("state must hold " + std::to_string(size) + " numbers");
+  Doubles w(K), next(size);
+  std::fill_n(next.mutable_data(), size, 0.0);
+  if (state) std::copy_n(state->data(), size, next.mutable_data());
+  std::vector<double> work(static_cast<size_t>(host_warp::solve_work_size(K)));
+  std::vector<int> iwork(static_cast<size_t>(host_warp::solve_iwork_size(K)));
+  const host_warp::Io io{G.data(), mask ? mask->data() : nullptr, size ? next.mutable_data() : nullptr, seed, counter, 0, w.mutable_data()};
+  Meeting meeting;
+  {
+    const py::gil_scoped_release release;
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < kTeamLanes; ++rank)
+      threads.emplace_back([&, rank] { host_warp::solve(Threads(meeting, rank), chain, K, io, work.data(), iwork.data()); });
+    for (std::thread& thread : threads) thread.join();
+  }
+  return py::make_tuple(w, next);
+}
+
+}  // namespace
+
+void define_warp(py::module_& m) {
+  using namespace py::literals;
+  m.def("warp_solve", &solve, "G"_a, "steps"_a, "params"_a, "mask"_a = py::none(), "state"_a = py::none(), "seed"_a = 0, "counter"_a = 0,
+        "preserve_norm"_a = false, "solve() for one Gramian [K, K], by 32 threads that work together as a warp does.");
+}
+
+}  // namespace mmfast

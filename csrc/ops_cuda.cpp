@@ -1,0 +1,176 @@
+// The CUDA registration: what ops.cpp does, in the current stream of the gradients' device, without waiting for it.
+#include <dlfcn.h>
+
+#include <cfloat>
+#include <stdexcept>
+#include <tuple>
+
+#include "chain.h"
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+#include "inputs.h"
+
+// Lives in torch's CUDA library: weak, so that this library loads where torch has none.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace mmfast {
+namespace {
+
+const CpuKernels* kernels = choose_kernels();  // knows the rules
+
+gpu::Stream current_stream(int32_t device) {
+  static const auto ask = [] {
+    if (aoti_torch_get_current_cuda_stream) return &aoti_torch_get_current_cuda_stream;
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    if (!found) throw std::runtime_error("mmfast: this torch has no CUDA streams");
+    return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(found);
+  }();
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(ask(device, &stream));
+  return stream;
+}
+
+Device cuda_or_throw(const char* op, const Tensor& t) {
+  const Device device = device_of(t);
+  STD_TORCH_CHECK(device.type == aoti_torch_device_type_cuda(), op, ": all tensors must be on one device");
+  return device;
+}
+
+double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
+
+// The device of one call: current while this lives, with its stream.
+struct Call {
+  const char* op;
+  Device device;
+  gpu::OnDevice guard;
+  gpu::Stream stream;
+  Call(const char* op, const Tensor& t) : op(op), device(cuda_or_throw(op, t)), guard(device.index), stream(current_stream(device.index)) {}
+  Tensor workspace(int64_t count) const { return empty(device, {count}, aoti_torch_dtype_float64()); }
+  Tensor problems_by(const Inputs& in, std::initializer_list<int64_t> sizes) const {
+    std::vector<int64_t> all(sizes);
+    if (in.grads().per == Per::sample) all.insert(all.begin(), in.problems());
+    return empty(device, all.data(), static_cast<int64_t>(all.size()), aoti_torch_dtype_float64());
+  }
+};
+
+void gram_into(const Call& call, const Inputs& in, double* G, int64_t stride) {
+  Grads g = in.grads();
+  Tensor sums = call.workspace(0);
+  const void* rows[kMaxRows];
+  if (g.per == Per::batch_sum) {
+    const bool wide = g.dtype == Dtype::f64;
+    sums = empty(call.device, {g.k, g.inner}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+    gpu::batch_sums(g, sums.mutable_data_ptr(), call.stream);
+    for (int i = 0; i < g.k; ++i) rows[i] = static_cast<const char*>(sums.const_data_ptr()) + i * g.inner * (wide ? 8 : 4);
+    g = {wide ? Dtype::f64 : Dtype::f32, rows, g.k, g.places, g.K, 1, g.inner, Per::batch, nullptr, 0};
+  }
+  const Tensor slots = call.workspace(gpu::plan_slots(g).workspace);
+  gpu::gram(g, doubles(slots), G, stride, call.stream);
+}
+
+void solve(const Call& call, const SolveArgs& args, const std::optional<Tensor>& rng) {
+  const Tensor workspace = call.workspace(gpu::solve_workspace(args));
+  gpu::solve(args, rng ? stream_of(call.op, *rng, call.device) : nullptr, doubles(workspace), call.stream);
+}
+
+std::tuple<Tensor, Tensor> resolve_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, std::vector<int64_t> steps,
+                                        std::vector<double> params, std::optional<Tensor> state, std::optional<Tensor> rng, int64_t per,
+                                        bool preserve_norm, bool with_gram) {
+  const char* op = "mmfast::resolve";
+  const Inputs in(op, grads, missing, mask, per);
+  const Call call(op, in.first());
+  const int64_t K = in.grads().K;
+  STD_TORCH_CHECK(with_gram || !preserve_norm, op, ": preserve_norm needs the Gramian");
+  SolveArgs args{};
+  args.batch = in.problems();
+  args.K = static_cast<int>(K);
+  args.precision = in.grads().dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
+  args.preserve_norm = preserve_norm;
+  const int64_t S = state_width(op, state, call.device, args.batch);
+  Tensor out = in.like_one(), info = call.problems_by(in, {K + K * K});
+  set_chain(*kernels, args, op, steps, params, S);
+  if (rng) stream_of(op, *rng, call.device);
+  bind_info(args, info, state, S);
+  double* G = const_cast<double*>(args.G);
+  with_gram = with_gram || in.grads().per == Per::batch_sum;  // there a row is missing when its batch sum is zero
+  if (args.batch && with_gram) gram_into(call, in, G, args.G_stride);
+  if (args.batch && !with_gram) gpu::presence(in.grads(), G, args.G_stride, call.stream);
+  solve(call, args, rng);
+  gpu::combine(in.grads(), args.w, args.w_stride, with_gram, out.mutable_data_ptr(), call.stream);
+  return {out, info};
+}
+
+Tensor gram_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, int64_t per) {
+  const char* op = "mmfast::gram";
+  const Inputs in(op, grads, missing, mask, per);
+  const Call call(op, in.first());
+  const int64_t K = in.grads().K;
+  Tensor G = call.problems_by(in, {K, K});
+  gram_into(call, in, doubles(G), K * K);
+  return G;
+}
+
+Tensor combine_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, Tensor w, int64_t per) {
+  const char* op = "mmfast::combine";
+  const Inputs in(op, grads, missing, mask, per);
+  const Call call(op, in.first());
+  STD_TORCH_CHECK(device_of(w) == call.device && w.is_contiguous() && dtype_of(w) == aoti_torch_dtype_float64() &&
+                      w.numel() == in.problems() * in.grads().K,
+                  op, ": w must be a contiguous float64 tensor [K], or [B, K] per sample");
+  Tensor out = in.like_one();
+  gpu::combine(in.grads(), static_cast<const double*>(w.const_data_ptr()), in.grads().K, false, out.mutable_data_ptr(), call.stream);
+  return out;
+}
+
+Tensor weights_cuda(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t> steps, std::vector<double> params, std::optional<Tensor> state,
+                    std::optional<Tensor> rng, bool preserve_norm, double precision) {
+  const Call call("mmfast::weights", gram);
+  SolveArgs args{};
+  bind_gramians(args, call.op, gram, mask);
+  Tensor w = empty(call.device, gram.sizes().data(), gram.dim() - 1, aoti_torch_dtype_float64());
+  args.preserve_norm = preserve_norm;
+  args.precision = precision;
+  const int64_t S = state_width(call.op, state, call.device, args.batch);
+  set_chain(*kernels, args, call.op, steps, params, S);
+  args.state = S ? doubles(*state) : nullptr;
+  args.state_stride = S;
+  args.w = doubles(w);
+  args.w_stride = args.K;
+  solve(call, args, rng);
+  return w;
+}
+
+Tensor graddrop_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, double leak, Tensor rng) {
+  const char* op = "mmfast::graddrop";
+  const Inputs in(op, grads, missing, mask, 0);
+  const Call call(op, in.first());
+  Tensor out = in.like_one();
+  gpu::graddrop(in.grads(), leak, stream_of(op, rng, call.device), out.mutable_data_ptr(), call.stream);
+  return out;
+}
+
+Tensor trimmed_mean_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, int64_t trim) {
+  const char* op = "mmfast::trimmed_mean";
+  const Inputs in(op, grads, missing, mask, 0);
+  const Call call(op, in.first());
+  STD_TORCH_CHECK(trim >= 0, op, ": trim must not be negative");
+  Tensor out = in.like_one();
+  const int64_t K = in.grads().K;
+  const Tensor present = call.workspace(K * K);
+  gpu::presence(in.grads(), doubles(present), K * K, call.stream);
+  gpu::trimmed_mean(in.grads(), doubles(present), static_cast<int>(trim < kMaxRows ? trim : kMaxRows), out.mutable_data_ptr(), call.stream);
+  return out;
+}
+
+}  // namespace
+}  // namespace mmfast
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) {
+  m.impl("gram", TORCH_BOX(&mmfast::gram_cuda));
+  m.impl("combine", TORCH_BOX(&mmfast::combine_cuda));
+  m.impl("weights", TORCH_BOX(&mmfast::weights_cuda));
+  m.impl("resolve", TORCH_BOX(&mmfast::resolve_cuda));
+  m.impl("graddrop", TORCH_BOX(&mmfast::graddrop_cuda));
+  m.impl("trimmed_mean", TORCH_BOX(&mmfast::trimmed_mean_cuda));
+}

@@ -1,0 +1,152 @@
+"""The compiled CUDA operators on a GPU: the bits of the CPU, the same on every run, nothing that waits for the device."""
+
+import pytest
+import torch
+from problems import gramian
+from rule_table import RULES
+
+import mmfast as mf
+from mmfast import ops
+from mmfast.ops import native
+
+pytestmark = pytest.mark.skipif(native.why_no_cuda() is not None, reason=f"no GPU to test: {native.why_no_cuda()}")
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LIBM = ("Random", "NashMTL", "FairGrad")  # exp, log and pow of the GPU round differently
+
+
+def gradients(k, shape, dtype):
+    return [torch.randn(shape).mul(10.0 ** float(torch.randint(-1, 2, ()))).to(dtype) for _ in range(k)]
+
+
+def gpu(tensors):
+    return [t.cuda() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8, 9, 13, 29, 64])
+def test_gram_and_combine_have_the_bits_of_the_cpu(k, dtype):
+    for shape in [(1, 1), (3, 255), (1, 4097), (7, 5000), (2, 70001)]:
+        grads = gradients(k, shape, dtype)
+        mask = torch.rand(shape[0], k) < 0.7
+        for per in ("batch", "sample", "batch_sum"):
+            for m in (None, mask, mask[0]):
+                G = ops.gram(grads, per, mask=m)
+                theirs = ops.gram(gpu(grads), per, mask=None if m is None else m.cuda(), backend="cuda")
+                assert torch.equal(theirs.cpu(), G), (shape, per, m)
+            w = torch.randn((shape[0], k) if per == "sample" else (k,), dtype=torch.float64)
+            assert torch.equal(ops.combine(gpu(grads), w.cuda(), per, backend="cuda").cpu(), ops.combine(grads, w, per))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unaligned_and_strided_gradients(dtype):
+    pool = torch.randn(3, 2, 5001).to(dtype)
+    for cut in (lambda t: t[:, 1:], lambda t: t[:, ::2], lambda t: t.T, lambda t: t[:1].expand(2, 5001), lambda t: t[:, :0]):
+        grads = [cut(t) for t in pool]
+        assert torch.equal(ops.gram([cut(t) for t in pool.cuda()], backend="cuda").cpu(), ops.gram(grads))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_have_the_weights_of_the_cpu(name):
+    row = RULES[name]
+    for k in (row.min_k, row.min_k + 3, 34):
+        torch.manual_seed(k)
+        one, two = row.make(k), None
+        torch.manual_seed(k)
+        two = row.make(k).cuda()
+        if one.chain() is None:
+            pytest.skip(f"{name} works element by element")
+        mask = torch.ones(k, dtype=torch.bool)
+        mask[-1] = row.min_k == k
+        for m in (None, mask, None):  # state and random stream go on
+            G = torch.stack([gramian(k, seed=s) for s in range(3)])
+            a = ops.weights(G, one, m)
+            b = ops.weights(G.cuda(), two, None if m is None else m.cuda(), backend="cuda").cpu()
+            torch.testing.assert_close(a, b, rtol=1e-9 if name.startswith(LIBM) else 0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resolve_has_the_bits_of_the_cpu(per, dtype):
+    for make in (mf.UPGrad, mf.MGDA, mf.PCGrad, mf.CAGrad, mf.IMTLG, mf.Mean, mf.GradVac, mf.GradNorm):
+        torch.manual_seed(0)
+        one = make()
+        torch.manual_seed(0)
+        two = make().cuda()
+        for norm in (False, True):
+            grads = gradients(4, (6, 700), dtype)
+            ours = mf.resolve([*gpu(grads), None], two, per, preserve_norm=norm, backend="cuda")
+            assert torch.equal(ours.cpu(), mf.resolve([*grads, None], one, per, preserve_norm=norm)), make
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementwise_rules(dtype):
+    for make in (lambda: mf.GradDrop(leak=0.1), lambda: mf.TrimmedMean(trim=1)):
+        torch.manual_seed(0)
+        one = make()
+        torch.manual_seed(0)
+        two = make().cuda()
+        grads = gradients(5, (9, 333), dtype)
+        mask = torch.rand(9, 5) < 0.8
+        for m in (None, mask, mask[0]):
+            ours = mf.resolve(gpu(grads), two, mask=None if m is None else m.cuda(), backend="cuda").cpu()
+            torch.testing.assert_close(ours, mf.resolve(grads, one, mask=m), rtol=1e-5, atol=1e-6)
+
+
+def test_twenty_runs_have_the_same_bits():
+    grads = gpu(gradients(6, (1, 1_000_003), torch.float32))
+    results = [mf.resolve(grads, mf.UPGrad(), backend="cuda") for _ in range(20)]
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_nothing_waits_for_the_device():
+    grads, rule = gpu(gradients(3, (4, 1000), torch.float32)), mf.PCGrad().cuda()
+    mf.resolve(grads, rule, backend="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for per in ("batch", "sample", "batch_sum"):
+            for resolver in (rule, mf.MGDA(), mf.UPGrad()):
+                mf.resolve(grads, resolver, per, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_capture_and_replay_move_state_and_random_stream_on():
+    grads, rule, eager = gpu(gradients(4, (2, 999), torch.float32)), mf.PCGrad().cuda(), mf.PCGrad().cuda()
+    eager.load_state_dict(rule.state_dict())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        mf.resolve(grads, rule, backend="cuda")
+    torch.cuda.current_stream().wait_stream(side)
+    rule.load_state_dict(eager.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mf.resolve(grads, rule, backend="cuda")
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(out, mf.resolve(grads, eager, backend="cuda"))
+
+
+def test_two_streams_at_once():
+    a, b = gpu(gradients(3, (1, 300_000), torch.float32)), gpu(gradients(3, (1, 300_000), torch.float32))
+    expected = [mf.resolve(g, mf.MGDA(), backend="cuda") for g in (a, b)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(50):
+        found = []
+        for grads, stream in zip((a, b), streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(mf.resolve(grads, mf.MGDA(), backend="cuda"))
+        torch.cuda.synchronize()
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_more_than_two_to_the_31_elements():
+    n = 2**31 + 17
+    if torch.cuda.mem_get_info()[0] < 3 * n:
+        pytest.skip("too little memory")
+    g = torch.zeros(n, dtype=torch.float16, device="cuda")
+    g[-1] = 3
+    assert ops.gram([g], backend="cuda").item() == 9

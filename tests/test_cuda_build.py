@@ -1,0 +1,52 @@
+"""What nvcc and its assembler made of csrc/cuda: looked at without a GPU."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from mmfast.ops import native
+
+LOGS = Path(__file__).parent.parent / "build" / "cuda"
+cuda = native.read_facts(native.PATH).get("cuda")
+pytestmark = pytest.mark.skipif(not cuda or not LOGS.exists(), reason="mmfast was not built with CUDA in this folder")
+
+HOT = ("gram_kernel", "fold_kernel", "sums_kernel", "presence_kernel", "combine_kernel", "graddrop_kernel", "trimmed_kernel")
+SOLVER_STACK = 512  # bytes of a thread: arguments of the rules' functions, and what a few of them spill
+
+
+def entries(architecture):
+    """(kernel, registers, bytes of stack, bytes of spills) of every kernel."""
+    found = []
+    for log in sorted(LOGS.glob("*.ptxas")):
+        parts = re.split(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", log.read_text())
+        for name, arch, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+            if arch != architecture:
+                continue
+            stack, stores, loads = map(
+                int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()
+            )
+            found.append((name, int(re.search(r"Used (\d+) registers", text)[1]), stack, stores + loads))
+    return found
+
+
+def architectures():
+    return re.findall(r"code=sm_(\d+)", cuda["flags"]) if cuda else []
+
+
+@pytest.mark.parametrize("architecture", architectures())
+def test_no_hot_kernel_spills(architecture):
+    kernels = entries(architecture)
+    for hot in HOT:
+        assert any(hot in name for name, *_ in kernels), hot
+    for name, registers, stack, spills in kernels:
+        if "solve_kernel" in name:
+            assert stack <= SOLVER_STACK, (name, stack)
+        else:
+            assert stack == spills == 0 and registers <= 255, (name, registers, stack, spills)
+
+
+def test_the_default_architectures_are_there():
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        assert architectures() == ["80", "90"] and "code=compute_90" in cuda["flags"]
