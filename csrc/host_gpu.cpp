@@ -77,9 +77,18 @@ Array<T> combine(const std::vector<Array<T>>& grads, const py::array_t<double, p
   const Inputs<T> in(grads, mask, per_sample);
   if (w.size() != (per_sample ? in.batch : 1) * in.rows.k) throw py::value_error("w must have shape [K], or [batch, K] per sample");
   Array<T> out({in.batch, in.inner});
-  for (int64_t t = 0; t < in.batch * in.inner; ++t) {
-    const int64_t sample = in.samples ? t / in.inner : 0;
-    out.mutable_data()[t] = host_gpu::weighted<T>(in.rows, w.data() + (per_sample ? sample * in.rows.k : 0), sample, t, skip);
+  const int64_t segments = in.samples ? in.batch : 1, size = in.samples ? in.inner : in.batch * in.inner;
+  for (int64_t s = 0; s < segments; ++s) {
+    const double* own = w.data() + (per_sample ? s * in.rows.k : 0);
+    std::vector<const T*> at;
+    std::vector<host_gpu::Acc<T>> weight;
+    for (int i = 0; i < in.rows.k; ++i)
+      if (host_gpu::enters(in.rows, i, own, in.rows.mask ? in.rows.mask + s * in.rows.mask_stride : nullptr, skip)) {
+        at.push_back(static_cast<const T*>(in.rows.at[i]) + s * size);
+        weight.push_back(static_cast<host_gpu::Acc<T>>(own[i]));
+      }
+    T* to = out.mutable_data() + s * size;
+    for (int64_t t = 0; t < size; ++t) host_gpu::weighted<T, 1>(at.data(), weight.data(), static_cast<int>(at.size()), t, 1, to + t);
   }
   return out;
 }

@@ -1,4 +1,4 @@
-// The weighted sum of the rows at one element: in order, one rounding at the end, as cpu/combine.h has it.
+// The weighted sum of rows: in order, one rounding at the end, as cpu/combine.h has it.
 #pragma once
 
 #include "gram.h"
@@ -6,19 +6,25 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-template <class T>
-MMFAST_BLOCK inline Acc<T> weighted(const Rows& rows, const double* w, int64_t sample, int64_t t, bool skip) {
-  const bool* mask = rows.mask ? rows.mask + sample * rows.mask_stride : nullptr;
-  Acc<T> sum = -Acc<T>(0);  // so that a first product of minus zero stays one
-  bool any = false;
-  for (int i = 0; i < rows.k; ++i) {
-    const int place = rows.places[i];
-    const double weight = w[place];
-    if ((mask && !mask[place]) || (skip && weight == 0.0)) continue;
-    sum = fused(static_cast<Acc<T>>(weight), number(static_cast<const T*>(rows.at[i]) + t), sum);
-    any = true;
+// Whether a row enters the sum: masked rows are not read, nor those of weight zero when `skip`.
+MMFAST_BLOCK inline bool enters(const Rows& rows, int row, const double* w, const bool* mask, bool skip) {
+  const int place = rows.places[row];
+  return !(mask && !mask[place]) && !(skip && w[place] == 0.0);
+}
+
+// sum[e] at element t + e * stride, of rows and weights that enter.
+template <class T, int E>
+MMFAST_BLOCK inline void weighted(const T* const* at, const Acc<T>* w, int count, int64_t t, int stride, Acc<T>* sum) {
+#pragma unroll
+  for (int e = 0; e < E; ++e) sum[e] = count ? -Acc<T>(0) : Acc<T>(0);  // so that a first product of minus zero stays one
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) {
+    Acc<T> x[E];
+#pragma unroll
+    for (int e = 0; e < E; ++e) x[e] = number(at[i] + t + e * stride);
+#pragma unroll
+    for (int e = 0; e < E; ++e) sum[e] = fused(w[i], x[e], sum[e]);
   }
-  return any ? sum : Acc<T>(0);
 }
 
 }  // namespace MMFAST_ISA

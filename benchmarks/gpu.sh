@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Builds in place with the Python that holds torch, checks every CUDA kernel on the GPU, times them; eight minutes at most.
+#   benchmarks/gpu.sh [folder for the results]      PYTHON=python3 by default; WHEELS=folder of wheels to install from, without a network
+# Results are written as they come, so what was cut off is there up to the cut: build.log, tests.log, sanitizer.log, gpu.csv.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${1:-benchmarks/results/gpu}
+if [ $# -gt 1 ] || [[ $out == -* ]]; then
+  sed -n '2,4s/^# *//p' "$0"
+  exit 2
+fi
+mkdir -p "$out"
+if [ -n "${WHEELS:-}" ]; then
+  "$python" -m pip install --quiet --no-index --find-links "$WHEELS" pytest hypothesis ninja torchjd quadprog ||
+    echo "not everything of $WHEELS could be installed: what needs it says so"
+fi
+
+echo "== build"
+if ! MMFAST_BUILD=cuda timeout 150 "$python" setup.py --quiet build_ext --inplace >"$out/build.log" 2>&1; then
+  tail -20 "$out/build.log"
+  echo "the build failed, see $out/build.log"
+  exit 1
+fi
+reason=$("$python" -c 'from mmfast.ops import native; print(native.why_no_cuda() or "")')
+if [ -n "$reason" ]; then
+  echo "built, but nothing can be run: $reason"
+  exit 3
+fi
+
+status=0
+echo "== tests"
+PYTHONPATH=tests timeout 120 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_build.py 2>&1 |
+  tee "$out/tests.log" | tail -15 || status=1
+echo "== benchmark"
+timeout 120 "$python" -m benchmarks.gpu "$out/gpu.csv" || status=1
+echo "== compute-sanitizer"
+for tool in memcheck racecheck; do
+  if command -v compute-sanitizer >/dev/null; then
+    PYTHONPATH=tests timeout 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py \
+      -k "unaligned or elementwise or (rules and (MGDA or UPGrad))" 2>&1 | tee -a "$out/sanitizer.log" | tail -3 || status=1
+  else
+    echo "compute-sanitizer is not installed: $tool was not run" | tee -a "$out/sanitizer.log"
+  fi
+done
+exit $status
