@@ -27,8 +27,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The sanitizers must be loaded before Python; torch never frees some of its memory, so leaks are not looked for.
+# First the solvers as a warp runs them, for races. The sanitizers must be loaded before Python; torch never frees some of its memory, so leaks are not looked for.
 sanitize: .venv/installed-dev
+	$(BIN)/python tests/races.py
 	MMFAST_SANITIZE=1 MMFAST_HOST=0 MMFAST_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 MMFAST_LIBRARY=$(CURDIR)/build/sanitize/lib/mmfast/_C.so $(BIN)/python -m pytest --capture=sys $(PYTEST)

@@ -1,15 +1,14 @@
 // The solvers run by a team of 32 threads, as a warp of the GPU runs them: shows that they agree with one thread, bit for bit.
-#include <pthread.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <optional>
-#include <thread>
 #include <vector>
 
 #define MMFAST_ISA host_warp
+#include "cuda/threads.h"
 #include "solvers/solve.h"
 
 namespace py = pybind11;
@@ -18,44 +17,6 @@ using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 
 namespace mmfast {
 namespace {
-
-using host_warp::kTeamLanes;
-
-// What the threads of a team share.
-struct Meeting {
-  pthread_barrier_t barrier;
-  double values[kTeamLanes];
-  Meeting() { pthread_barrier_init(&barrier, nullptr, kTeamLanes); }
-  ~Meeting() { pthread_barrier_destroy(&barrier); }
-};
-
-class Threads {
- public:
-  Threads(Meeting& meeting, int rank) : meeting_(meeting), rank_(rank) {}
-  int rank() const { return rank_; }
-  int size() const { return kTeamLanes; }
-  void sync() const { pthread_barrier_wait(&meeting_.barrier); }
-  // cuda/warp.h, with an array in place of shuffles
-  template <class F>
-  double sum(int n, F f) const {
-    double value = rank_ < n ? f(rank_) : 0.0;
-    for (int i = rank_ + kTeamLanes; i < n; i += kTeamLanes) value += f(i);
-    meeting_.values[rank_] = value;
-    sync();
-    double lanes[kTeamLanes];
-    std::copy(meeting_.values, meeting_.values + kTeamLanes, lanes);
-    sync();
-    int m = 1;
-    while (m < n && m < kTeamLanes) m *= 2;
-    for (int stride = m / 2; stride > 0; stride /= 2)
-      for (int l = 0; l < stride; ++l) lanes[l] += lanes[l + stride];
-    return lanes[0];
-  }
-
- private:
-  Meeting& meeting_;
-  int rank_;
-};
 
 py::tuple solve(const Doubles& G, const std::vector<int64_t>& steps, const std::vector<double>& params, const std::optional<Bools>& mask,
                 const std::optional<Doubles>& state, uint64_t seed, uint32_t counter, bool preserve_norm) {
@@ -70,13 +31,9 @@ py::tuple solve(const Doubles& G, const std::vector<int64_t>& steps, const std::
   std::vector<double> work(static_cast<size_t>(host_warp::solve_work_size(K)));
   std::vector<int> iwork(static_cast<size_t>(host_warp::solve_iwork_size(K)));
   const host_warp::Io io{G.data(), mask ? mask->data() : nullptr, size ? next.mutable_data() : nullptr, seed, counter, 0, w.mutable_data()};
-  Meeting meeting;
   {
     const py::gil_scoped_release release;
-    std::vector<std::thread> threads;
-    for (int rank = 0; rank < kTeamLanes; ++rank)
-      threads.emplace_back([&, rank] { host_warp::solve(Threads(meeting, rank), chain, K, io, work.data(), iwork.data()); });
-    for (std::thread& thread : threads) thread.join();
+    host_warp::as_team([&](const host_warp::Threads& team) { host_warp::solve(team, chain, K, io, work.data(), iwork.data()); });
   }
   return py::make_tuple(w, next);
 }

@@ -68,13 +68,15 @@ struct ActiveSet {
         pivot -= l * l;
         ones -= l * one[m];
         linears -= l * linear[m];
-        A[static_cast<long>(i) * k + m] = A[static_cast<long>(m) * k + i] = l;
+        if (team.rank() == 0) A[static_cast<long>(i) * k + m] = A[static_cast<long>(m) * k + i] = l;
         each(team, i - m - 1, [&](int j) { row[m + 1 + j] -= l * Am[m + 1 + j]; });
       }
       const double scale = prune && pivot < least * diagonal ? 0.0 : 1.0 / sqrt(fmax(pivot, least * diagonal));
-      inverse[i] = scale;
-      one[i] = ones * scale;
-      linear[i] = linears * scale;
+      if (team.rank() == 0) {
+        inverse[i] = scale;
+        one[i] = ones * scale;
+        linear[i] = linears * scale;
+      }
       team.sync();
     }
   }
@@ -106,7 +108,7 @@ struct ActiveSet {
     for (int m = s - 1; m >= 0; --m) {
       const double value = row[m] * inverse[m];
       const double* Am = A + static_cast<long>(m) * k;
-      y[m] = value;
+      if (team.rank() == 0) y[m] = value;
       each(team, m, [&](int j) { row[j] -= value * Am[j]; });
     }
     team.sync();
@@ -229,7 +231,7 @@ struct ActiveSet {
           value = a == blocking ? 0.0 : fmax(value + step * (ray ? y[a] : y[a] - value), 0.0);
         });
         drop();
-        if (barred) role[out] = -1;
+        if (barred && team.rank() == 0) role[out] = -1;
         team.sync();
         continue;
       }
@@ -238,9 +240,12 @@ struct ActiveSet {
       entered = worst();
       team.sync();
       if (entered < 0 || ray) return;
-      S[s++] = entered;
-      role[entered] = 1;
-      w[entered] = 0.0;
+      if (team.rank() == 0) {
+        S[s] = entered;
+        role[entered] = 1;
+        w[entered] = 0.0;
+      }
+      ++s;
       team.sync();
       factor(s - 1);
     }
@@ -249,8 +254,7 @@ struct ActiveSet {
 
   // Rows that no entry of G tells apart share their weight, so that copies are treated alike.
   MMFAST_HD void share() {
-    for (int i = 0; i < k; ++i) role[i] = 0;
-    team.sync();
+    each(team, k, [&](int i) { role[i] = 0; });
     for (int i = 0; i < k; ++i) {
       if (role[i]) continue;
       int copies = 1;
@@ -272,6 +276,7 @@ struct ActiveSet {
       }
       team.sync();
     }
+    team.sync();
   }
 
   MMFAST_HD bool alike(int i, int j) const {

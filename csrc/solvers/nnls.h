@@ -68,7 +68,7 @@ struct NonNegative {
         double v = y[c + e];
         for (int f = 0; f < e; ++f) v -= t[f] * L[(c + e) * k + c + f];
         t[e] = v * inverse[c + e];
-        L[p * k + c + e] = U[(c + e) * k + p] = t[e];
+        if (team.rank() == 0) L[p * k + c + e] = U[(c + e) * k + p] = t[e];
         pivot -= t[e] * t[e];
         rhs -= t[e] * b[c + e];
       }
@@ -81,10 +81,12 @@ struct NonNegative {
   }
 
   MMFAST_HD void join(int j, double pivot, double rhs) {
-    inverse[p] = 1.0 / sqrt(pivot);
-    b[p] = rhs * inverse[p];
-    set[p] = j;
-    place[j] = kInSet;
+    if (team.rank() == 0) {
+      inverse[p] = 1.0 / sqrt(pivot);
+      b[p] = rhs * inverse[p];
+      set[p] = j;
+      place[j] = kInSet;
+    }
     ++p;
     team.sync();
   }
@@ -102,7 +104,7 @@ struct NonNegative {
         const double pivot = column(j, &rhs);
         join(j, fmax(pivot, kRounding), rhs);  // fewer rows before it: its pivot can shrink by rounding alone
       } else {
-        place[j] = kFree;
+        if (team.rank() == 0) place[j] = kFree;
         team.sync();
       }
     }
@@ -116,7 +118,8 @@ struct NonNegative {
       for (int e = end - 1; e >= begin; --e) {
         double v = y[e];
         for (int f = e + 1; f < end; ++f) v -= L[f * k + e] * t[f - begin];
-        z[e] = t[e - begin] = v * inverse[e];
+        t[e - begin] = v * inverse[e];
+        if (team.rank() == 0) z[e] = t[e - begin];
       }
       const double* rows = L + begin * k;
       if (begin > 0) subtract_rows(team, begin, y, t, rows, rows + k, rows + 2 * k, rows + 3 * k);
@@ -206,7 +209,7 @@ struct NonNegative {
         const bool noise = dependent && slack >= -kDependentSlack * size;
         if (noise || (dependent && first < 0)) {
           bounded = noise || in_range;
-          place[j] = kRejected;
+          if (team.rank() == 0) place[j] = kRejected;
           team.sync();
           break;
         }

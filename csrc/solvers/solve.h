@@ -43,7 +43,10 @@ template <class Team>
 MMFAST_HD inline bool compact(const Team& team, const double* G, int K, const bool* mask, int* rows, double* dense, int* k_out, double* scale_out) {
   int k = 0;
   for (int i = 0; i < K; ++i)
-    if ((!mask || mask[i]) && G[static_cast<long>(i) * K + i] != 0.0) rows[k++] = i;
+    if ((!mask || mask[i]) && G[static_cast<long>(i) * K + i] != 0.0) {
+      if (team.rank() == 0) rows[k] = i;
+      ++k;
+    }
   team.sync();
   *k_out = k;
   double trace = 0.0;
