@@ -52,10 +52,11 @@ def find_cuda():
     ]
     home = next((place for place in places if (place / "bin/nvcc").exists() and (place / "lib64/libcudart_static.a").exists()), None)
     if home is None:
-        return None, "no CUDA toolkit was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda)"
+        return None, "no CUDA toolkit with bin/nvcc and lib64/libcudart_static.a was found (CUDA_HOME, nvcc on PATH, /usr/local/cuda)"
     release = cuda_release(home)
-    if not release[:2].isdigit() or int(release[:2]) < 12:
-        return None, f"the CUDA toolkit is {release}, 12.0 or later is needed"
+    numbers = release.split(".")
+    if not all(number.isdigit() for number in numbers) or tuple(map(int, numbers)) < (12, 1):  # kernels with more than 4 KB of arguments
+        return None, f"the CUDA toolkit in {home} is {release}, 12.1 or later is needed"
     return home, None
 
 
@@ -121,7 +122,7 @@ class Ninja(build_ext):
         (package / "_build.json").write_text(json.dumps(self.facts(torch.__version__), indent=2) + "\n")
 
     def ninja_file(self, work, torch_dir):
-        system = {"ops": [torch_dir / "include"], "host": []}  # torch is seen by ops*.cpp alone, Python by host.cpp alone
+        system = {"ops": [torch_dir / "include"], "host": []}  # torch is seen by ops*.cpp alone, Python by host*.cpp alone
         if HOST:
             import pybind11
 

@@ -1,12 +1,12 @@
 // The CUDA registration: what ops.cpp does, in the current stream of the gradients' device, without waiting for it.
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <cfloat>
 #include <stdexcept>
 #include <tuple>
 
 #include "chain.h"
-#include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "inputs.h"
 
@@ -43,7 +43,7 @@ double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_pt
 struct Call {
   const char* op;
   Device device;
-  gpu::OnDevice guard;
+  torch::stable::accelerator::DeviceGuard guard;
   gpu::Stream stream;
   Call(const char* op, const Tensor& t) : op(op), device(cuda_or_throw(op, t)), guard(device.index), stream(current_stream(device.index)) {}
   Tensor workspace(int64_t count) const { return empty(device, {count}, aoti_torch_dtype_float64()); }

@@ -33,6 +33,12 @@ def test_gram_has_the_bits_of_the_cpu(k, dtype):
         assert torch.equal(torch.from_numpy(host.gpu_gram(arrays(grads)))[0], ops.gram(grads)), n
 
 
+def test_a_masked_row_has_no_product_with_an_infinite_one():
+    grads, mask = [torch.full((1, 4), x) for x in (1.0, torch.inf, torch.nan)], torch.tensor([False, True, True])
+    G = torch.from_numpy(host.gpu_gram(arrays(grads), mask.numpy()))[0]
+    assert torch.equal(G.nan_to_num(nan=-1.0), ops.gram(grads, mask=mask).nan_to_num(nan=-1.0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gram_of_many_chunks(dtype):
     """More chunks than slots, so that a slot sums several of them."""

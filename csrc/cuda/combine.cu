@@ -1,4 +1,4 @@
-// The second pass: sum_i w_i g_i. From the end to the start, for what the first pass read last is still in the L2 cache.
+// The second pass: sum_i w_i g_i. A segment from its end to its start, for what the first pass read last is still in the L2 cache.
 #define MMFAST_ISA cuda
 #include "combine.h"
 
@@ -9,6 +9,7 @@ namespace MMFAST_ISA {
 namespace {
 
 constexpr int kWide = 256, kEach = 4;  // threads of a block, and elements that each has in flight
+static_assert(kWide >= kMaxRows, "a thread decides on a row");
 
 // A segment has weights and mask of its own: a sample, or the whole gradient.
 template <class T>

@@ -1,4 +1,5 @@
-// GradDrop and TrimmedMean: one read of the rows, one write. The same operations in the same order as cpu/elementwise.h.
+// GradDrop and TrimmedMean: one write. GradDrop's operations are those of cpu/elementwise.h; TrimmedMean ranks where that one sorts, and adds in
+// the order of the rows.
 #define MMFAST_ISA cuda
 #include "../solvers/philox.h"
 #include "launch.h"
@@ -47,8 +48,6 @@ __global__ void graddrop_kernel(const __grid_constant__ Rows rows, int64_t n, in
     }
   }
 }
-
-__global__ void advance_kernel(int64_t* rng) { ++rng[1]; }
 
 // The `trim` smallest and largest of the rows at t are left out: by rank, equal values in the order of their rows.
 template <class T>
@@ -101,8 +100,7 @@ void graddrop(const Grads& g, double leak, int64_t* rng, void* out, Stream strea
       cuda::graddrop_kernel<T><<<cuda::blocks_for((n + 1023) / 1024), 256, 0, cuda::raw(stream)>>>(cuda::rows_of(g), n, g.inner, leak, rng, static_cast<T*>(out));
       cuda::check_launch("graddrop");
     });
-  cuda::advance_kernel<<<1, 1, 0, cuda::raw(stream)>>>(rng);
-  cuda::check_launch("advance");
+  cuda::advance(rng, stream);
 }
 
 void trimmed_mean(const Grads& g, const double* present, int trim, void* out, Stream stream) {

@@ -10,8 +10,9 @@ namespace {
 template <class T, int R, int C>
 __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Units units, double* slots) {
   __shared__ Acc<T> shared[tile_shared<T>()];
-  const Corner at = corner<R, C>(rows.k, static_cast<int>(blockIdx.y));
-  for (int64_t s = blockIdx.x; s < units.slots(); s += gridDim.x)
+  // blocks start in the order of x: the tiles of one slot run together, and find its rows in the L2 cache
+  const Corner at = corner<R, C>(rows.k, static_cast<int>(blockIdx.x));
+  for (int64_t s = blockIdx.y; s < units.slots(); s += gridDim.y)
     gram_slot<T, R, C>(Block{}, rows, units, s, at.row, at.column, shared, slots + s * pair_count(rows.k));
 }
 
@@ -28,7 +29,6 @@ __global__ void fold_kernel(const double* slots, int64_t per_problem, int k, int
   }
 }
 
-// Masked rows are left out by the caller: rows.mask is looked at here for samples only.
 template <class T>
 __global__ void sums_kernel(const __grid_constant__ Rows rows, int64_t batch, int64_t inner, Acc<T>* sums) {
   for (int64_t e = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; e < rows.k * inner; e += int64_t{gridDim.x} * blockDim.x) {
@@ -41,7 +41,7 @@ __global__ void sums_kernel(const __grid_constant__ Rows rows, int64_t batch, in
   }
 }
 
-// Threads that find a non-zero element all write the same 1.
+// Threads that find a non-zero element all write the same 1, and the others of the row stop when they see it.
 template <class T>
 __global__ void presence_kernel(const __grid_constant__ Rows rows, int K, int64_t batch, int64_t inner, bool samples, double* G, int64_t stride) {
   const int i = static_cast<int>(blockIdx.y);
@@ -49,14 +49,19 @@ __global__ void presence_kernel(const __grid_constant__ Rows rows, int K, int64_
   for (int64_t t = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; t < batch * inner; t += int64_t{gridDim.x} * blockDim.x) {
     const int64_t b = t / inner;
     if (rows.mask && !rows.mask[b * rows.mask_stride + rows.places[i]]) continue;
-    if (!(number(row + t) == 0)) G[(samples ? b : 0) * stride + rows.places[i] * int64_t{K + 1}] = 1.0;
+    volatile double* found = G + (samples ? b : 0) * stride + rows.places[i] * int64_t{K + 1};
+    if (*found != 0.0) {
+      if (samples) continue;
+      return;
+    }
+    if (!(number(row + t) == 0)) *found = 1.0;
   }
 }
 
 template <class T>
 void launch_gram(const Rows& rows, const Units& units, double* slots, cudaStream_t stream) {
   for_tiles(rows.k, [&](auto r, auto c, int tiles) {
-    gram_kernel<T, decltype(r)::value, decltype(c)::value><<<dim3(blocks_for(units.slots()), tiles), kThreads, 0, stream>>>(rows, units, slots);
+    gram_kernel<T, decltype(r)::value, decltype(c)::value><<<dim3(tiles, blocks_for(units.slots())), kThreads, 0, stream>>>(rows, units, slots);
     check_launch("gram");
   });
 }
@@ -103,6 +108,7 @@ void presence(const Grads& g, double* G, int64_t G_stride, Stream stream) {
   const int64_t problems = g.per == Per::sample ? g.batch : 1, n = g.batch * g.inner;
   const size_t width = sizeof(double) * g.K * g.K;
   cudaMemset2DAsync(G, sizeof(double) * G_stride, 0, width, problems, cuda::raw(stream));
+  cuda::check_launch("memset");
   if (n == 0) return;
   cuda::with_type(g.dtype, [&](auto zero) {
     cuda::presence_kernel<decltype(zero)><<<dim3(cuda::blocks_for((n + 1023) / 1024), g.k), 256, 0, cuda::raw(stream)>>>(

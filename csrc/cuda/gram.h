@@ -72,6 +72,12 @@ MMFAST_BLOCK inline void chains(int thread, const T* const* a, const T* const* b
   } else {
     for (int s = 0; s < kSubSteps && first + s * L < end; ++s) step(first + s * L);
   }
+  int e = 0;  // a row that is not there has no products, not even the NaN of zero and infinity
+#pragma unroll
+  for (int i = 0; i < R; ++i)
+#pragma unroll
+    for (int j = C ? 0 : i; j < (C ? C : R); ++j, ++e)
+      if (!a[i] || !(C ? b[C ? j : 0] : a[C ? 0 : j])) sums[e] = 0;
 }
 
 // Slot `slot` of the tile (row a.., row b..): pair sums, written to out[pair_index]. `shared` holds tile_shared<T>() numbers.

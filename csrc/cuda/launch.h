@@ -38,6 +38,14 @@ inline Rows rows_of(const Grads& g) {
   return rows;
 }
 
+static __global__ void advance_kernel(int64_t* rng) { ++rng[1]; }
+
+// Moves a random stream on by one call.
+inline void advance(int64_t* rng, gpu::Stream stream) {
+  advance_kernel<<<1, 1, 0, raw(stream)>>>(rng);
+  check_launch("advance");
+}
+
 // Blocks of a grid-stride loop over n items: enough to fill any GPU several times.
 inline unsigned blocks_for(int64_t n) {
   constexpr int64_t kMost = 8192;

@@ -9,7 +9,8 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-constexpr int64_t kMostWarps = 1024;  // that solve at once, each with scratch of its own
+constexpr int64_t kMostWarps = 1024;            // that solve at once, each with scratch of its own,
+constexpr int64_t kMostScratch = int64_t{1} << 25;  // of so many doubles for all
 
 // A chain of rules as an argument of the kernel; the arrays that Chain points to are its own.
 struct Steps {
@@ -32,9 +33,10 @@ __global__ void solve_kernel(const __grid_constant__ Steps chain, const __grid_c
   }
 }
 
-__global__ void advance_kernel(int64_t* rng) { ++rng[1]; }
-
-int64_t warps_of(const SolveArgs& args) { return args.batch < kMostWarps ? args.batch : kMostWarps; }
+int64_t warps_of(const SolveArgs& args) {
+  const int64_t room = kMostScratch / scratch_doubles(args.K), most = room < kMostWarps ? room : kMostWarps;
+  return args.batch < most ? args.batch : most;
+}
 
 }  // namespace
 }  // namespace MMFAST_ISA
@@ -55,10 +57,7 @@ void solve(const SolveArgs& args, int64_t* rng, double* workspace, Stream stream
     cuda::solve_kernel<<<static_cast<unsigned>(cuda::warps_of(args)), cuda::kTeamLanes, 0, cuda::raw(stream)>>>(chain, args, rng, cuda::scratch_doubles(args.K), workspace);
     cuda::check_launch("solve");
   }
-  if (rng) {
-    cuda::advance_kernel<<<1, 1, 0, cuda::raw(stream)>>>(rng);
-    cuda::check_launch("advance");
-  }
+  if (rng) cuda::advance(rng, stream);
 }
 
 }  // namespace gpu

@@ -14,6 +14,7 @@ struct Warp {
   template <class F>
   __device__ double sum(int n, F f) const {
     const int lane = rank();
+    __syncwarp();  // shuffles order no memory
     int m = 1;
     while (m < n && m < kTeamLanes) m *= 2;
     double value = lane < n ? f(lane) : 0.0;

@@ -72,7 +72,7 @@ MMFAST_HD inline double cholesky(const Team& team, int n, double* A, Floor floor
 
 // x <- (R'R)^-1 x for the factor that cholesky() leaves.
 template <class Team>
-MMFAST_HD inline void cholesky_solve(const Team& team, int n, const double* R, double* __restrict__ x) {
+MMFAST_APART void cholesky_solve(const Team& team, int n, const double* R, double* __restrict__ x) {
   for (int j = 0; j < n; ++j) {
     const double* __restrict__ row = R + j * n;
     const double xj = x[j] * row[j];
@@ -140,7 +140,7 @@ class Spectrum {
 
   // A = Q T Q' with Q a product of reflections, from the last row up.
   template <class Team>
-  MMFAST_HD void tridiagonalise(const Team& team) {
+  MMFAST_APART void tridiagonalise(const Team& team) {
     const int n = n_, begin = own(team, 0);
     double* __restrict__ q = spare_;
     for (int m = n - 1; m >= 2; --m) {
@@ -173,7 +173,7 @@ class Spectrum {
   }
 
   template <class Team>
-  MMFAST_HD void reflect(const Team& team, int m, double* __restrict__ x) const {
+  MMFAST_APART void reflect(const Team& team, int m, double* __restrict__ x) const {
     const double* __restrict__ v = A_ + m * n_;
     const double along = inverse_h_[m] * team.sum(m, [&](int j) { return v[j] * x[j]; });
     team.sync();
@@ -182,7 +182,7 @@ class Spectrum {
   }
 
   // Implicit QL with Wilkinson's shift on (values, off_): applies every rotation to x and keeps it.
-  MMFAST_HD void diagonalise(double* x) {
+  MMFAST_APART void diagonalise(double* x) {
     const int n = n_;
     const long max_turns = 3L * n * n;
     double* d = values;

@@ -55,7 +55,7 @@ struct ActiveSet {
   MMFAST_HD static long taken(int k) { return static_cast<long>(k) * k + 7L * k; }
 
   // Rows first..s-1 of L, and of L^-1 1 and L^-1 b.
-  MMFAST_HD void factor(int first) {
+  MMFAST_APART void factor(int first) {
     const double least = 4.0 * kEps;  // a smaller pivot, relative to the diagonal, is rounding noise
     for (int i = first; i < s; ++i) {
       const double* Gi = G + static_cast<long>(S[i]) * k;
@@ -82,7 +82,7 @@ struct ActiveSet {
   }
 
   // y <- the minimiser over the affine hull of S (cone: over its span); or a direction along which the objective falls for ever, and true.
-  MMFAST_HD bool target() {
+  MMFAST_APART bool target() {
     double alpha = 0.0, beta = 0.0, delta = 0.0;
     for (int m = 0; m < s; ++m) {
       alpha += one[m] * one[m];
@@ -116,7 +116,7 @@ struct ActiveSet {
   }
 
   // Leaves out the rows of S without weight.
-  MMFAST_HD void drop() {
+  MMFAST_APART void drop() {
     int kept = 0, first = s;
     for (int a = 0; a < s; ++a) {
       if (w[S[a]] > 0.0) ++kept;
@@ -136,7 +136,7 @@ struct ActiveSet {
   }
 
   // Gw, w'Gw and reach.
-  MMFAST_HD void look() {
+  MMFAST_APART void look() {
     each(team, k, [&](int i) { Gw[i] = 0.0; });
     length2 = reach = 0.0;
     for (int a = 0; a < s; ++a) {
@@ -171,7 +171,7 @@ struct ActiveSet {
   }
 
   // Starts from all rows and leaves out at once all whose weight would be negative, a few times: most problems end here.
-  MMFAST_HD void start_with_all() {
+  MMFAST_APART void start_with_all() {
     s = k;
     prune = true;
     each(team, k, [&](int i) { S[i] = i; });
@@ -206,7 +206,7 @@ struct ActiveSet {
     factor(0);
   }
 
-  MMFAST_HD void descend() {
+  MMFAST_APART void descend() {
     int entered = -1;
     for (int round = 0; round < 16 * k + 64; ++round) {
       const bool ray = target();

@@ -58,7 +58,7 @@ struct NonNegative {
   }
 
   // Next column of the factor, as if row j joined the set; returns its pivot, the squared distance of row j to the set's span.
-  MMFAST_HD double column(int j, double* right) {
+  MMFAST_APART double column(int j, double* right) {
     const double* row = C + static_cast<long>(j) * k;
     each(team, p, [&](int c) { y[c] = row[set[c]]; });
     double pivot = row[j], rhs = -q[j];
@@ -111,7 +111,7 @@ struct NonNegative {
   }
 
   // z <- U^-1 y
-  MMFAST_HD void substitute() {
+  MMFAST_APART void substitute() {
     for (int end = p; end > 0; end -= 4) {
       const int begin = end > 4 ? end - 4 : 0;
       double t[4] = {0.0, 0.0, 0.0, 0.0};
@@ -136,7 +136,7 @@ struct NonNegative {
     return bad;
   }
 
-  MMFAST_HD void slacks() {
+  MMFAST_APART void slacks() {
     each(team, k, [&](int i) { s[i] = q[i]; });
     for (int c = 0; c < p; c += 4) {
       double t[4] = {0.0, 0.0, 0.0, 0.0};
@@ -150,7 +150,7 @@ struct NonNegative {
   }
 
   // The set that projected Gauss-Seidel finds, without dependent members and without those that turn out not to be positive.
-  MMFAST_HD void guess() {
+  MMFAST_APART void guess() {
     each(team, k, [&](int i) {
       s[i] = q[i];
       x[i] = 0.0;
@@ -179,7 +179,7 @@ struct NonNegative {
 
   // Fills x; reach is the size of the sums that q is made of. False when the minimum is -infinity; a caller whose q lies in
   // the range of C knows that it is not and says so: then a row that would prove it is rounding noise and is left alone.
-  MMFAST_HD bool solve(double reach, bool in_range) {
+  MMFAST_APART bool solve(double reach, bool in_range) {
     guess();
     bool bounded = true;
     for (int steps = 0; bounded && steps < 4 * k + 16;) {

@@ -40,7 +40,7 @@ struct Io {
 
 // Copies the rows of G (leading dimension K) that take part to dense[k, k], divided by a power of four; returns false if one is not finite.
 template <class Team>
-MMFAST_HD inline bool compact(const Team& team, const double* G, int K, const bool* mask, int* rows, double* dense, int* k_out, double* scale_out) {
+MMFAST_APART bool compact(const Team& team, const double* G, int K, const bool* mask, int* rows, double* dense, int* k_out, double* scale_out) {
   int k = 0;
   for (int i = 0; i < K; ++i)
     if ((!mask || mask[i]) && G[static_cast<long>(i) * K + i] != 0.0) {
@@ -79,7 +79,7 @@ MMFAST_HD inline bool compact(const Team& team, const double* G, int K, const bo
 
 // The factor that gives sum_i w_i g_i the norm of sum_i g_i (impartial-optimisation paper, released code).
 template <class Team>
-MMFAST_HD inline double norm_factor(const Team& team, int k, const double* G, const double* w, double precision) {
+MMFAST_APART double norm_factor(const Team& team, int k, const double* G, const double* w, double precision) {
   const double plain = team.sum(k * k, [&](int e) { return G[e]; });
   const double ours = team.sum(k * k, [&](int e) { return w[e / k] * G[e] * w[e % k]; });
   const double reach = team.sum(k, [&](int i) { return fabs(w[i]) * sqrt(G[i * k + i]); });
@@ -90,7 +90,7 @@ MMFAST_HD inline double norm_factor(const Team& team, int k, const double* G, co
 // After a step that turns row i into sum_j map[i, j] g_j (w[i] g_i when map is null): total <- map * total, current <- map * dense * map' * scale.
 // Rows that did not take part become zero, and so do rows of which only rounding errors are left.
 template <class Team>
-MMFAST_HD inline void apply(const Team& team, int k, int K, const double* map, const double* w, const int* rows, const double* dense, double scale,
+MMFAST_APART void apply(const Team& team, int k, int K, const double* map, const double* w, const int* rows, const double* dense, double scale,
                             double* total, double* current, double* spare) {
   double* moved = spare;                                    // [k, K]
   double* half = moved + static_cast<long>(k) * K;          // [k, k] map * dense
@@ -129,7 +129,7 @@ MMFAST_HD inline void apply(const Team& team, int k, int K, const double* map, c
   });
 }
 
-// One rule: on the GPU a function of its own, for the assembler takes minutes over all rules in one.
+// One rule.
 template <class R, class Team>
 MMFAST_APART void solve_rule(const Team& team, Problem& problem) {
   R::solve(team, problem);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+// MMFAST_APART: on the GPU a function of its own. The assembler takes minutes over all solvers in one piece.
 #ifdef __CUDACC__
 #define MMFAST_HD __host__ __device__
 #define MMFAST_APART __host__ __device__ __noinline__

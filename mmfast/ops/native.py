@@ -51,7 +51,7 @@ def why_no_cuda() -> str | None:
     """Why the compiled CUDA kernels can't run here, or None when they can."""
     if not available:
         return missing_reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("mmfast::gram", "CUDA"):
+    if not built_with_cuda:
         reason = read_facts(PATH).get("why_not_more") or "unknown"
         return f"{PATH} was built without CUDA ({reason}); build it again with: {BUILD_LINE.replace('=cpu', '=cuda')}"
     return None if torch.cuda.is_available() else f"torch {torch.__version__} sees no CUDA device"
@@ -59,6 +59,7 @@ def why_no_cuda() -> str | None:
 
 missing_reason = load(PATH)
 available = missing_reason is None
+built_with_cuda = available and torch._C._dispatch_has_kernel_for_dispatch_key("mmfast::gram", "CUDA")
 
 if available:
     gram = torch.ops.mmfast.gram.default
