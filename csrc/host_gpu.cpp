@@ -67,7 +67,10 @@ py::array_t<double> gram(const std::vector<Array<T>>& grads, const std::optional
   const int64_t each = per_sample ? 1 : slots;
   for (int64_t b = 0; b < problems; ++b)
     for (int i = 0; i < k; ++i)
-      for (int j = 0; j < k; ++j) G.mutable_at(b, i, j) = host_gpu::fold_slots(sums.data() + b * each * pairs, each, pairs, k, i, j);
+      for (int j = 0; j < k; ++j) {
+        const bool* own = in.rows.mask && (per_sample || in.rows.mask_stride == 0) ? in.rows.mask + b * in.rows.mask_stride : nullptr;
+        G.mutable_at(b, i, j) = host_gpu::fold_slots(sums.data() + b * each * pairs, each, pairs, k, i, j, own && !(own[i] && own[j]));
+      }
   return G;
 }
 

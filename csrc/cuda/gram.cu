@@ -20,12 +20,13 @@ struct RowOf {
   int16_t at[kMaxRows];
 };
 
-__global__ void fold_kernel(const double* slots, int64_t per_problem, int k, int K, const __grid_constant__ RowOf row_of, int64_t problems, double* G, int64_t stride) {
+__global__ void fold_kernel(const double* slots, int64_t per_problem, int k, int K, const __grid_constant__ RowOf row_of, const bool* mask, int64_t mask_stride, int64_t problems, double* G, int64_t stride) {
   const int64_t size = static_cast<int64_t>(K) * K;
   for (int64_t e = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; e < problems * size; e += int64_t{gridDim.x} * blockDim.x) {
     const int64_t b = e / size, pairs = pair_count(k);
     const int i = static_cast<int>(e % size / K), j = static_cast<int>(e % K);
-    G[b * stride + e % size] = fold_slots(slots + b * per_problem * pairs, per_problem, pairs, k, row_of.at[i], row_of.at[j]);
+    const bool hidden = mask && !(mask[b * mask_stride + i] && mask[b * mask_stride + j]);
+    G[b * stride + e % size] = fold_slots(slots + b * per_problem * pairs, per_problem, pairs, k, row_of.at[i], row_of.at[j], hidden);
   }
 }
 
@@ -100,7 +101,9 @@ void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, Stream
   for (int i = 0; i < g.k; ++i) row_of.at[g.places[i]] = static_cast<int16_t>(i);
   const int64_t entries = problems * g.K * g.K;
   if (entries == 0) return;
-  cuda::fold_kernel<<<cuda::blocks_for((entries + 127) / 128), 128, 0, cuda::raw(stream)>>>(workspace, plan.per_problem, g.k, g.K, row_of, problems, G, G_stride);
+  const bool* mask = g.per == Per::sample || g.mask_stride == 0 ? g.mask : nullptr;  // those that hide a row from its whole problem
+  cuda::fold_kernel<<<cuda::blocks_for((entries + 127) / 128), 128, 0, cuda::raw(stream)>>>(workspace, plan.per_problem, g.k, g.K, row_of, mask, g.mask_stride, problems, G,
+                                                                                                    G_stride);
   cuda::check_launch("fold");
 }
 

@@ -72,12 +72,6 @@ MMFAST_BLOCK inline void chains(int thread, const T* const* a, const T* const* b
   } else {
     for (int s = 0; s < kSubSteps && first + s * L < end; ++s) step(first + s * L);
   }
-  int e = 0;  // a row that is not there has no products, not even the NaN of zero and infinity
-#pragma unroll
-  for (int i = 0; i < R; ++i)
-#pragma unroll
-    for (int j = C ? 0 : i; j < (C ? C : R); ++j, ++e)
-      if (!a[i] || !(C ? b[C ? j : 0] : a[C ? 0 : j])) sums[e] = 0;
 }
 
 // Slot `slot` of the tile (row a.., row b..): pair sums, written to out[pair_index]. `shared` holds tile_shared<T>() numbers.
@@ -158,9 +152,10 @@ MMFAST_BLOCK inline void gram_slot(const Block& block, const Rows& rows, const U
   });
 }
 
-// G[i, j] of one problem: its slots in order. `row_of` says which row stands at a place, -1 where none does.
-MMFAST_BLOCK inline double fold_slots(const double* slots, int64_t count, int64_t pairs, int k, int i, int j) {
-  if (i < 0 || j < 0) return 0.0;
+// G of rows i and j of one problem, -1 where there is no row: its slots in order. A row that the whole problem hides has no products, not even
+// the NaN of zero and infinity; one hidden in some samples only, beside an infinite row, has.
+MMFAST_BLOCK inline double fold_slots(const double* slots, int64_t count, int64_t pairs, int k, int i, int j, bool hidden) {
+  if (i < 0 || j < 0 || hidden) return 0.0;
   const double* at = slots + pair_index(k, i < j ? i : j, i < j ? j : i);
   double total = 0.0;
   for (int64_t s = 0; s < count; ++s) total += at[s * pairs];
