@@ -79,7 +79,6 @@ class Inputs {
   // Problems to solve: one, or one per sample.
   int64_t problems() const { return grads_.per == Per::sample ? grads_.batch : 1; }
   Tensor like_one() const { return empty(device_, first_->sizes().data(), static_cast<int64_t>(first_->sizes().size()), dtype_of(*first_)); }
-  Device device() const { return device_; }
 
  private:
   Grads grads_{};
