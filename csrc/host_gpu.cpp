@@ -9,6 +9,7 @@
 #define MMFAST_ISA host_gpu
 #include "cuda/combine.h"
 #include "cuda/gram.h"
+#include "cuda/persistent.h"
 #include "cuda/tiles.h"
 
 namespace py = pybind11;
@@ -96,9 +97,53 @@ Array<T> combine(const std::vector<Array<T>>& grads, const py::array_t<double, p
   return out;
 }
 
+// G [K, K] and the weighted sum of one problem as `blocks` blocks of the persistent kernel form them, each of which keeps `kept_steps` steps.
+template <class T>
+py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<double, py::array::c_style | py::array::forcecast>& w,
+                     const std::optional<Bools>& mask, int64_t blocks, int64_t kept_steps, bool skip) {
+  const Inputs<T> in(grads, mask, false);
+  const int k = in.rows.k;
+  if (k > kPersistentRows || w.size() != k || in.samples || blocks < 1 || kept_steps < 0 || kept_steps % kStepsAtOnce)
+    throw py::value_error("at most 8 rows with one weight each, a mask [K], kept_steps a multiple of 4");
+  host_gpu::FewRows rows{};
+  std::copy_n(in.rows.at, k, rows.at);
+  std::copy_n(in.rows.places, k, rows.places);
+  rows.k = k, rows.mask = in.rows.mask;
+  const host_gpu::Block block;
+  std::vector<double> slots(static_cast<size_t>(in.units.slots() * pair_count(k)), NAN);
+  std::vector<host_gpu::Acc<T>> shared(host_gpu::tile_shared<T>());
+  std::vector<std::vector<T>> kept(blocks, std::vector<T>(static_cast<size_t>(kept_steps * k * host_gpu::kThreads), T(NAN)));
+  auto kept_of = [&](int64_t b) { return host_gpu::Kept<T>{kept[b].data(), kept_steps, k}; };
+  for (int64_t b = 0; b < blocks; ++b) {
+    const host_gpu::Share share{b, blocks};
+    host_gpu::ask(block, rows, in.units, share, kept_of(b));
+    if (k <= 2) host_gpu::sum_kept<T, 2>(block, rows, in.units, share, kept_of(b), shared.data(), slots.data());
+    else if (k <= 4) host_gpu::sum_kept<T, 4>(block, rows, in.units, share, kept_of(b), shared.data(), slots.data());
+    else host_gpu::sum_kept<T, 8>(block, rows, in.units, share, kept_of(b), shared.data(), slots.data());
+  }
+  py::array_t<double> G({k, k});
+  host_gpu::fold_few(block, rows, k, slots.data(), in.units.slots(), G.mutable_data());
+  Array<T> out({in.batch, in.inner});
+  std::fill_n(out.mutable_data(), out.size(), T(NAN));
+  for (int64_t b = 0; b < blocks; ++b) {
+    host_gpu::Entering<T> entering;
+    host_gpu::combine_kept(block, rows, in.units, host_gpu::Share{b, blocks}, kept_of(b), w.data(), skip, entering, out.mutable_data());
+  }
+  return py::make_tuple(G, out);
+}
+
+py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, int64_t processors, int64_t shared_block, int64_t shared_processor, bool cooperative) {
+  using namespace py::literals;
+  const Plan p = plan_resolve(k, n, size, fixed, one_problem, {processors, shared_block, shared_processor, cooperative});
+  return py::dict("path"_a = p.path == Path::persistent ? "persistent" : "two_pass", "blocks"_a = p.blocks, "kept_steps"_a = p.kept_steps, "shared"_a = p.shared,
+                  "read"_a = p.read, "written"_a = p.written, "launches"_a = p.launches);
+}
+
 template <class T>
 void define(py::module_& m) {
   using namespace py::literals;
+  m.def("gpu_persistent", &persistent<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "blocks"_a = 1, "kept_steps"_a = 0, "skip"_a = true,
+        "Gramian [K, K] and weighted sum of arrays [batch, inner] as the blocks of the persistent CUDA kernel form them.");
   m.def("gpu_gram", &gram<T>, "grads"_a, "mask"_a = py::none(), "per_sample"_a = false,
         "Gramians [1 or batch, K, K] of arrays [batch, inner] as the CUDA kernels sum them.");
   m.def("gpu_combine", &combine<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "per_sample"_a = false, "skip"_a = false,
@@ -108,6 +153,9 @@ void define(py::module_& m) {
 }  // namespace
 
 void define_gpu(py::module_& m) {
+  using namespace py::literals;
+  m.def("gpu_plan", &plan, "k"_a, "n"_a, "size"_a, "fixed"_a, "one_problem"_a, "processors"_a, "shared_block"_a, "shared_processor"_a, "cooperative"_a,
+        "Which CUDA kernels resolve k gradients of n elements of `size` bytes (plan.h).");
   define<float>(m);
   define<double>(m);
 }

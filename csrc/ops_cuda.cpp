@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cfloat>
+#include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <tuple>
 
@@ -74,6 +76,31 @@ void solve(const Call& call, const SolveArgs& args, const std::optional<Tensor>&
   gpu::solve(args, rng ? stream_of(call.op, *rng, call.device) : nullptr, doubles(workspace), call.stream);
 }
 
+// Which path tests ask for: MMFAST_CUDA_PATH=two_pass or persistent; the plan decides without it.
+enum class Asked { plan, two_pass, persistent };
+Asked asked_path() {
+  const char* name = std::getenv("MMFAST_CUDA_PATH");
+  if (!name || !*name) return Asked::plan;
+  if (std::strcmp(name, "two_pass") == 0) return Asked::two_pass;
+  STD_TORCH_CHECK(std::strcmp(name, "persistent") == 0, "MMFAST_CUDA_PATH is ", name, ", expected two_pass or persistent");
+  return Asked::persistent;
+}
+
+// All of resolve in one launch, or false where the plan or the device is against it.
+bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, const std::optional<Tensor>& rng, bool skip, Tensor& out) {
+  const Asked asked = asked_path();
+  if (asked == Asked::two_pass) return false;
+  const Limits limits = gpu::limits(call.device.index);
+  const Plan plan = gpu::plan(in.grads(), static_cast<int>(S), limits);
+  bool done = false;
+  if (plan.path == Path::persistent) {
+    const Tensor slots = call.workspace(gpu::plan_slots(in.grads()).workspace);
+    done = gpu::resolve_at_once(in.grads(), args, rng ? stream_of(call.op, *rng, call.device) : nullptr, skip, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
+  }
+  STD_TORCH_CHECK(done || asked == Asked::plan, call.op, ": MMFAST_CUDA_PATH=persistent, but these gradients and rules, or this device, do not take that path");
+  return done;
+}
+
 std::tuple<Tensor, Tensor> resolve_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, std::vector<int64_t> steps,
                                         std::vector<double> params, std::optional<Tensor> state, std::optional<Tensor> rng, int64_t per,
                                         bool preserve_norm, bool with_gram) {
@@ -94,6 +121,7 @@ std::tuple<Tensor, Tensor> resolve_cuda(Tensors grads, std::vector<int64_t> miss
   bind_info(args, info, state, S);
   double* G = const_cast<double*>(args.G);
   with_gram = with_gram || in.grads().per == Per::batch_sum;  // there a row is missing when its batch sum is zero
+  if (args.batch && with_gram && resolve_at_once(call, in, args, S, rng, with_gram, out)) return {out, info};
   if (args.batch && with_gram) gram_into(call, in, G, args.G_stride);
   if (args.batch && !with_gram) gpu::presence(in.grads(), G, args.G_stride, call.stream);
   solve(call, args, rng);
@@ -165,6 +193,18 @@ Tensor trimmed_mean_cuda(Tensors grads, std::vector<int64_t> missing, std::optio
 
 }  // namespace
 }  // namespace mmfast
+
+// For mmfast.explain: {persistent, bytes read, bytes written, launches}.
+extern "C" __attribute__((visibility("default"))) void mmfast_cuda_plan(int64_t device, int64_t size, int64_t k, int64_t K, int64_t n, int64_t state_size,
+                                                                        int64_t one_problem, int64_t* found) {
+  using namespace mmfast;
+  Grads g{};
+  g.dtype = size == 8 ? Dtype::f64 : size == 4 ? Dtype::f32 : Dtype::bf16;
+  g.k = static_cast<int>(k), g.K = static_cast<int>(K);
+  g.batch = 1, g.inner = n, g.per = one_problem ? Per::batch : Per::sample;
+  const Plan plan = gpu::plan(g, static_cast<int>(state_size), gpu::limits(static_cast<int>(device)));
+  found[0] = plan.path == Path::persistent, found[1] = plan.read, found[2] = plan.written, found[3] = plan.launches;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) {
   m.impl("gram", TORCH_BOX(&mmfast::gram_cuda));

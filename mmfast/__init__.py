@@ -2,6 +2,7 @@
 
 from mmfast import resolvers, stats
 from mmfast.block import ImpartialityBlock, fork
+from mmfast.explain import explain
 from mmfast.heads import LinearHeads
 from mmfast.ops import backends, combine, gram, resolve, weights
 from mmfast.resolvers import *
@@ -16,6 +17,7 @@ __all__ = [
     "StandardScale",
     "backends",
     "combine",
+    "explain",
     "fork",
     "gram",
     "resolve",

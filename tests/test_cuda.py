@@ -81,6 +81,34 @@ def test_resolve_has_the_bits_of_the_cpu(per, dtype):
             assert torch.equal(ours.cpu(), mf.resolve([*grads, None], one, per, mask, preserve_norm=norm)), make
 
 
+@pytest.mark.parametrize("path", ["two_pass", "persistent"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8])
+def test_both_paths_have_the_bits_of_the_cpu(path, dtype, k, monkeypatch):
+    """All kept, some kept, several chunks to a slot; state and random stream of three calls; masked and absent rows."""
+    if path == "persistent" and dtype == torch.float64 and k > 4:
+        pytest.skip("the plan does not take that path")
+    monkeypatch.setenv("MMFAST_CUDA_PATH", path)
+    for n in (1, 4097, 300_001, 3_000_001 // k):
+        for make in (mf.MGDA, mf.PCGrad, mf.PCD):
+            torch.manual_seed(n)
+            one = make()
+            torch.manual_seed(n)
+            two = make().cuda()
+            for turn in range(3):
+                grads = gradients(k, (1, n), dtype)
+                mask = torch.arange(k + 1) != turn
+                ours = mf.resolve([*gpu(grads), None], two, mask=mask.cuda(), preserve_norm=turn == 1, backend="cuda")
+                assert torch.equal(ours.cpu(), mf.resolve([*grads, None], one, mask=mask, preserve_norm=turn == 1)), (n, make, turn)
+
+
+def test_a_path_that_cannot_be_taken_is_refused(monkeypatch):
+    grads = gpu(gradients(9, (1, 100), torch.float32))
+    monkeypatch.setenv("MMFAST_CUDA_PATH", "persistent")
+    with pytest.raises(RuntimeError, match="MMFAST_CUDA_PATH"):
+        mf.resolve(grads, mf.MGDA(), backend="cuda")
+
+
 def test_non_finite_gradients_and_many_rows():
     for k in (3, 100):
         grads = gradients(k, (2, 300), torch.float32)
@@ -103,7 +131,9 @@ def test_elementwise_rules(dtype):
             torch.testing.assert_close(ours, mf.resolve(grads, one, mask=m), rtol=1e-5, atol=1e-6)
 
 
-def test_twenty_runs_have_the_same_bits():
+@pytest.mark.parametrize("path", ["two_pass", "persistent"])
+def test_twenty_runs_have_the_same_bits(path, monkeypatch):
+    monkeypatch.setenv("MMFAST_CUDA_PATH", path)
     grads = gpu(gradients(6, (1, 1_000_003), torch.float32))
     results = [mf.resolve(grads, mf.UPGrad(), backend="cuda") for _ in range(20)]
     assert all(torch.equal(r, results[0]) for r in results)

@@ -7,7 +7,8 @@ namespace mmfast {
 namespace MMFAST_ISA {
 
 // Whether a row enters the sum: masked rows are not read, nor those of weight zero when `skip`.
-MMFAST_BLOCK inline bool enters(const Rows& rows, int row, const double* w, const bool* mask, bool skip) {
+template <class RowSet>
+MMFAST_BLOCK inline bool enters(const RowSet& rows, int row, const double* w, const bool* mask, bool skip) {
   const int place = rows.places[row];
   return !(mask && !mask[place]) && !(skip && w[place] == 0.0);
 }

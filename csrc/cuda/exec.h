@@ -34,6 +34,23 @@ struct Block {
   }
 };
 
+// A number on its way to shared memory without a register, where it is 4 or 8 bytes; there for its thread once wait() has let it through.
+template <class T>
+__device__ inline void copy_ahead(T* to, const T* from) {
+  if constexpr (sizeof(T) >= 4) {
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(sizeof(T)) : "memory");
+  } else {
+    *to = *from;
+  }
+}
+__device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int later>
+__device__ inline void wait_but_for() { asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory"); }  // the `later` youngest groups
+
+// What other blocks of this launch, or one before, have written: from the L2 cache, where they meet.
+__device__ inline double from_others(const double* p) { return __ldcg(p); }
+
 __device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 
@@ -58,6 +75,15 @@ struct Block {
     for (int t = 0; t < kThreads; ++t) x(t) += moved[t];
   }
 };
+
+template <class T>
+inline void copy_ahead(T* to, const T* from) {
+  *to = *from;
+}
+inline void end_group() {}
+template <int later>
+inline void wait_but_for() {}
+inline double from_others(const double* p) { return *p; }
 
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused(double a, double b, double c) { return std::fma(a, b, c); }

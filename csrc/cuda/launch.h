@@ -18,7 +18,7 @@ inline void check_launch(const char* kernel) {
 }
 
 template <class F>
-inline void with_type(Dtype dtype, F f) {
+MMFAST_HD inline void with_type(Dtype dtype, F f) {
   switch (dtype) {
     case Dtype::f16: return f(Half{});
     case Dtype::bf16: return f(Bfloat{});

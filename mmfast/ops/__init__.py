@@ -29,7 +29,8 @@ def backends() -> dict[str, tuple[bool, str]]:
     }
 
 
-def _use_native(device: torch.device, backend: str) -> bool:
+def uses_compiled(device: torch.device, backend: str) -> bool:
+    """Whether the compiled operators serve tensors on the device; raises where a backend asked for by name cannot."""
     if backend == "auto":
         return native.available and device.type == "cpu"
     if backend not in BACKENDS:
@@ -76,9 +77,9 @@ def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = N
     """
     code, k = contract.per_code(per), len(grads)
     contract.check_count(k)
-    if torch.compiler.is_compiling() or not isinstance(grads[0], Tensor) or not _use_native(grads[0].device, backend):
+    if torch.compiler.is_compiling() or not isinstance(grads[0], Tensor) or not uses_compiled(grads[0].device, backend):
         contract.check(grads, per, mask, k)
-        if not _use_native(grads[0].device, backend):
+        if not uses_compiled(grads[0].device, backend):
             return reference.gram(grads, mask, per)
     try:
         return native.gram(grads, [], mask, code)
@@ -111,7 +112,7 @@ def combine(grads: Sequence[Tensor], w: Tensor, per: str = "batch", *, backend: 
     if not isinstance(w, Tensor) or tuple(w.shape) != expected:
         raise ValueError(f"w is {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}, expected a tensor of shape {expected}")
     w = w.to(dtype=torch.float64, device=grads[0].device).contiguous()
-    if not _use_native(grads[0].device, backend):
+    if not uses_compiled(grads[0].device, backend):
         return reference.combine(grads, None, w, per)
     return native.combine(grads, [], None, w, code)
 
@@ -258,7 +259,7 @@ def solve(G: Tensor, resolver: Resolver, mask: Tensor | None, preserve_norm: boo
         w = _ask(resolver, G, there, precision)
         return w if not preserve_norm else reference.preserve_norm(G, there, w, precision)
     states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain, G.device)
-    if _use_native(G.device, backend):
+    if uses_compiled(G.device, backend):
         steps, params = _steps(chain)
         state = _joined(states)
         w = native.weights(G, mask, steps, params, state, rng, preserve_norm, precision)
@@ -336,7 +337,7 @@ def _resolve(
     use_native = native.available and backend == "auto" and isinstance(first, Tensor) and first.is_cpu
     if not use_native or torch.compiler.is_compiling():  # else the compiled operator checks, and only what it refuses is looked at here
         contract.check(grads, per, mask, k)
-        use_native = _use_native(grads[0].device, backend)
+        use_native = uses_compiled(grads[0].device, backend)
     first = grads[0]
     chain = resolver.chain()
     if chain is None:

@@ -24,7 +24,7 @@ def heads(
     runs between plain-torch forms of both halves.
     """
     chain = resolver.chain()
-    if chain is None or not (ops._use_native(delta.device, backend) and delta.is_cpu):  # this operator has no CUDA form
+    if chain is None or not (ops.uses_compiled(delta.device, backend) and delta.is_cpu):  # this operator has no CUDA form
 
         def solve(G: Tensor, row_mask: Tensor | None, precision: float) -> Tensor:
             return ops.solve(G, resolver, row_mask, preserve_norm, precision, backend)

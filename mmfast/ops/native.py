@@ -57,6 +57,14 @@ def why_no_cuda() -> str | None:
     return None if torch.cuda.is_available() else f"torch {torch.__version__} sees no CUDA device"
 
 
+def cuda_plan(device: int, size: int, k: int, places: int, n: int, state: int, one_problem: bool) -> dict[str, int]:
+    """The plan of csrc/cuda/plan.h for k gradients at `places` places, n elements of `size` bytes, rules that keep `state` numbers."""
+    found = (ctypes.c_int64 * 4)()
+    numbers = [ctypes.c_int64(x) for x in (device, size, k, places, n, state, one_problem)]
+    ctypes.CDLL(str(PATH)).mmfast_cuda_plan(*numbers, found)
+    return dict(zip(("persistent", "read", "written", "launches"), found, strict=True))
+
+
 missing_reason = load(PATH)
 available = missing_reason is None
 built_with_cuda = available and torch._C._dispatch_has_kernel_for_dispatch_key("mmfast::gram", "CUDA")

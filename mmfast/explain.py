@@ -1,0 +1,139 @@
+"""What a resolve would do: which kernels, why those, what they read and write, and how fast it could be at best."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmfast import ops
+from mmfast.ops import contract, native
+from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.elementwise import ElementwiseRule
+
+CACHED = 1 << 18  # bytes of a sample that are still in a processor's cache when it is combined
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; printed, a line for each.
+
+    Attributes:
+        backend: "cpu", "cuda" or "reference".
+        why: what it is, or why not another.
+        path: the kernels, in words.
+        launches: of kernels on a GPU; None elsewhere.
+        read, written: bytes that the path moves at most; None for plain torch, which is not counted.
+        floor_bytes: each gradient read once and one result written, what no path can stay below.
+        floor_us: the time of those at `bandwidth`; None where that is not known.
+        bandwidth: of the device's memory in GB/s.
+    """
+
+    backend: str
+    why: str
+    path: str
+    launches: int | None
+    read: int | None
+    written: int | None
+    floor_bytes: int
+    floor_us: float | None
+    bandwidth: float | None
+
+    def __str__(self) -> str:
+        moved = "not counted" if self.read is None else f"{_size(self.read)} read, {_size(self.written or 0)} written"
+        launches = "" if self.launches is None else f", {self.launches} launch{'es' if self.launches != 1 else ''}"
+        floor = _size(self.floor_bytes)
+        if self.floor_us is not None:
+            floor += f", {self.floor_us:.3g} µs at {self.bandwidth:.4g} GB/s"
+        return f"backend  {self.backend}: {self.why}\npath     {self.path}{launches}\nmemory   {moved}\nfloor    {floor}"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
+def _bandwidth(device: torch.device) -> float | None:
+    """GB/s of a GPU's memory by its data sheet; a processor's own has to be measured."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    clock, width = getattr(properties, "memory_clock_rate", None), getattr(properties, "memory_bus_width", None)
+    return 2 * clock * width / 8e6 if clock and width else None  # kHz and bits; two transfers a clock
+
+
+def _why(backend: str, device: torch.device) -> str:
+    if backend != "reference":
+        return ops.backends()[backend][1]
+    if device.type == "cuda":
+        return "plain torch; " + (native.why_no_cuda() or "the compiled CUDA kernels run where backend='cuda' asks for them")
+    if device.type == "cpu":
+        return "plain torch; " + (native.missing_reason or "asked for")
+    return f"plain torch; no compiled kernels for {device.type}"
+
+
+def explain(
+    grads: Sequence[Tensor | None],
+    resolver: Resolver,
+    per: str = "batch",
+    mask: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    bandwidth: float | None = None,
+) -> Explanation:
+    """Says what `resolve` with these arguments would do, without doing it.
+
+    Args:
+        grads, resolver, per, mask, backend: as for `resolve`. Nothing is read but shapes, and no state moves on.
+        bandwidth: of the device's memory in GB/s; a GPU's is taken from its data sheet, a processor's is not known.
+
+    Returns:
+        An `Explanation`, made to be printed.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `resolve` would.
+
+    >>> import torch, mmfast as mf
+    >>> print(mf.explain([torch.ones(1000)] * 3, mf.MGDA(), backend="reference", bandwidth=20.0))
+    backend  reference: plain torch; asked for
+    path     Gramian, weights and sum in plain torch
+    memory   not counted
+    floor    16 kB, 0.8 µs at 20 GB/s
+    """
+    k, there = len(grads), [g for g in grads if g is not None]
+    if not there:
+        raise ValueError("grads has no tensor, expected at least one")
+    missing = k - len(there)
+    contract.check(there, per, mask, k)
+    resolver.check(k)
+    first = there[0]
+    device, n, size = first.device, first.numel(), first.element_size()
+    compiled = ops.uses_compiled(device, backend)
+    found = device.type if compiled else "reference"
+    bytes_, launches = len(there) * n * size, None
+    read: int | None = 2 * bytes_
+    written: int | None = n * size
+    chain = resolver.chain()
+    if not compiled:
+        path, read, written = "Gramian, weights and sum in plain torch", None, None
+    elif isinstance(resolver, ElementwiseRule):
+        path, read = "one pass, element by element", bytes_
+    elif chain is None:
+        path = f"Gramian, {type(resolver).__name__}'s own torch code, weighted sum"
+    elif found == "cpu":
+        path = "Gramian, weights, weighted sum; the second read backwards, from the caches what they hold"
+        if per == "sample":
+            path, read = "sample by sample", bytes_ if bytes_ <= CACHED * first.shape[0] else read
+    else:
+        one = per == "batch" and (mask is None or mask.dim() == 1) and all(rule.needs_gram for rule in chain)
+        state = sum(rule.state_size(k) for rule in chain)
+        plan = native.cuda_plan(device.index or 0, size, k - missing, k, n, state, one)
+        read, written, launches = plan["read"], plan["written"], plan["launches"]
+        path = "one cooperative launch, gradients kept in shared memory" if plan["persistent"] else "Gramian, fold, weights, weighted sum"
+    bandwidth = bandwidth or _bandwidth(device)
+    floor = bytes_ + n * size
+    return Explanation(
+        found, _why(found, device), path, launches, read, written, floor, floor / bandwidth / 1e3 if bandwidth else None, bandwidth
+    )

@@ -1,0 +1,111 @@
+"""The path of a CUDA resolve as a pure function of sizes, and the persistent path's own code run on the CPU."""
+
+import pytest
+import torch
+
+from mmfast import ops
+from mmfast.ops import native
+
+host = pytest.importorskip("mmfast._host", reason="MMFAST_HOST=1 was not set when mmfast was built", exc_type=ImportError)
+pytestmark = pytest.mark.skipif(not native.available, reason=f"nothing compiled to compare with: {native.missing_reason}")
+
+H200 = {"processors": 132, "shared_block": 232448, "shared_processor": 233472, "cooperative": True}
+FIXED = 12000
+CHUNK = 4096
+
+
+def plan(k, n, size=4, one_problem=True, fixed=FIXED, **limits):
+    return host.gpu_plan(k, n, size, fixed, one_problem, **{**H200, **limits})
+
+
+def test_small_data_are_read_once():
+    p = plan(4, 131072)
+    assert p["path"] == "persistent" and p["launches"] == 1 and p["blocks"] == 32
+    assert p["read"] == 4 * 131072 * 4 and p["written"] == 131072 * 4
+    assert p["kept_steps"] == 32 and p["shared"] == FIXED + 32 * 4 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("n", "blocks"), [(1, 1), (CHUNK, 1), (CHUNK + 1, 2), (132 * CHUNK, 132), (132 * CHUNK + 1, 133), (528 * CHUNK + 1, 265)]
+)
+def test_a_block_for_each_slot_while_there_is_room(n, blocks):
+    assert plan(2, n)["blocks"] == blocks
+
+
+def test_more_slots_than_room_are_shared_out():
+    """Two processors have room for eight blocks."""
+    p = plan(2, 20 * CHUNK, processors=2)
+    assert p["blocks"] == 8 and p["kept_steps"] <= 3 * 32
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_bounds_hold_for_any_length(k, size):
+    for n in [1, 100, CHUNK, 5 * CHUNK + 7, 10**6, 2 * 10**6 + 1, 10**7, 10**8, 2**31 + 5, 2**40]:
+        p, floor = plan(k, n, size), k * n * size
+        assert p["written"] == n * size and floor <= p["read"] <= 2 * floor
+        if p["path"] == "persistent":
+            per_processor = -(-p["blocks"] // 132)
+            assert (
+                p["shared"] <= H200["shared_block"]
+                and per_processor * (p["shared"] + 1024) <= H200["shared_processor"]
+                and per_processor <= 4
+            )
+            assert p["kept_steps"] % 4 == 0 and 4 * (2 * floor - p["read"]) >= floor
+        else:
+            assert p["read"] == 2 * floor and p["launches"] > 1
+
+
+def test_what_the_persistent_path_does_not_do():
+    for arguments in [
+        {"k": 9, "n": 1000},
+        {"k": 5, "n": 1000, "size": 8},
+        {"k": 3, "n": 0},
+        {"k": 3, "n": 1000, "one_problem": False},
+        {"k": 3, "n": 1000, "cooperative": False},
+        {"k": 3, "n": 1000, "fixed": 240000},
+        {"k": 4, "n": 10**9},
+    ]:
+        assert plan(**arguments)["path"] == "two_pass", arguments
+
+
+def test_nearly_all_is_kept_up_to_the_shared_memory_of_the_chip():
+    """29 MB in whole slots of 64 to 128 KB: two thirds at least; what is read again is what the L2 cache read last."""
+    for k in (2, 3, 4, 5, 8):
+        n = 29 * 10**6 // (4 * k)
+        assert plan(k, n)["read"] < 1.4 * 4 * k * n, k
+
+
+def gradients(k, n, dtype):
+    return [torch.randn(1, n, dtype=dtype) * 10.0 ** torch.randint(-3, 3, ()) for _ in range(k)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8])
+def test_the_persistent_path_has_the_bits_of_the_cpu(k, dtype):
+    """Everything kept, a part, nothing; a block for each slot, fewer, more; what is not written is NaN."""
+    for n in (1, 511, 4097, 5 * CHUNK - 3):
+        grads = gradients(k, n, dtype)
+        w = torch.randn(k, dtype=torch.float64)
+        G, d = ops.gram(grads), ops.combine(grads, w)
+        for blocks, kept in [(1, 0), (1, 160), (2, 44), (5, 32), (7, 12)]:
+            ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=blocks, kept_steps=kept)
+            assert torch.equal(torch.from_numpy(ours), G) and torch.equal(torch.from_numpy(out), d), (n, blocks, kept)
+
+
+def test_the_persistent_path_with_more_chunks_than_slots():
+    grads = gradients(2, CHUNK * 1100 + 3, torch.float32)
+    w = torch.tensor([0.25, -1.5]).double()
+    ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=130, kept_steps=100)
+    assert torch.equal(torch.from_numpy(ours), ops.gram(grads)) and torch.equal(torch.from_numpy(out), ops.combine(grads, w))
+
+
+@pytest.mark.parametrize("kept", [0, 20, 64])
+def test_the_persistent_path_reads_neither_masked_rows_nor_rows_of_weight_zero(kept):
+    grads, mask = gradients(5, 2 * CHUNK, torch.float32), torch.tensor([True, False, True, True, True])
+    grads[1][:] = torch.nan
+    w = torch.tensor([0.5, 3.0, 0.0, -1.0, 2.0]).double()
+    ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), mask.numpy(), blocks=2, kept_steps=kept)
+    assert torch.equal(torch.from_numpy(ours), ops.gram(grads, mask=mask))
+    grads[1][:], grads[2][:] = 0, 0
+    assert torch.equal(torch.from_numpy(out), ops.combine(grads, w * mask))
