@@ -116,13 +116,17 @@ py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<doubl
   auto kept_of = [&](int64_t b) { return host_gpu::Kept<T>{kept[b].data(), kept_steps, k}; };
   for (int64_t b = 0; b < blocks; ++b) {
     const host_gpu::Share share{b, blocks};
-    host_gpu::ask(block, rows, in.units, share, kept_of(b));
-    if (k <= 2) host_gpu::sum_kept<T, 2>(block, rows, in.units, share, kept_of(b), shared.data(), slots.data());
-    else if (k <= 4) host_gpu::sum_kept<T, 4>(block, rows, in.units, share, kept_of(b), shared.data(), slots.data());
-    else host_gpu::sum_kept<T, 8>(block, rows, in.units, share, kept_of(b), shared.data(), slots.data());
+    auto read = [&](auto R) {
+      host_gpu::ask<T, decltype(R)::value>(block, rows, in.units, share, kept_of(b));
+      host_gpu::sum_kept<T, decltype(R)::value>(block, rows, in.units, share, kept_of(b), shared.data(), slots.data());
+    };
+    if (k <= 2) read(std::integral_constant<int, 2>{});
+    else if (k <= 4) read(std::integral_constant<int, 4>{});
+    else read(std::integral_constant<int, 8>{});
   }
   py::array_t<double> G({k, k});
-  host_gpu::fold_few(block, rows, k, slots.data(), in.units.slots(), G.mutable_data());
+  std::vector<double> stage(600, NAN);
+  host_gpu::fold_few(block, rows, k, slots.data(), in.units.slots(), stage.data(), static_cast<int>(stage.size()), G.mutable_data());
   Array<T> out({in.batch, in.inner});
   std::fill_n(out.mutable_data(), out.size(), T(NAN));
   for (int64_t b = 0; b < blocks; ++b) {
@@ -132,11 +136,21 @@ py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<doubl
   return py::make_tuple(G, out);
 }
 
-py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, int64_t processors, int64_t shared_block, int64_t shared_processor, bool cooperative) {
+const char* name_of(Path path) { return path == Path::persistent ? "persistent" : path == Path::per_sample ? "per_sample" : "two_pass"; }
+
+py::dict dict_of(const Plan& p) {
   using namespace py::literals;
-  const Plan p = plan_resolve(k, n, size, fixed, one_problem, {processors, shared_block, shared_processor, cooperative});
-  return py::dict("path"_a = p.path == Path::persistent ? "persistent" : "two_pass", "blocks"_a = p.blocks, "kept_steps"_a = p.kept_steps, "shared"_a = p.shared,
+  return py::dict("path"_a = name_of(p.path), "blocks"_a = p.blocks, "kept_steps"_a = p.kept_steps, "shared"_a = p.shared, "workspace"_a = p.workspace,
                   "read"_a = p.read, "written"_a = p.written, "launches"_a = p.launches);
+}
+
+py::dict plan_of_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, int64_t fixed, int64_t processors, int64_t shared_block, int64_t shared_processor,
+                         bool cooperative) {
+  return dict_of(plan_samples(k, batch, inner, size, fixed, {processors, shared_block, shared_processor, cooperative}));
+}
+
+py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, int64_t processors, int64_t shared_block, int64_t shared_processor, bool cooperative) {
+  return dict_of(plan_resolve(k, n, size, fixed, one_problem, {processors, shared_block, shared_processor, cooperative}));
 }
 
 template <class T>
@@ -156,6 +170,8 @@ void define_gpu(py::module_& m) {
   using namespace py::literals;
   m.def("gpu_plan", &plan, "k"_a, "n"_a, "size"_a, "fixed"_a, "one_problem"_a, "processors"_a, "shared_block"_a, "shared_processor"_a, "cooperative"_a,
         "Which CUDA kernels resolve k gradients of n elements of `size` bytes (plan.h).");
+  m.def("gpu_plan_samples", &plan_of_samples, "k"_a, "batch"_a, "inner"_a, "size"_a, "fixed"_a, "processors"_a, "shared_block"_a, "shared_processor"_a, "cooperative"_a,
+        "The same for a problem per sample.");
   define<float>(m);
   define<double>(m);
 }

@@ -76,14 +76,14 @@ void solve(const Call& call, const SolveArgs& args, const std::optional<Tensor>&
   gpu::solve(args, rng ? stream_of(call.op, *rng, call.device) : nullptr, doubles(workspace), call.stream);
 }
 
-// Which path tests ask for: MMFAST_CUDA_PATH=two_pass or persistent; the plan decides without it.
-enum class Asked { plan, two_pass, persistent };
+// Which path tests ask for: MMFAST_CUDA_PATH=two_pass, or one_launch; the plan decides without it.
+enum class Asked { plan, two_pass, one_launch };
 Asked asked_path() {
   const char* name = std::getenv("MMFAST_CUDA_PATH");
   if (!name || !*name) return Asked::plan;
   if (std::strcmp(name, "two_pass") == 0) return Asked::two_pass;
-  STD_TORCH_CHECK(std::strcmp(name, "persistent") == 0, "MMFAST_CUDA_PATH is ", name, ", expected two_pass or persistent");
-  return Asked::persistent;
+  STD_TORCH_CHECK(std::strcmp(name, "one_launch") == 0, "MMFAST_CUDA_PATH is ", name, ", expected two_pass or one_launch");
+  return Asked::one_launch;
 }
 
 // All of resolve in one launch, or false where the plan or the device is against it.
@@ -93,11 +93,11 @@ bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, 
   const Limits limits = gpu::limits(call.device.index);
   const Plan plan = gpu::plan(in.grads(), static_cast<int>(S), limits);
   bool done = false;
-  if (plan.path == Path::persistent) {
-    const Tensor slots = call.workspace(gpu::plan_slots(in.grads()).workspace);
+  if (plan.path != Path::two_pass) {
+    const Tensor slots = call.workspace(plan.workspace);
     done = gpu::resolve_at_once(in.grads(), args, rng ? stream_of(call.op, *rng, call.device) : nullptr, skip, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
   }
-  STD_TORCH_CHECK(done || asked == Asked::plan, call.op, ": MMFAST_CUDA_PATH=persistent, but these gradients and rules, or this device, do not take that path");
+  STD_TORCH_CHECK(done || asked == Asked::plan, call.op, ": MMFAST_CUDA_PATH=one_launch, but these gradients and rules, or this device, do not take that path");
   return done;
 }
 
@@ -194,16 +194,16 @@ Tensor trimmed_mean_cuda(Tensors grads, std::vector<int64_t> missing, std::optio
 }  // namespace
 }  // namespace mmfast
 
-// For mmfast.explain: {persistent, bytes read, bytes written, launches}.
-extern "C" __attribute__((visibility("default"))) void mmfast_cuda_plan(int64_t device, int64_t size, int64_t k, int64_t K, int64_t n, int64_t state_size,
-                                                                        int64_t one_problem, int64_t* found) {
+// For mmfast.explain: {path, bytes read, bytes written, launches}; `per` is 0 for one problem, 1 for one per sample, 2 where neither has one launch.
+extern "C" __attribute__((visibility("default"))) void mmfast_cuda_plan(int64_t device, int64_t size, int64_t k, int64_t K, int64_t batch, int64_t inner,
+                                                                        int64_t state_size, int64_t per, int64_t* found) {
   using namespace mmfast;
   Grads g{};
   g.dtype = size == 8 ? Dtype::f64 : size == 4 ? Dtype::f32 : Dtype::bf16;
   g.k = static_cast<int>(k), g.K = static_cast<int>(K);
-  g.batch = 1, g.inner = n, g.per = one_problem ? Per::batch : Per::sample;
+  g.batch = batch, g.inner = inner, g.per = static_cast<Per>(per);
   const Plan plan = gpu::plan(g, static_cast<int>(state_size), gpu::limits(static_cast<int>(device)));
-  found[0] = plan.path == Path::persistent, found[1] = plan.read, found[2] = plan.written, found[3] = plan.launches;
+  found[0] = static_cast<int64_t>(plan.path), found[1] = plan.read, found[2] = plan.written, found[3] = plan.launches;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) {

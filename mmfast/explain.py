@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.ops import contract, native
-from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
 
 CACHED = 1 << 18  # bytes of a sample that are still in a processor's cache when it is combined
@@ -22,9 +22,9 @@ class Explanation:
         backend: "cpu", "cuda" or "reference".
         why: what it is, or why not another.
         path: the kernels, in words.
-        launches: of kernels on a GPU; None elsewhere.
+        launches: of the kernels of a chain of rules on a GPU; None elsewhere.
         read, written: bytes that the path moves at most; None for plain torch, which is not counted.
-        floor_bytes: each gradient read once and one result written, what no path can stay below.
+        floor_bytes: each gradient read once and one result written; what a mask hides is not taken off.
         floor_us: the time of those at `bandwidth`; None where that is not known.
         bandwidth: of the device's memory in GB/s.
     """
@@ -74,6 +74,33 @@ def _why(backend: str, device: torch.device) -> str:
     return f"plain torch; no compiled kernels for {device.type}"
 
 
+def _first(chain: list[Rule]) -> str:
+    return "Gramian" if any(rule.needs_gram for rule in chain) else "a look at which rows are zero"
+
+
+def _cuda(first: Tensor, present: int, k: int, chain: list[Rule], per: str, mask: Tensor | None) -> tuple[str, int, int, int]:
+    """(path, bytes read, bytes written, launches) of a chain of rules, as csrc/ops_cuda.cpp takes it; forced paths are for tests and not looked at."""
+    batch = first.shape[0] if first.dim() else 1
+    inner, size = first.numel() // max(batch, 1), first.element_size()
+    gram, random = any(rule.needs_gram for rule in chain), any(rule.random for rule in chain)
+    few = len(chain) <= 4 and sum(len(rule.params()) for rule in chain) <= 64  # persistent.cu
+    one = gram and few and (per == "sample" or (per == "batch" and (mask is None or mask.dim() == 1)))
+    state = sum(rule.state_size(k) for rule in chain)
+    name, read, written, launches = native.cuda_plan(
+        first.device.index or 0, size, present, k, batch, inner, state, contract.per_code(per) if one else 2
+    )
+    if name == "persistent":
+        return "one cooperative launch, gradients kept in shared memory", read, written, launches
+    if name == "per_sample":
+        return "one launch, a block for each sample, gradients kept in shared memory", read, written, launches + random
+    if per == "batch_sum":  # the sums are written, and read for the Gramian
+        sums = present * inner * max(size, 4)
+        return "sums over the batch, Gramian, fold, weights, weighted sum", read + sums, written + sums, launches + 1 + random
+    if not gram:
+        return f"{_first(chain)}, weights, weighted sum", read, written, 4 + random
+    return "Gramian, fold, weights, weighted sum", read, written, launches + random
+
+
 def explain(
     grads: Sequence[Tensor | None],
     resolver: Resolver,
@@ -105,33 +132,33 @@ def explain(
     k, there = len(grads), [g for g in grads if g is not None]
     if not there:
         raise ValueError("grads has no tensor, expected at least one")
-    missing = k - len(there)
     contract.check(there, per, mask, k)
     resolver.check(k)
     first = there[0]
     device, n, size = first.device, first.numel(), first.element_size()
+    bytes_ = len(there) * n * size
     compiled = ops.uses_compiled(device, backend)
     found = device.type if compiled else "reference"
-    bytes_, launches = len(there) * n * size, None
-    read: int | None = 2 * bytes_
-    written: int | None = n * size
+    read: int | None = None
+    written: int | None = None
+    launches: int | None = None
     chain = resolver.chain()
     if not compiled:
-        path, read, written = "Gramian, weights and sum in plain torch", None, None
+        path = "Gramian, weights and sum in plain torch"
     elif isinstance(resolver, ElementwiseRule):
-        path, read = "one pass, element by element", bytes_
+        path, read, written = "element by element; rows of zeros are looked for first where the rule counts them", 2 * bytes_, n * size
     elif chain is None:
-        path = f"Gramian, {type(resolver).__name__}'s own torch code, weighted sum"
+        path, read, written = f"Gramian, {type(resolver).__name__}'s own torch code, weighted sum", 2 * bytes_, n * size
     elif found == "cpu":
-        path = "Gramian, weights, weighted sum; the second read backwards, from the caches what they hold"
+        path, read, written = (
+            f"{_first(chain)}, weights, weighted sum; the second read backwards, from the caches what they hold",
+            2 * bytes_,
+            n * size,
+        )
         if per == "sample":
             path, read = "sample by sample", bytes_ if bytes_ <= CACHED * first.shape[0] else read
     else:
-        one = per == "batch" and (mask is None or mask.dim() == 1) and all(rule.needs_gram for rule in chain)
-        state = sum(rule.state_size(k) for rule in chain)
-        plan = native.cuda_plan(device.index or 0, size, k - missing, k, n, state, one)
-        read, written, launches = plan["read"], plan["written"], plan["launches"]
-        path = "one cooperative launch, gradients kept in shared memory" if plan["persistent"] else "Gramian, fold, weights, weighted sum"
+        path, read, written, launches = _cuda(first, len(there), k, chain, per, mask)
     bandwidth = bandwidth or _bandwidth(device)
     floor = bytes_ + n * size
     return Explanation(

@@ -81,12 +81,12 @@ def test_resolve_has_the_bits_of_the_cpu(per, dtype):
             assert torch.equal(ours.cpu(), mf.resolve([*grads, None], one, per, mask, preserve_norm=norm)), make
 
 
-@pytest.mark.parametrize("path", ["two_pass", "persistent"])
+@pytest.mark.parametrize("path", ["two_pass", "one_launch"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8])
 def test_both_paths_have_the_bits_of_the_cpu(path, dtype, k, monkeypatch):
     """All kept, some kept, several chunks to a slot; state and random stream of three calls; masked and absent rows."""
-    if path == "persistent" and dtype == torch.float64 and k > 4:
+    if path == "one_launch" and dtype == torch.float64 and k > 4:
         pytest.skip("the plan does not take that path")
     monkeypatch.setenv("MMFAST_CUDA_PATH", path)
     for n in (1, 4097, 300_001, 3_000_001 // k):
@@ -102,9 +102,34 @@ def test_both_paths_have_the_bits_of_the_cpu(path, dtype, k, monkeypatch):
                 assert torch.equal(ours.cpu(), mf.resolve([*grads, None], one, mask=mask, preserve_norm=turn == 1)), (n, make, turn)
 
 
+@pytest.mark.parametrize("path", ["two_pass", "one_launch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 3, 4, 7])
+def test_both_paths_per_sample(path, dtype, k, monkeypatch):
+    if path == "one_launch" and dtype == torch.float64 and k > 4:
+        pytest.skip("the plan does not take that path")
+    monkeypatch.setenv("MMFAST_CUDA_PATH", path)  # below half a chunk and beyond four times what is kept there is one path only
+    for batch, inner in [(1, 2048), (7, 4096), (700, 2100), (3, 5000), (2, 60_000)]:
+        for make in (mf.MGDA, mf.PCGrad, mf.PCD):
+            torch.manual_seed(inner)
+            one = make()
+            torch.manual_seed(inner)
+            two = make().cuda()
+            for turn in range(3):
+                grads = gradients(k, (batch, inner), dtype)
+                mask = torch.rand(batch, k + 1) < 0.8 if turn else torch.arange(k + 1) != 1
+                ours = mf.resolve([*gpu(grads), None], two, "sample", mask.cuda(), preserve_norm=turn == 1, backend="cuda")
+                assert torch.equal(ours.cpu(), mf.resolve([*grads, None], one, "sample", mask, preserve_norm=turn == 1)), (
+                    batch,
+                    inner,
+                    make,
+                    turn,
+                )
+
+
 def test_a_path_that_cannot_be_taken_is_refused(monkeypatch):
     grads = gpu(gradients(9, (1, 100), torch.float32))
-    monkeypatch.setenv("MMFAST_CUDA_PATH", "persistent")
+    monkeypatch.setenv("MMFAST_CUDA_PATH", "one_launch")
     with pytest.raises(RuntimeError, match="MMFAST_CUDA_PATH"):
         mf.resolve(grads, mf.MGDA(), backend="cuda")
 
@@ -131,7 +156,7 @@ def test_elementwise_rules(dtype):
             torch.testing.assert_close(ours, mf.resolve(grads, one, mask=m), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["two_pass", "persistent"])
+@pytest.mark.parametrize("path", ["two_pass", "one_launch"])
 def test_twenty_runs_have_the_same_bits(path, monkeypatch):
     monkeypatch.setenv("MMFAST_CUDA_PATH", path)
     grads = gpu(gradients(6, (1, 1_000_003), torch.float32))

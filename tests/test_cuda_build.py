@@ -14,9 +14,9 @@ pytestmark = pytest.mark.skipif(not cuda or not LOGS.exists(), reason="mmfast wa
 
 HOT = ("gram_kernel", "fold_kernel", "sums_kernel", "presence_kernel", "combine_kernel", "graddrop_kernel", "trimmed_kernel")
 # bytes of a thread: arguments of the rules' functions, and what a few of them spill; with half of the registers more
-SOLVER_STACK = {"solve_kernel": 512, "persistent_kernel": 768}
-PHASES = ("read_phase", "write_phase")  # the functions of persistent_kernel that read and write the gradients
-PHASE_SPILLS = 12  # bytes: three registers, where it holds the pairs of eight rows
+SOLVER_STACK = {"solve_kernel": 512, "persistent_kernel": 1024}
+# bytes that the functions of persistent_kernel around its solver store: what registers hold for their caller, once a call
+PHASE_SPILLS = {"read_phase": 48, "write_phase": 0}
 
 
 def entries(architecture):
@@ -51,17 +51,16 @@ def test_no_hot_kernel_spills(architecture):
             assert stack == spills == 0 and registers <= 255, (name, registers, stack, spills)
 
 
-def test_the_phases_of_the_persistent_kernel_do_not_spill():
+def test_the_phases_of_the_persistent_kernel_spill_nothing_of_their_own():
     text = (LOGS / "cuda_persistent.o.ptxas").read_text()
     found = re.findall(
         r"Function properties for (\S+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text
     )
-    for phase in PHASES:
-        assert any(phase in name for name, *_ in found), phase
-    for name, stack, stores, loads in found:
-        if any(phase in name for phase in PHASES):
-            limit = PHASE_SPILLS if "Li8E" in name else 0
-            assert int(stack) == 0 and int(stores) <= limit and (limit or loads == "0"), (name, stack, stores, loads)
+    for phase, limit in PHASE_SPILLS.items():
+        figures = [(name, int(stack), int(stores), int(loads)) for name, stack, stores, loads in found if phase in name]
+        assert figures, phase
+        for name, stack, stores, loads in figures:  # loaded once for each way out
+            assert stack == 0 and stores <= limit and loads <= 2 * limit, (name, stack, stores, loads)
 
 
 def test_the_default_architectures_are_there():

@@ -69,6 +69,37 @@ def test_what_the_persistent_path_does_not_do():
         assert plan(**arguments)["path"] == "two_pass", arguments
 
 
+def samples(k, batch, inner, size=4, fixed=FIXED, **limits):
+    return host.gpu_plan_samples(k, batch, inner, size, fixed, **{**H200, **limits})
+
+
+def test_a_block_for_each_sample():
+    p = samples(2, 100, CHUNK)
+    assert (p["path"], p["blocks"], p["launches"], p["workspace"]) == ("per_sample", 100, 1, 100 * 3)
+    assert p["read"] == 2 * 100 * CHUNK * 4 and p["written"] == 100 * CHUNK * 4
+    assert samples(2, 10**6, CHUNK)["blocks"] == 4 * 132  # 32 kB and what is fixed, four to a processor
+    assert samples(8, 132, CHUNK)["blocks"] == 132  # 128 kB
+    assert samples(8, 133, CHUNK)["path"] == "two_pass"  # more problems than such blocks, of which a warp each solves at once
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 8])
+def test_bounds_hold_for_samples(k, size):
+    for batch in (1, 50, 10**5):
+        for inner in (1, 2047, 2048, CHUNK + 1, 10**5, 10**7):
+            p, floor = samples(k, batch, inner, size), k * batch * inner * size
+            assert p["written"] == batch * inner * size and floor <= p["read"] <= 2 * floor
+            if p["path"] == "per_sample":
+                assert p["shared"] <= H200["shared_block"] and p["kept_steps"] % 4 == 0 and p["blocks"] <= batch
+                assert 4 * (2 * floor - p["read"]) >= floor
+
+
+def test_samples_that_no_block_can_keep():
+    for arguments in [(9, 10, 5000), (3, 0, 5000), (3, 10, 0), (3, 10, 2047), (5, 10, 5000, 8), (4, 10, 10**7)]:
+        assert samples(*arguments)["path"] == "two_pass", arguments
+    assert samples(3, 10, 5000, shared_block=0, shared_processor=0)["path"] == "two_pass"
+
+
 def test_nearly_all_is_kept_up_to_the_shared_memory_of_the_chip():
     """29 MB in whole slots of 64 to 128 KB: two thirds at least; what is read again is what the L2 cache read last."""
     for k in (2, 3, 4, 5, 8):
@@ -98,6 +129,17 @@ def test_the_persistent_path_with_more_chunks_than_slots():
     w = torch.tensor([0.25, -1.5]).double()
     ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=130, kept_steps=100)
     assert torch.equal(torch.from_numpy(ours), ops.gram(grads)) and torch.equal(torch.from_numpy(out), ops.combine(grads, w))
+
+
+@pytest.mark.parametrize("inner", [1, 300, 5000, CHUNK * 600 + 1])
+def test_a_block_alone_has_the_bits_of_the_cpu_per_sample(inner):
+    """What a block does with its sample, chunks in groups included."""
+    grads = [torch.randn(2, inner) for _ in range(3 if inner < 10**6 else 1)]
+    w = torch.randn(2, len(grads), dtype=torch.float64)
+    G, d = ops.gram(grads, "sample"), ops.combine(grads, w, "sample")
+    for b in range(2):
+        ours, out = host.gpu_persistent([g[b : b + 1].numpy() for g in grads], w[b].numpy(), blocks=1, kept_steps=64)
+        assert torch.equal(torch.from_numpy(ours), G[b]) and torch.equal(torch.from_numpy(out)[0], d[b])
 
 
 @pytest.mark.parametrize("kept", [0, 20, 64])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mmfast as mf
+from mmfast.explain import _cuda
 from mmfast.ops import native
 
 compiled = pytest.mark.skipif(not native.available, reason=f"nothing compiled: {native.missing_reason}")
@@ -25,7 +26,8 @@ def test_the_compiled_paths_on_the_cpu():
     assert (whole.read, whole.written) == (2 * 12000, 4000)
     assert samples.path == "sample by sample" and samples.read == 12000
     assert mf.explain([torch.ones(1, 10**6)] * 2, mf.UPGrad(), per="sample").read == 2 * 8 * 10**6
-    assert mf.explain(GRADS, mf.GradDrop()).read == 12000
+    assert mf.explain(GRADS, mf.GradDrop()).written == 4000
+    assert "Gramian" in whole.path and "Gramian" not in mf.explain(GRADS, mf.Mean()).path
 
 
 @compiled
@@ -65,5 +67,14 @@ def test_what_resolve_refuses_is_refused():
 @pytest.mark.skipif(not native.built_with_cuda or torch.cuda.is_available(), reason="asks for a build with CUDA on a machine without a GPU")
 def test_the_cuda_plan_can_be_asked_without_a_gpu():
     """No device has no cooperative launch."""
-    plan = native.cuda_plan(0, 4, 3, 3, 1000, 0, True)
-    assert plan == {"persistent": 0, "read": 24000, "written": 4000, "launches": 4}
+    for per in (0, 1, 2):
+        assert native.cuda_plan(0, 4, 3, 3, 10, 100, 0, per) == ("two_pass", 24000, 4000, 4)
+
+    def launches(rule, per="batch", k=3):
+        return _cuda(GRADS[0], k, k, rule.chain(), per, None)
+
+    assert launches(mf.MGDA())[1:] == (24000, 4000, 4)
+    assert launches(mf.PCGrad())[3] == 5  # its counter moves on
+    assert launches(mf.MGDA(), k=9)[3] == 5  # two shapes of tiles
+    assert launches(mf.MGDA(), "batch_sum")[1:] == (24000 + 3 * 250 * 4, 4000 + 3 * 250 * 4, 5)
+    assert "zero" in launches(mf.Mean())[0]

@@ -37,10 +37,10 @@ void solve(const SolveArgs& args, int64_t* rng, double* workspace, Stream stream
 // w of problem b at w + b * w_stride; rows of weight zero are not read when `skip`.
 void combine(const Grads& g, const double* w, int64_t w_stride, bool skip, void* out, Stream stream);
 
-// What plan_resolve() says of these gradients and rules that keep `state_size` numbers.
+// What plan.h says of these gradients and rules that keep `state_size` numbers.
 Limits limits(int device);
 Plan plan(const Grads& g, int state_size, const Limits& limits);
-// Gramian, solve() and combine() in one launch, as a plan of the persistent path says; slots are plan_slots(g).workspace doubles.
+// Gramian, solve() and combine() in one launch, as a plan of another path than two_pass says; slots are plan.workspace doubles.
 // False, and nothing is done, where the device cannot: the three then do it.
 bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, bool skip, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream);
 

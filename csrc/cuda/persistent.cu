@@ -1,4 +1,4 @@
-// Gramian, solver and combination of one problem in a cooperative launch (persistent.h).
+// Gramian, solver and combination in one launch (persistent.h): of one problem by all blocks, or of each sample by a block.
 #define MMFAST_ISA cuda
 #include "persistent.h"
 
@@ -17,89 +17,129 @@ constexpr int kFewSteps = 4, kFewParams = 64;  // of a chain that travels with t
 struct Work {
   Dtype dtype;
   FewRows rows;
-  Units units;
+  Units units;              // of one problem
+  int64_t samples;          // that are a problem each, or 0
+  int64_t sample_bytes;     // of a row
   int64_t kept_steps;
   int64_t steps[2 * kFewSteps];
   double params[kFewParams];
   int n_steps, K, state_size;
   bool preserve_norm, skip;
   double precision;
-  double *info, *state;  // weights [K], Gramian [K, K]; both are written by block 0
+  double *info, *state;  // of each problem: weights [K] and Gramian [K, K], what the rules keep
   int64_t* rng;
   double* slots;
   void* out;
 };
 
-// Numbers of a block in shared memory beside what it keeps: Gramian, weights, state, scratch of the solver, a multiple of 16 bytes.
+constexpr int kRowsDoubles = (sizeof(FewRows) + 15) / 16 * 2;
+
+// Numbers of a block in shared memory beside its rows, seed and counter, and what it keeps: Gramian, weights, state, scratch of the solver, a multiple of 16 bytes.
 MMFAST_HD inline int64_t solver_doubles(int K, int state_size) {
   return (K * K + K + state_size + solve_work_size(K) + (solve_iwork_size(K) + 1) / 2 + 1) / 2 * 2;
 }
 template <class T>
 MMFAST_HD inline int64_t fixed_bytes(int K, int state_size) {
-  return solver_doubles(K, state_size) * 8 + tile_shared<T>() * static_cast<int64_t>(sizeof(Acc<T>));
+  return (kRowsDoubles + 2 + solver_doubles(K, state_size)) * 8 + tile_shared<T>() * static_cast<int64_t>(sizeof(Acc<T>));
 }
 
-// A block's shared memory: Gramian, weights, state and scratch of the solver, then what its type decides.
+// A block's shared memory: its rows, seed and counter, Gramian, weights, state and scratch of the solver, then what its type decides.
+extern __shared__ double shared_memory[];
 struct Memory {
+  FewRows& rows;
+  int64_t* rng;
   double *G, *w, *state, *scratch, *rest;
-  __device__ Memory(const Work& work, double* at)
-      : G(at), w(G + work.K * work.K), state(w + work.K), scratch(state + work.state_size), rest(at + solver_doubles(work.K, work.state_size)) {}
+  __device__ explicit Memory(const Work& work)
+      : rows(*reinterpret_cast<FewRows*>(shared_memory)), rng(reinterpret_cast<int64_t*>(shared_memory + kRowsDoubles)), G(shared_memory + kRowsDoubles + 2),
+        w(G + work.K * work.K), state(w + work.K), scratch(state + work.state_size), rest(G + solver_doubles(work.K, work.state_size)) {}
+  // Doubles from the solver's scratch to the end of where chains meet: free between the two.
+  __device__ int stage_room(const Work& work) const {
+    const int meeting = work.dtype == Dtype::f64 ? tile_shared<double>() : tile_shared<float>() / 2;
+    return static_cast<int>(rest - scratch) + meeting;
+  }
   template <class T>
   __device__ Acc<T>* meeting() const {
     return reinterpret_cast<Acc<T>*>(rest);
   }
   template <class T>
   __device__ Kept<T> kept(const Work& work) const {
-    return {reinterpret_cast<T*>(meeting<T>() + tile_shared<T>()), work.kept_steps, work.rows.k};
+    return {reinterpret_cast<T*>(meeting<T>() + tile_shared<T>()), work.kept_steps, rows.k};
   }
 };
 
+// All blocks share one problem, or each has its own.
+__device__ Share share_of(const Work& work) { return work.samples ? Share{0, 1} : Share{blockIdx.x, gridDim.x}; }
+__device__ double* slots_of(const Work& work) { return work.slots + (work.samples ? blockIdx.x * work.units.slots() * pair_count(work.rows.k) : 0); }
+
 // The phases are functions of their own and the kernel is one: the assembler goes through all solvers once for every kernel that calls them.
+// What they share is in shared memory, for a register that lives through a call is missing in it.
+__device__ __noinline__ void begin_phase(const Work& work, int64_t problem) {
+  const Memory memory(work);
+  const int S = work.state_size, thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    memory.rows = work.rows;
+    for (int i = 0; i < work.rows.k; ++i) memory.rows.at[i] = static_cast<const char*>(work.rows.at[i]) + problem * work.sample_bytes;
+    if (work.rows.mask) memory.rows.mask += problem * work.rows.mask_stride;
+    memory.rng[0] = work.rng ? work.rng[0] : 0, memory.rng[1] = work.rng ? work.rng[1] : 0;
+  }
+  for (int i = thread; i < S; i += kThreads) memory.state[i] = work.state[problem * S + i];
+}
+
 template <class T, int R>
-__device__ __noinline__ void read_phase(const Work& work, const Memory& memory, const Share& share) {
+__device__ __noinline__ void read_phase(const Work& work) {
+  const Memory memory(work);
   const Kept<T> kept = memory.kept<T>(work);
-  ask(Block{}, work.rows, work.units, share, kept);
-  sum_kept<T, R>(Block{}, work.rows, work.units, share, kept, memory.meeting<T>(), work.slots);
+  ask<T, R>(Block{}, memory.rows, work.units, share_of(work), kept);
+  sum_kept<T, R>(Block{}, memory.rows, work.units, share_of(work), kept, memory.meeting<T>(), slots_of(work));
 }
 
-template <class T>
-__device__ __noinline__ void write_phase(const Work& work, const Memory& memory, const Share& share) {
-  static_assert(sizeof(Entering<T>) <= tile_shared<T>() * sizeof(Acc<T>), "nothing meets any more: the room is free");
-  Entering<T>& entering = *reinterpret_cast<Entering<T>*>(memory.rest);
-  combine_kept(Block{}, work.rows, work.units, share, memory.kept<T>(work), memory.w, work.skip, entering, static_cast<T*>(work.out));
-}
-
-__global__ void __launch_bounds__(kThreads, kPersistentPerProcessor) persistent_kernel(const __grid_constant__ Work work) {
-  extern __shared__ double shared[];
-  const Memory memory(work, shared);
+// Every block of one problem solves: the same numbers, and nobody has to wait for them; block 0 writes them.
+__device__ __noinline__ void solve_phase(const Work& work, int64_t problem) {
+  const Memory memory(work);
   const int K = work.K, S = work.state_size, thread = static_cast<int>(threadIdx.x);
-  const Share share{blockIdx.x, gridDim.x};
-
-  // before the barrier, for block 0 writes them after it
-  for (int i = thread; i < S; i += kThreads) memory.state[i] = work.state[i];
-  const int64_t seed = work.rng ? work.rng[0] : 0, counter = work.rng ? work.rng[1] : 0;
-  with_type(work.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (work.rows.k <= 2) return read_phase<T, 2>(work, memory, share);
-    if (work.rows.k <= 4) return read_phase<T, 4>(work, memory, share);
-    if constexpr (sizeof(T) < 8) read_phase<T, 8>(work, memory, share);
-  });
-  cooperative_groups::this_grid().sync();
-  fold_few(Block{}, work.rows, K, work.slots, work.units.slots(), memory.G);
+  fold_few(Block{}, memory.rows, K, slots_of(work), work.units.slots(), memory.scratch, memory.stage_room(work), memory.G);
   __syncthreads();
-  if (thread < kTeamLanes) {  // every block solves: the same numbers, and nobody has to wait for them
+  if (thread < kTeamLanes) {
     const Chain chain{work.steps, work.n_steps, work.params, work.preserve_norm, work.precision};
-    const Io io{memory.G, work.rows.mask, S ? memory.state : nullptr, static_cast<uint64_t>(seed), static_cast<uint32_t>(counter), 0, memory.w};
+    const Io io{memory.G, memory.rows.mask, S ? memory.state : nullptr, static_cast<uint64_t>(memory.rng[0]), static_cast<uint32_t>(memory.rng[1]),
+                static_cast<uint32_t>(problem), memory.w};
     solve(Warp{}, chain, K, io, memory.scratch, reinterpret_cast<int*>(memory.scratch + solve_work_size(K)));
   }
   __syncthreads();
-  if (blockIdx.x == 0) {
-    for (int i = thread; i < K; i += kThreads) work.info[i] = memory.w[i];
-    for (int i = thread; i < K * K; i += kThreads) work.info[K + i] = memory.G[i];
-    for (int i = thread; i < S; i += kThreads) work.state[i] = memory.state[i];
-    if (thread == 0 && work.rng) work.rng[1] = counter + 1;
+  if (!work.samples && blockIdx.x) return;
+  double* info = work.info + problem * (K + K * K);
+  for (int i = thread; i < K; i += kThreads) info[i] = memory.w[i];
+  for (int i = thread; i < K * K; i += kThreads) info[K + i] = memory.G[i];
+  for (int i = thread; i < S; i += kThreads) work.state[problem * S + i] = memory.state[i];
+  if (thread == 0 && work.rng && !work.samples) work.rng[1] = memory.rng[1] + 1;
+}
+
+template <class T>
+__device__ __noinline__ void write_phase(const Work& work, int64_t problem) {
+  const Memory memory(work);
+  static_assert(sizeof(Entering<T>) <= tile_shared<T>() * sizeof(Acc<T>), "nothing meets any more: the room is free");
+  Entering<T>& entering = *reinterpret_cast<Entering<T>*>(memory.rest);
+  combine_kept(Block{}, memory.rows, work.units, share_of(work), memory.kept<T>(work), memory.w, work.skip, entering,
+               static_cast<T*>(work.out) + problem * work.units.elements);
+}
+
+__global__ void __launch_bounds__(kThreads, kPersistentPerProcessor) persistent_kernel(const __grid_constant__ Work work) {
+  for (int64_t problem = work.samples ? blockIdx.x : 0; problem < (work.samples ? work.samples : 1); problem += gridDim.x) {
+    __syncthreads();  // nobody still reads what the problem before left
+    begin_phase(work, problem);
+    __syncthreads();
+    with_type(work.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      if (work.rows.k <= 2) return read_phase<T, 2>(work);
+      if (work.rows.k <= 4) return read_phase<T, 4>(work);
+      if constexpr (sizeof(T) < 8) read_phase<T, 8>(work);
+    });
+    // state and counter were read before the barrier, and are written after it
+    if (work.samples) __syncthreads();
+    else cooperative_groups::this_grid().sync();
+    solve_phase(work, problem);
+    with_type(work.dtype, [&](auto zero) { write_phase<decltype(zero)>(work, problem); });
   }
-  with_type(work.dtype, [&](auto zero) { write_phase<decltype(zero)>(work, memory, share); });
 }
 
 Limits limits_of(int device) {
@@ -111,14 +151,16 @@ Limits limits_of(int device) {
           ask(cudaDevAttrCooperativeLaunch) != 0};
 }
 
+// Whether the blocks have their shared memory, and those that wait for each other all run at once. What the kernel may ask for at most is the
+// same in every call, so that calls of several threads do not disturb each other.
 bool fits(const Plan& plan, const Limits& limits) {
   int fitting = 0;
   const int shared = static_cast<int>(plan.shared);
-  const bool known = cudaFuncSetAttribute(persistent_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess &&
+  const bool known = cudaFuncSetAttribute(persistent_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_block)) == cudaSuccess &&
                      cudaFuncSetAttribute(persistent_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) == cudaSuccess &&
                      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, persistent_kernel, kThreads, shared) == cudaSuccess;
   if (!known) cudaGetLastError();  // asking is no error of the caller's
-  return known && fitting * limits.processors >= plan.blocks;
+  return known && fitting > 0 && (plan.path == Path::per_sample || fitting * limits.processors >= plan.blocks);
 }
 
 }  // namespace
@@ -130,8 +172,10 @@ Plan plan(const Grads& g, int state_size, const Limits& limits) {
   Plan found{};
   cuda::with_type(g.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const int64_t fixed = cuda::fixed_bytes<T>(g.K <= kPersistentRows ? g.K : kPersistentRows, state_size);
     const bool one = g.per == Per::batch && g.mask_stride == 0 && g.K <= kPersistentRows;
-    found = plan_resolve(g.k, g.batch * g.inner, sizeof(T), cuda::fixed_bytes<T>(g.K, state_size), one, limits);
+    found = g.per == Per::sample && g.K <= kPersistentRows ? plan_samples(g.k, g.batch, g.inner, sizeof(T), fixed, limits)
+                                                           : plan_resolve(g.k, g.batch * g.inner, sizeof(T), fixed, one, limits);
   });
   return found;
 }
@@ -146,7 +190,10 @@ bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, bool s
   for (int i = 0; i < g.k; ++i) work.rows.at[i] = g.rows[i], work.rows.places[i] = static_cast<int16_t>(g.places[i]);
   work.rows.k = g.k;
   work.rows.mask = g.mask;
-  work.units = cuda::whole_units(g.batch * g.inner);
+  work.rows.mask_stride = g.mask_stride;
+  const bool samples = plan.path == Path::per_sample;
+  work.units = cuda::whole_units(samples ? g.inner : g.batch * g.inner);
+  work.samples = samples ? g.batch : 0;
   work.kept_steps = plan.kept_steps;
   for (int s = 0; s < 2 * args.n_steps; ++s) work.steps[s] = args.steps[s];
   for (int64_t p = 0; p < n_params; ++p) work.params[p] = args.params[p];
@@ -154,10 +201,18 @@ bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, bool s
   work.preserve_norm = args.preserve_norm, work.skip = skip, work.precision = args.precision;
   work.info = args.w, work.state = args.state, work.rng = rng, work.slots = slots;
   work.dtype = g.dtype, work.out = out;
-  void* arguments[] = {&work};
-  cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(cuda::persistent_kernel), dim3(static_cast<unsigned>(plan.blocks)), dim3(cuda::kThreads), arguments,
-                              static_cast<size_t>(plan.shared), cuda::raw(stream));
-  cuda::check_launch("persistent");
+  cuda::with_type(g.dtype, [&](auto zero) { work.sample_bytes = g.inner * static_cast<int64_t>(sizeof zero); });
+  const dim3 grid(static_cast<unsigned>(plan.blocks));
+  const size_t shared = static_cast<size_t>(plan.shared);
+  if (samples) {
+    cuda::persistent_kernel<<<grid, cuda::kThreads, shared, cuda::raw(stream)>>>(work);
+    cuda::check_launch("per_sample");
+    if (rng) cuda::advance(rng, stream);
+  } else {
+    void* arguments[] = {&work};
+    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(cuda::persistent_kernel), grid, dim3(cuda::kThreads), arguments, shared, cuda::raw(stream));
+    cuda::check_launch("persistent");
+  }
   return true;
 }
 

@@ -54,19 +54,38 @@ MMFAST_BLOCK inline int kept_of(const Kept<T>& kept, int64_t ordinal) {
 MMFAST_HD inline int64_t chunk_end(const Units& units, int64_t chunk) { return (chunk + 1) * kChunk < units.elements ? (chunk + 1) * kChunk : units.elements; }
 
 // Asks for all that is kept, in groups. Where a row is masked or ends, nothing is asked for, and nothing is read later.
-template <class T>
+template <class T, int R>
 MMFAST_BLOCK inline void ask(const Block& block, const FewRows& rows, const Units& units, const Share& share, const Kept<T>& kept) {
-  constexpr int L = 64 / sizeof(Acc<T>);
+  constexpr int L = 64 / sizeof(Acc<T>), U = kStepsAtOnce;
+  const T* a[R];
+  tile_rows<T, R>(rows, 0, 0, 0, a);
   int group = 0;
   share.each_chunk(units, [&](int64_t, int64_t chunk, int64_t ordinal) {
     const int64_t end = chunk_end(units, chunk), first = ordinal * kSubSteps;
-    for (int s = 0; s < kept_of(kept, ordinal); ++s) {
+    for (int s = 0; s < kept_of(kept, ordinal); s += U) {
       block.each([&](int t) {
         const int64_t e = chunk * kChunk + chain_start<T>(t) + s * L;
-        for (int i = 0; i < rows.k; ++i)
-          if (e < end && (!rows.mask || rows.mask[rows.places[i]])) copy_ahead(kept.at(first + s, i, t), static_cast<const T*>(rows.at[i]) + e);
+        T* to = kept.at(first + s, 0, t);
+        if constexpr (sizeof(T) >= 4) {
+#pragma unroll
+          for (int i = 0; i < R; ++i)
+#pragma unroll
+            for (int u = 0; u < U; ++u)
+              if (a[i] && e + u * L < end) copy_ahead(to + (u * kept.k + i) * kThreads, a[i] + e + u * L);
+        } else {  // through registers, and so all reads before the first write
+          T x[R * U];
+#pragma unroll
+          for (int i = 0; i < R; ++i)
+#pragma unroll
+            for (int u = 0; u < U; ++u) x[i * U + u] = a[i] && e + u * L < end ? a[i][e + u * L] : T{};
+#pragma unroll
+          for (int i = 0; i < R; ++i)
+#pragma unroll
+            for (int u = 0; u < U; ++u)
+              if (a[i]) to[(u * kept.k + i) * kThreads] = x[i * U + u];
+        }
       });
-      for (; group < Kept<T>::kGroups && first + s + 1 >= kept.group_end(group); ++group) end_group();
+      for (; group < Kept<T>::kGroups && first + s + U >= kept.group_end(group); ++group) end_group();
     }
   });
   for (; group < Kept<T>::kGroups; ++group) end_group();
@@ -120,8 +139,38 @@ MMFAST_BLOCK inline void sum_kept(const Block& block, const FewRows& rows, const
   });
 }
 
-// The Gramian [K, K] of rows at their places, from the slots of all blocks.
-MMFAST_BLOCK inline void fold_few(const Block& block, const FewRows& rows, int K, const double* slots, int64_t count, double* G) {
+// The Gramian [K, K] of rows at their places, from the slots of all blocks in order; they come by way of `stage`, which holds `room` numbers,
+// for one after the other would wait for memory each time.
+MMFAST_BLOCK inline void fold_few(const Block& block, const FewRows& rows, int K, const double* slots, int64_t count, double* stage, int room, double* G) {
+  constexpr int kOnce = 8;
+  const int pairs = static_cast<int>(pair_count(rows.k)), fit = room / pairs;
+  Block::Per<double> total;
+  block.each([&](int t) { total(t) = 0.0; });
+  for (int64_t s = 0; s < count; s += fit) {
+    const int some = static_cast<int>(count - s < fit ? count - s : fit), numbers = some * pairs;
+    block.sync();
+    for (int base = 0; base < numbers; base += kOnce * kThreads)
+      block.each([&](int t) {
+        double x[kOnce];
+#pragma unroll
+        for (int u = 0; u < kOnce; ++u)
+          if (base + u * kThreads + t < numbers) x[u] = from_others(slots + s * pairs + base + u * kThreads + t);
+#pragma unroll
+        for (int u = 0; u < kOnce; ++u)
+          if (base + u * kThreads + t < numbers) stage[base + u * kThreads + t] = x[u];
+      });
+    block.sync();
+    block.each([&](int t) {
+      if (t < pairs)
+#pragma unroll 4
+        for (int i = 0; i < some; ++i) total(t) += stage[i * pairs + t];
+    });
+  }
+  block.sync();
+  block.each([&](int t) {
+    if (t < pairs) stage[t] = total(t);
+  });
+  block.sync();
   block.each([&](int t) {
     for (int e = t; e < K * K; e += kThreads) {
       int i = -1, j = -1;
@@ -130,7 +179,7 @@ MMFAST_BLOCK inline void fold_few(const Block& block, const FewRows& rows, int K
         if (rows.places[row] == e % K) j = row;
       }
       const bool hidden = rows.mask && !(rows.mask[e / K] && rows.mask[e % K]);
-      G[e] = fold_slots(slots, count, pair_count(rows.k), rows.k, i, j, hidden);
+      G[e] = i < 0 || j < 0 || hidden ? 0.0 : stage[pair_index(rows.k, i < j ? i : j, i < j ? j : i)];
     }
   });
 }

@@ -1,4 +1,4 @@
-// Which kernels resolve one problem, from sizes and limits alone: a pure function, so that it is tested where there is no GPU.
+// Which kernels resolve a problem, or one for each sample, from sizes and limits alone: pure functions, tested where there is no GPU.
 #pragma once
 
 #include "../gramian.h"
@@ -13,13 +13,14 @@ struct Limits {
   bool cooperative;          // blocks may wait for each other
 };
 
-enum class Path { two_pass, persistent };
+enum class Path { two_pass, persistent, per_sample };
 
 struct Plan {
   Path path;
-  int64_t blocks;      // of the persistent kernel: all run at once
+  int64_t blocks;      // of the kernel that keeps what it reads; the persistent one's all run at once
   int64_t kept_steps;  // of kPersistentThreads elements of every row that a block keeps in shared memory
   int64_t shared;      // bytes that it asks for
+  int64_t workspace;   // doubles of slots for all blocks
   int64_t read, written;
   int64_t launches;
 };
@@ -29,10 +30,16 @@ constexpr int kStepsAtOnce = 4;                 // that are combined, so what is
 constexpr int64_t kPersistentPerProcessor = 4;  // blocks: its registers allow no more
 constexpr int64_t kReserved = 1024;             // bytes of each block that the system keeps for itself
 
+// Bytes that each of so many blocks to a processor may ask for, in whole units of 128.
+inline int64_t shared_of_each(int64_t per_processor, const Limits& limits) {
+  const int64_t share = limits.shared_processor / per_processor - kReserved;
+  return (share < limits.shared_block ? share : limits.shared_block) / 128 * 128;
+}
+
 // k rows of n elements of `size` bytes; a persistent block needs `fixed` bytes beside what it keeps.
 inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, const Limits& limits) {
   const int64_t bytes = k * n * size;
-  const Plan two_pass{Path::two_pass, 0, 0, 0, 2 * bytes, n * size, k > kPersistentRows ? 5 : 4};
+  const Plan two_pass{Path::two_pass, 0, 0, 0, 0, 2 * bytes, n * size, k > kPersistentRows ? 5 : 4};
   const int64_t most_rows = size == 8 ? kPersistentRows / 2 : kPersistentRows;  // whose pairs have room in registers
   if (!one_problem || !limits.cooperative || k < 1 || k > most_rows || n < 1) return two_pass;
   const int64_t chunks = (n + kChunk - 1) / kChunk, group = group_size(chunks), slots = (chunks + group - 1) / group;
@@ -40,8 +47,7 @@ inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool
   int64_t per_processor = 1;
   while (per_processor < kPersistentPerProcessor && per_processor * limits.processors < slots) ++per_processor;
   const int64_t room = per_processor * limits.processors, blocks = slots < room ? slots : room;
-  const int64_t share = limits.shared_processor / per_processor - kReserved;
-  const int64_t most = share < limits.shared_block ? share : limits.shared_block;
+  const int64_t most = shared_of_each(per_processor, limits);
   if (most < fixed) return two_pass;
   const int64_t step = k * kPersistentThreads * size, chunk_steps = kChunk / kPersistentThreads;
   const int64_t slots_each = (slots + blocks - 1) / blocks, steps = slots_each * group * chunk_steps;
@@ -51,7 +57,28 @@ inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool
   const int64_t kept_all = longer * kept + (blocks - longer) * (kept < shorter_steps ? kept : shorter_steps);
   const int64_t kept_bytes = kept_all * step < bytes ? kept_all * step : bytes;
   if (4 * kept_bytes < bytes) return two_pass;  // little is saved, and more blocks read faster
-  return {Path::persistent, blocks, kept, fixed + kept * step, 2 * bytes - kept_bytes, n * size, 1};
+  return {Path::persistent, blocks, kept, fixed + kept * step, slots * pair_count(k), 2 * bytes - kept_bytes, n * size, 1};
+}
+
+// A block for each of `batch` samples of `inner` elements; no block waits for another. Small samples would leave most of its threads idle.
+inline Plan plan_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, int64_t fixed, const Limits& limits) {
+  const int64_t bytes = k * batch * inner * size;
+  const Plan two_pass{Path::two_pass, 0, 0, 0, 0, 2 * bytes, batch * inner * size, k > kPersistentRows ? 5 : 4};
+  const int64_t most_rows = size == 8 ? kPersistentRows / 2 : kPersistentRows;
+  if (k < 1 || k > most_rows || batch < 1 || 2 * inner < kChunk) return two_pass;
+  const int64_t chunks = (inner + kChunk - 1) / kChunk, group = group_size(chunks), slots = (chunks + group - 1) / group;
+  const int64_t step = k * kPersistentThreads * size, steps = chunks * (kChunk / kPersistentThreads);
+  // as many blocks to a processor as keep a sample whole
+  int64_t per_processor = kPersistentPerProcessor;
+  while (per_processor > 1 && shared_of_each(per_processor, limits) < fixed + steps * step) --per_processor;
+  const int64_t most = shared_of_each(per_processor, limits), room = per_processor * limits.processors;
+  // few blocks solve few problems at once
+  if (most < fixed || (per_processor < kPersistentPerProcessor && batch > room)) return two_pass;
+  const int64_t fit = (most - fixed) / step / kStepsAtOnce * kStepsAtOnce, kept = fit < steps ? fit : steps;
+  const int64_t sample_bytes = k * inner * size, kept_bytes = batch * (kept * step < sample_bytes ? kept * step : sample_bytes);
+  if (4 * kept_bytes < bytes) return two_pass;
+  const int64_t blocks = batch < room ? batch : room;
+  return {Path::per_sample, blocks, kept, fixed + kept * step, blocks * slots * pair_count(k), 2 * bytes - kept_bytes, batch * inner * size, 1};
 }
 
 }  // namespace mmfast

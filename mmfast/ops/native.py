@@ -57,12 +57,16 @@ def why_no_cuda() -> str | None:
     return None if torch.cuda.is_available() else f"torch {torch.__version__} sees no CUDA device"
 
 
-def cuda_plan(device: int, size: int, k: int, places: int, n: int, state: int, one_problem: bool) -> dict[str, int]:
-    """The plan of csrc/cuda/plan.h for k gradients at `places` places, n elements of `size` bytes, rules that keep `state` numbers."""
+def cuda_plan(device: int, size: int, k: int, places: int, batch: int, inner: int, state: int, per: int) -> tuple[str, int, int, int]:
+    """(path, bytes read, bytes written, launches) by csrc/cuda/plan.h for k gradients [batch, inner] at `places` places, of `size` bytes a number.
+
+    The rules keep `state` numbers; `per` is 0 for one problem, 1 for one per sample, 2 for what no single launch serves.
+    """
     found = (ctypes.c_int64 * 4)()
-    numbers = [ctypes.c_int64(x) for x in (device, size, k, places, n, state, one_problem)]
+    numbers = [ctypes.c_int64(x) for x in (device, size, k, places, batch, inner, state, per)]
     ctypes.CDLL(str(PATH)).mmfast_cuda_plan(*numbers, found)
-    return dict(zip(("persistent", "read", "written", "launches"), found, strict=True))
+    path, read, written, launches = found
+    return ("two_pass", "persistent", "per_sample")[path], read, written, launches
 
 
 missing_reason = load(PATH)
