@@ -100,7 +100,7 @@ Array<T> combine(const std::vector<Array<T>>& grads, const py::array_t<double, p
 // G [K, K] and the weighted sum of one problem as `blocks` blocks of the persistent kernel form them, each of which keeps `kept_steps` steps.
 template <class T>
 py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<double, py::array::c_style | py::array::forcecast>& w,
-                     const std::optional<Bools>& mask, int64_t blocks, int64_t kept_steps, bool skip) {
+                     const std::optional<Bools>& mask, int64_t blocks, int64_t kept_steps) {
   const Inputs<T> in(grads, mask, false);
   const int k = in.rows.k;
   if (k > kPersistentRows || w.size() != k || in.samples || blocks < 1 || kept_steps < 0 || kept_steps % kStepsAtOnce)
@@ -131,7 +131,7 @@ py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<doubl
   std::fill_n(out.mutable_data(), out.size(), T(NAN));
   for (int64_t b = 0; b < blocks; ++b) {
     host_gpu::Entering<T> entering;
-    host_gpu::combine_kept(block, rows, in.units, host_gpu::Share{b, blocks}, kept_of(b), w.data(), skip, entering, out.mutable_data());
+    host_gpu::combine_kept(block, rows, in.units, host_gpu::Share{b, blocks}, kept_of(b), w.data(), entering, out.mutable_data());
   }
   return py::make_tuple(G, out);
 }
@@ -156,7 +156,7 @@ py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_proble
 template <class T>
 void define(py::module_& m) {
   using namespace py::literals;
-  m.def("gpu_persistent", &persistent<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "blocks"_a = 1, "kept_steps"_a = 0, "skip"_a = true,
+  m.def("gpu_persistent", &persistent<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "blocks"_a = 1, "kept_steps"_a = 0,
         "Gramian [K, K] and weighted sum of arrays [batch, inner] as the blocks of the persistent CUDA kernel form them.");
   m.def("gpu_gram", &gram<T>, "grads"_a, "mask"_a = py::none(), "per_sample"_a = false,
         "Gramians [1 or batch, K, K] of arrays [batch, inner] as the CUDA kernels sum them.");

@@ -71,9 +71,9 @@ void gram_into(const Call& call, const Inputs& in, double* G, int64_t stride) {
   gpu::gram(g, doubles(slots), G, stride, call.stream);
 }
 
-void solve(const Call& call, const SolveArgs& args, const std::optional<Tensor>& rng) {
+void solve(const Call& call, const SolveArgs& args, int64_t* rng) {
   const Tensor workspace = call.workspace(gpu::solve_workspace(args));
-  gpu::solve(args, rng ? stream_of(call.op, *rng, call.device) : nullptr, doubles(workspace), call.stream);
+  gpu::solve(args, rng, doubles(workspace), call.stream);
 }
 
 // Which path tests ask for: MMFAST_CUDA_PATH=two_pass, or one_launch; the plan decides without it.
@@ -87,7 +87,7 @@ Asked asked_path() {
 }
 
 // All of resolve in one launch, or false where the plan or the device is against it.
-bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, const std::optional<Tensor>& rng, bool skip, Tensor& out) {
+bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, int64_t* rng, Tensor& out) {
   const Asked asked = asked_path();
   if (asked == Asked::two_pass) return false;
   const Limits limits = gpu::limits(call.device.index);
@@ -95,7 +95,7 @@ bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, 
   bool done = false;
   if (plan.path != Path::two_pass) {
     const Tensor slots = call.workspace(plan.workspace);
-    done = gpu::resolve_at_once(in.grads(), args, rng ? stream_of(call.op, *rng, call.device) : nullptr, skip, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
+    done = gpu::resolve_at_once(in.grads(), args, rng, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
   }
   STD_TORCH_CHECK(done || asked == Asked::plan, call.op, ": MMFAST_CUDA_PATH=one_launch, but these gradients and rules, or this device, do not take that path");
   return done;
@@ -117,14 +117,14 @@ std::tuple<Tensor, Tensor> resolve_cuda(Tensors grads, std::vector<int64_t> miss
   const int64_t S = state_width(op, state, call.device, args.batch);
   Tensor out = in.like_one(), info = call.problems_by(in, {K + K * K});
   set_chain(*kernels, args, op, steps, params, S);
-  if (rng) stream_of(op, *rng, call.device);
+  int64_t* stream = rng ? stream_of(op, *rng, call.device) : nullptr;
   bind_info(args, info, state, S);
   double* G = const_cast<double*>(args.G);
   with_gram = with_gram || in.grads().per == Per::batch_sum;  // there a row is missing when its batch sum is zero
-  if (args.batch && with_gram && resolve_at_once(call, in, args, S, rng, with_gram, out)) return {out, info};
+  if (args.batch && with_gram && resolve_at_once(call, in, args, S, stream, out)) return {out, info};
   if (args.batch && with_gram) gram_into(call, in, G, args.G_stride);
   if (args.batch && !with_gram) gpu::presence(in.grads(), G, args.G_stride, call.stream);
-  solve(call, args, rng);
+  solve(call, args, stream);
   gpu::combine(in.grads(), args.w, args.w_stride, with_gram, out.mutable_data_ptr(), call.stream);
   return {out, info};
 }
@@ -165,7 +165,7 @@ Tensor weights_cuda(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t
   args.state_stride = S;
   args.w = doubles(w);
   args.w_stride = args.K;
-  solve(call, args, rng);
+  solve(call, args, rng ? stream_of(call.op, *rng, call.device) : nullptr);
   return w;
 }
 

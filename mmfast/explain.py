@@ -139,22 +139,18 @@ def explain(
     bytes_ = len(there) * n * size
     compiled = ops.uses_compiled(device, backend)
     found = device.type if compiled else "reference"
-    read: int | None = None
-    written: int | None = None
+    read: int | None = 2 * bytes_
+    written: int | None = n * size
     launches: int | None = None
     chain = resolver.chain()
     if not compiled:
-        path = "Gramian, weights and sum in plain torch"
+        path, read, written = "Gramian, weights and sum in plain torch", None, None
     elif isinstance(resolver, ElementwiseRule):
-        path, read, written = "element by element; rows of zeros are looked for first where the rule counts them", 2 * bytes_, n * size
+        path = "element by element; rows of zeros are looked for first where the rule counts them"
     elif chain is None:
-        path, read, written = f"Gramian, {type(resolver).__name__}'s own torch code, weighted sum", 2 * bytes_, n * size
+        path = f"Gramian, {type(resolver).__name__}'s own torch code, weighted sum"
     elif found == "cpu":
-        path, read, written = (
-            f"{_first(chain)}, weights, weighted sum; the second read backwards, from the caches what they hold",
-            2 * bytes_,
-            n * size,
-        )
+        path = f"{_first(chain)}, weights, weighted sum; the second read backwards, from the caches what they hold"
         if per == "sample":
             path, read = "sample by sample", bytes_ if bytes_ <= CACHED * first.shape[0] else read
     else:

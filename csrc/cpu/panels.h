@@ -182,14 +182,14 @@ inline void pack_row(const T* row, int64_t length, typename Stored<T>::Vec::Acc*
 }
 
 // The stretch behind the one that is worked off.
-constexpr int kMostAhead = 2;
 template <class T>
 struct Next {
-  const T* rows[2 * kPanel + kMostAhead];     // its rows, from where it begins; then the first ones of the stretch behind it
-  int count, packs;                           // how many rows, and how many of them are to be packed
-  bool whole;                                 // both stretches have all their steps: a tile can copy a row
+  using V = typename Stored<T>::Vec;
+  const T* rows[2 * kPanel + Packed<V>::ahead];  // its rows, from where it begins; then the first ones of the stretch behind it
+  int count, packs;                              // how many rows, and how many of them are to be packed
+  bool whole;                                    // both stretches have all their steps: a tile can copy a row
   int64_t length;
-  typename Stored<T>::Vec::Acc* packed;
+  typename V::Acc* packed;
 };
 
 template <class T, class Rows, class V = typename Stored<T>::Vec>
@@ -258,7 +258,7 @@ inline void gram_panels(const T* const* rows, int k, int64_t n, int64_t first, i
     for (int i = 0; i < na; ++i) next.rows[i] = rows[s.pa + i] + s.begin;
     for (int j = 0; j < nb; ++j) next.rows[na + j] = rows[s.pb + j] + s.begin;
     const Stretch behind = following(s);
-    for (int i = 0; i < kMostAhead; ++i) next.rows[na + nb + i] = rows[behind.pa + (behind.pa + i < k ? i : 0)] + behind.begin;
+    for (int i = 0; i < Packed<V>::ahead; ++i) next.rows[na + nb + i] = rows[behind.pa + (behind.pa + i < k ? i : 0)] + behind.begin;
     next.count = s.chunk == last ? 0 : na + nb;
     next.packs = in_place(s) ? 0 : next.count;
     next.length = s.end - s.begin;

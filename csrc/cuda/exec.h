@@ -48,7 +48,7 @@ __device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "
 template <int later>
 __device__ inline void wait_but_for() { asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory"); }  // the `later` youngest groups
 
-// What other blocks of this launch, or one before, have written: from the L2 cache, where they meet.
+// What other blocks of this launch have written: from the L2 cache, where they meet.
 __device__ inline double from_others(const double* p) { return __ldcg(p); }
 
 __device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }

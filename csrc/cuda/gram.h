@@ -194,8 +194,7 @@ MMFAST_BLOCK inline double fold_slots(const double* slots, int64_t count, int64_
   if (i < 0 || j < 0 || hidden) return 0.0;
   const double* at = slots + pair_index(k, i < j ? i : j, i < j ? j : i);
   double total = 0.0;
-#pragma unroll 8
-  for (int64_t s = 0; s < count; ++s) total += from_others(at + s * pairs);
+  for (int64_t s = 0; s < count; ++s) total += at[s * pairs];
   return total;
 }
 

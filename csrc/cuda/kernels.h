@@ -42,7 +42,7 @@ Limits limits(int device);
 Plan plan(const Grads& g, int state_size, const Limits& limits);
 // Gramian, solve() and combine() in one launch, as a plan of another path than two_pass says; slots are plan.workspace doubles.
 // False, and nothing is done, where the device cannot: the three then do it.
-bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, bool skip, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream);
+bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream);
 
 void graddrop(const Grads& g, double leak, int64_t* rng, void* out, Stream stream);
 // `present` [K, K] is the result of presence().

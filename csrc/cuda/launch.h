@@ -29,14 +29,31 @@ MMFAST_HD inline void with_type(Dtype dtype, F f) {
 
 inline cudaStream_t raw(gpu::Stream stream) { return static_cast<cudaStream_t>(stream); }
 
-inline Rows rows_of(const Grads& g) {
-  Rows rows{};
+template <int most = kMaxRows>
+inline RowsUpTo<most> rows_of(const Grads& g) {
+  RowsUpTo<most> rows{};
   for (int i = 0; i < g.k; ++i) rows.at[i] = g.rows[i], rows.places[i] = static_cast<int16_t>(g.places[i]);
   rows.k = g.k;
   rows.mask = g.mask;
   rows.mask_stride = g.mask_stride;
   return rows;
 }
+
+// A chain of rules as an argument of a kernel: the arrays that Chain points to.
+template <int most_steps, int most_params>
+struct Steps {
+  int64_t steps[2 * most_steps];
+  double params[most_params];
+  // False where they have no room.
+  bool take(const SolveArgs& args) {
+    int64_t n_params = 0;
+    for (int s = 0; s < args.n_steps; ++s) n_params += args.steps[2 * s + 1];
+    if (args.n_steps > most_steps || n_params > most_params) return false;
+    for (int s = 0; s < 2 * args.n_steps; ++s) steps[s] = args.steps[s];
+    for (int64_t p = 0; p < n_params; ++p) params[p] = args.params[p];
+    return true;
+  }
+};
 
 static __global__ void advance_kernel(int64_t* rng) { ++rng[1]; }
 

@@ -4,15 +4,12 @@
 
 #include <cooperative_groups.h>
 
-#include "../solvers/solve.h"
 #include "launch.h"
 #include "warp.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
-
-constexpr int kFewSteps = 4, kFewParams = 64;  // of a chain that travels with the kernel's arguments
 
 struct Work {
   Dtype dtype;
@@ -21,10 +18,9 @@ struct Work {
   int64_t samples;          // that are a problem each, or 0
   int64_t sample_bytes;     // of a row
   int64_t kept_steps;
-  int64_t steps[2 * kFewSteps];
-  double params[kFewParams];
+  Steps<4, 64> chain;
   int n_steps, K, state_size;
-  bool preserve_norm, skip;
+  bool preserve_norm;
   double precision;
   double *info, *state;  // of each problem: weights [K] and Gramian [K, K], what the rules keep
   int64_t* rng;
@@ -36,7 +32,7 @@ constexpr int kRowsDoubles = (sizeof(FewRows) + 15) / 16 * 2;
 
 // Numbers of a block in shared memory beside its rows, seed and counter, and what it keeps: Gramian, weights, state, scratch of the solver, a multiple of 16 bytes.
 MMFAST_HD inline int64_t solver_doubles(int K, int state_size) {
-  return (K * K + K + state_size + solve_work_size(K) + (solve_iwork_size(K) + 1) / 2 + 1) / 2 * 2;
+  return (K * K + K + state_size + scratch_doubles(K) + 1) / 2 * 2;
 }
 template <class T>
 MMFAST_HD inline int64_t fixed_bytes(int K, int state_size) {
@@ -100,7 +96,7 @@ __device__ __noinline__ void solve_phase(const Work& work, int64_t problem) {
   fold_few(Block{}, memory.rows, K, slots_of(work), work.units.slots(), memory.scratch, memory.stage_room(work), memory.G);
   __syncthreads();
   if (thread < kTeamLanes) {
-    const Chain chain{work.steps, work.n_steps, work.params, work.preserve_norm, work.precision};
+    const Chain chain{work.chain.steps, work.n_steps, work.chain.params, work.preserve_norm, work.precision};
     const Io io{memory.G, memory.rows.mask, S ? memory.state : nullptr, static_cast<uint64_t>(memory.rng[0]), static_cast<uint32_t>(memory.rng[1]),
                 static_cast<uint32_t>(problem), memory.w};
     solve(Warp{}, chain, K, io, memory.scratch, reinterpret_cast<int*>(memory.scratch + solve_work_size(K)));
@@ -119,7 +115,7 @@ __device__ __noinline__ void write_phase(const Work& work, int64_t problem) {
   const Memory memory(work);
   static_assert(sizeof(Entering<T>) <= tile_shared<T>() * sizeof(Acc<T>), "nothing meets any more: the room is free");
   Entering<T>& entering = *reinterpret_cast<Entering<T>*>(memory.rest);
-  combine_kept(Block{}, memory.rows, work.units, share_of(work), memory.kept<T>(work), memory.w, work.skip, entering,
+  combine_kept(Block{}, memory.rows, work.units, share_of(work), memory.kept<T>(work), memory.w, entering,
                static_cast<T*>(work.out) + problem * work.units.elements);
 }
 
@@ -182,23 +178,16 @@ Plan plan(const Grads& g, int state_size, const Limits& limits) {
 
 Limits limits(int device) { return cuda::limits_of(device); }
 
-bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, bool skip, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream) {
-  int64_t n_params = 0;
-  for (int s = 0; s < args.n_steps; ++s) n_params += args.steps[2 * s + 1];
-  if (args.n_steps > cuda::kFewSteps || n_params > cuda::kFewParams || !cuda::fits(plan, limits)) return false;
+bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream) {
   cuda::Work work{};
-  for (int i = 0; i < g.k; ++i) work.rows.at[i] = g.rows[i], work.rows.places[i] = static_cast<int16_t>(g.places[i]);
-  work.rows.k = g.k;
-  work.rows.mask = g.mask;
-  work.rows.mask_stride = g.mask_stride;
+  if (!work.chain.take(args) || !cuda::fits(plan, limits)) return false;
+  work.rows = cuda::rows_of<kPersistentRows>(g);
   const bool samples = plan.path == Path::per_sample;
   work.units = cuda::whole_units(samples ? g.inner : g.batch * g.inner);
   work.samples = samples ? g.batch : 0;
   work.kept_steps = plan.kept_steps;
-  for (int s = 0; s < 2 * args.n_steps; ++s) work.steps[s] = args.steps[s];
-  for (int64_t p = 0; p < n_params; ++p) work.params[p] = args.params[p];
   work.n_steps = args.n_steps, work.K = args.K, work.state_size = static_cast<int>(args.state ? args.state_stride : 0);
-  work.preserve_norm = args.preserve_norm, work.skip = skip, work.precision = args.precision;
+  work.preserve_norm = args.preserve_norm, work.precision = args.precision;
   work.info = args.w, work.state = args.state, work.rng = rng, work.slots = slots;
   work.dtype = g.dtype, work.out = out;
   cuda::with_type(g.dtype, [&](auto zero) { work.sample_bytes = g.inner * static_cast<int64_t>(sizeof zero); });

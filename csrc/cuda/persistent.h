@@ -211,14 +211,14 @@ MMFAST_BLOCK inline void combine_steps(const T* const* rows, const Entering<T>& 
 
 // The weighted sum over the block's chunks: first what must be read again, the newest first, then what was kept.
 template <class T>
-MMFAST_BLOCK inline void combine_kept(const Block& block, const FewRows& rows, const Units& units, const Share& share, const Kept<T>& kept, const double* w, bool skip,
-                                      Entering<T>& in, T* out) {
+MMFAST_BLOCK inline void combine_kept(const Block& block, const FewRows& rows, const Units& units, const Share& share, const Kept<T>& kept, const double* w, Entering<T>& in,
+                                      T* out) {
   constexpr int L = 64 / sizeof(Acc<T>);
   block.each([&](int t) {
     if (t) return;
     in.count = 0;
     for (int i = 0; i < rows.k; ++i)
-      if (enters(rows, i, w, rows.mask, skip)) {
+      if (enters(rows, i, w, rows.mask, true)) {
         in.memory[in.count] = static_cast<const T*>(rows.at[i]);
         in.kept[in.count] = kept.at(0, i, 0);
         in.weight[in.count++] = static_cast<Acc<T>>(w[rows.places[i]]);

@@ -36,13 +36,26 @@ inline int64_t shared_of_each(int64_t per_processor, const Limits& limits) {
   return (share < limits.shared_block ? share : limits.shared_block) / 128 * 128;
 }
 
+// The general kernels, for k rows of n elements of `size` bytes in all.
+inline Plan two_pass_plan(int64_t k, int64_t n, int64_t size) { return {Path::two_pass, 0, 0, 0, 0, 2 * k * n * size, n * size, k > kPersistentRows ? 5 : 4}; }
+
+// Whether the pairs of k rows have room in registers.
+inline bool few_enough(int64_t k, int64_t size) { return k >= 1 && k <= (size == 8 ? kPersistentRows / 2 : kPersistentRows); }
+
+inline int64_t slot_count(int64_t chunks) { return (chunks + group_size(chunks) - 1) / group_size(chunks); }
+
+// Steps of `step` bytes that fit into `bytes`, of `steps`.
+inline int64_t steps_kept(int64_t bytes, int64_t step, int64_t steps) {
+  const int64_t fit = bytes / step / kStepsAtOnce * kStepsAtOnce;
+  return fit < steps ? fit : steps;
+}
+
 // k rows of n elements of `size` bytes; a persistent block needs `fixed` bytes beside what it keeps.
 inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, const Limits& limits) {
   const int64_t bytes = k * n * size;
-  const Plan two_pass{Path::two_pass, 0, 0, 0, 0, 2 * bytes, n * size, k > kPersistentRows ? 5 : 4};
-  const int64_t most_rows = size == 8 ? kPersistentRows / 2 : kPersistentRows;  // whose pairs have room in registers
-  if (!one_problem || !limits.cooperative || k < 1 || k > most_rows || n < 1) return two_pass;
-  const int64_t chunks = (n + kChunk - 1) / kChunk, group = group_size(chunks), slots = (chunks + group - 1) / group;
+  const Plan two_pass = two_pass_plan(k, n, size);
+  if (!one_problem || !limits.cooperative || !few_enough(k, size) || n < 1) return two_pass;
+  const int64_t chunks = (n + kChunk - 1) / kChunk, group = group_size(chunks), slots = slot_count(chunks);
   // as few blocks to a processor as hold a slot each: the larger share of its shared memory has each of them
   int64_t per_processor = 1;
   while (per_processor < kPersistentPerProcessor && per_processor * limits.processors < slots) ++per_processor;
@@ -51,7 +64,7 @@ inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool
   if (most < fixed) return two_pass;
   const int64_t step = k * kPersistentThreads * size, chunk_steps = kChunk / kPersistentThreads;
   const int64_t slots_each = (slots + blocks - 1) / blocks, steps = slots_each * group * chunk_steps;
-  const int64_t fit = (most - fixed) / step / kStepsAtOnce * kStepsAtOnce, kept = fit < steps ? fit : steps;
+  const int64_t kept = steps_kept(most - fixed, step, steps);
   // blocks with a slot less keep no more than they have
   const int64_t longer = slots - (slots_each - 1) * blocks, shorter_steps = (slots_each - 1) * group * chunk_steps;
   const int64_t kept_all = longer * kept + (blocks - longer) * (kept < shorter_steps ? kept : shorter_steps);
@@ -63,10 +76,9 @@ inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool
 // A block for each of `batch` samples of `inner` elements; no block waits for another. Small samples would leave most of its threads idle.
 inline Plan plan_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, int64_t fixed, const Limits& limits) {
   const int64_t bytes = k * batch * inner * size;
-  const Plan two_pass{Path::two_pass, 0, 0, 0, 0, 2 * bytes, batch * inner * size, k > kPersistentRows ? 5 : 4};
-  const int64_t most_rows = size == 8 ? kPersistentRows / 2 : kPersistentRows;
-  if (k < 1 || k > most_rows || batch < 1 || 2 * inner < kChunk) return two_pass;
-  const int64_t chunks = (inner + kChunk - 1) / kChunk, group = group_size(chunks), slots = (chunks + group - 1) / group;
+  const Plan two_pass = two_pass_plan(k, batch * inner, size);
+  if (!few_enough(k, size) || batch < 1 || 2 * inner < kChunk) return two_pass;
+  const int64_t chunks = (inner + kChunk - 1) / kChunk;
   const int64_t step = k * kPersistentThreads * size, steps = chunks * (kChunk / kPersistentThreads);
   // as many blocks to a processor as keep a sample whole
   int64_t per_processor = kPersistentPerProcessor;
@@ -74,11 +86,11 @@ inline Plan plan_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, 
   const int64_t most = shared_of_each(per_processor, limits), room = per_processor * limits.processors;
   // few blocks solve few problems at once
   if (most < fixed || (per_processor < kPersistentPerProcessor && batch > room)) return two_pass;
-  const int64_t fit = (most - fixed) / step / kStepsAtOnce * kStepsAtOnce, kept = fit < steps ? fit : steps;
+  const int64_t kept = steps_kept(most - fixed, step, steps);
   const int64_t sample_bytes = k * inner * size, kept_bytes = batch * (kept * step < sample_bytes ? kept * step : sample_bytes);
   if (4 * kept_bytes < bytes) return two_pass;
   const int64_t blocks = batch < room ? batch : room;
-  return {Path::per_sample, blocks, kept, fixed + kept * step, blocks * slots * pair_count(k), 2 * bytes - kept_bytes, batch * inner * size, 1};
+  return {Path::per_sample, blocks, kept, fixed + kept * step, blocks * slot_count(chunks) * pair_count(k), 2 * bytes - kept_bytes, batch * inner * size, 1};
 }
 
 }  // namespace mmfast

@@ -2,7 +2,6 @@
 #define MMFAST_ISA cuda
 #include "warp.h"
 
-#include "../solvers/solve.h"
 #include "launch.h"
 
 namespace mmfast {
@@ -12,15 +11,9 @@ namespace {
 constexpr int64_t kMostWarps = 1024;            // that solve at once, each with scratch of its own,
 constexpr int64_t kMostScratch = int64_t{1} << 25;  // of so many doubles for all
 
-// A chain of rules as an argument of the kernel; the arrays that Chain points to are its own.
-struct Steps {
-  int64_t steps[2 * gpu::kMaxSteps];
-  double params[gpu::kMaxParams];
-};
+using AllSteps = Steps<gpu::kMaxSteps, gpu::kMaxParams>;
 
-int64_t scratch_doubles(int K) { return solve_work_size(K) + (solve_iwork_size(K) + 1) / 2; }
-
-__global__ void solve_kernel(const __grid_constant__ Steps chain, const __grid_constant__ SolveArgs args, const int64_t* rng, int64_t scratch, double* workspace) {
+__global__ void solve_kernel(const __grid_constant__ AllSteps chain, const __grid_constant__ SolveArgs args, const int64_t* rng, int64_t scratch, double* workspace) {
   double* work = workspace + blockIdx.x * scratch;
   const Chain c{chain.steps, args.n_steps, chain.params, args.preserve_norm, args.precision};
   const uint64_t seed = rng ? static_cast<uint64_t>(rng[0]) : 0;
@@ -46,13 +39,8 @@ namespace gpu {
 int64_t solve_workspace(const SolveArgs& args) { return cuda::warps_of(args) * cuda::scratch_doubles(args.K); }
 
 void solve(const SolveArgs& args, int64_t* rng, double* workspace, Stream stream) {
-  cuda::Steps chain{};
-  int64_t n_params = 0;
-  for (int s = 0; s < args.n_steps; ++s) n_params += args.steps[2 * s + 1];
-  if (args.n_steps > kMaxSteps || n_params > kMaxParams)
-    throw std::runtime_error("mmfast: a chain of at most 16 rules with at most 1024 numbers among them runs on the GPU");
-  for (int s = 0; s < 2 * args.n_steps; ++s) chain.steps[s] = args.steps[s];
-  for (int64_t p = 0; p < n_params; ++p) chain.params[p] = args.params[p];
+  cuda::AllSteps chain{};
+  if (!chain.take(args)) throw std::runtime_error("mmfast: a chain of at most 16 rules with at most 1024 numbers among them runs on the GPU");
   if (args.batch) {
     cuda::solve_kernel<<<static_cast<unsigned>(cuda::warps_of(args)), cuda::kTeamLanes, 0, cuda::raw(stream)>>>(chain, args, rng, cuda::scratch_doubles(args.K), workspace);
     cuda::check_launch("solve");

@@ -1,7 +1,7 @@
 // A warp as the team of a solver (solvers/team.h): sums in the very order of one thread, so both give the same bits.
 #pragma once
 
-#include "../solvers/team.h"
+#include "../solvers/solve.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
@@ -23,6 +23,9 @@ struct Warp {
     return __shfl_sync(~0u, value, 0);
   }
 };
+
+// Doubles that a problem of K rows is solved in.
+MMFAST_HD inline int64_t scratch_doubles(int K) { return solve_work_size(K) + (solve_iwork_size(K) + 1) / 2; }
 
 }  // namespace MMFAST_ISA
 }  // namespace mmfast
