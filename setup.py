@@ -25,7 +25,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 HOST, SANITIZE = (os.environ.get(name, "0") not in ("", "0") for name in ("MMFAST_HOST", "MMFAST_SANITIZE"))
-TARGETS = {"_C": "_C.so"} | ({"_host": "_host" + sysconfig.get_config_var("EXT_SUFFIX")} if HOST else {})  # _C serves every Python
+INCLUDE_PYTHON = Path(sysconfig.get_paths()["include"])
+# all works without _direct, small calls slower: where Python came without its development files, or without its global lock and stable ABI
+DIRECT = (INCLUDE_PYTHON / "Python.h").exists() and not sysconfig.get_config_var("Py_GIL_DISABLED")
+TARGETS = {"_C": "_C.so"} | ({"_direct": "_direct.abi3.so"} if DIRECT else {})  # both serve every later Python
+TARGETS |= {"_host": "_host" + sysconfig.get_config_var("EXT_SUFFIX")} if HOST else {}
 # -ffp-contract=off: a fused multiply-add is written where it is meant, so every x86 instruction set gives the same bits
 FLAGS = "-O3 -g1 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra"
 SANITIZE_FLAGS = "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" if SANITIZE else ""
@@ -122,11 +126,12 @@ class Ninja(build_ext):
         (package / "_build.json").write_text(json.dumps(self.facts(torch.__version__), indent=2) + "\n")
 
     def ninja_file(self, work, torch_dir):
-        system = {"ops": [torch_dir / "include"], "host": []}  # torch is seen by ops*.cpp alone, Python by host*.cpp alone
+        # torch is seen by ops*.cpp alone, Python by host*.cpp, and of both direct.cpp sees the part that does not change
+        system = {"ops": [torch_dir / "include"], "direct": [torch_dir / "include", INCLUDE_PYTHON], "host": []}
         if HOST:
             import pybind11
 
-            system["host"] = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+            system["host"] = [pybind11.get_include(), INCLUDE_PYTHON]
         extra = {kind: " ".join(f"-isystem {shlex.quote(str(path))}" for path in paths) for kind, paths in system.items()}
         extra["host"] += " -Wno-unknown-pragmas"  # those of the CUDA code that it runs on the CPU
         extra["ops"] += " -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -136,10 +141,10 @@ class Ninja(build_ext):
             f"rule compile\n  command = {CXX} -MD -MF $out.d {self.flags()} {mapped} $extra -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {CXX} -shared {SANITIZE_FLAGS} $in -o $out $libraries {os.environ.get('LDFLAGS', '')}",
         ]
-        objects = {"ops": "", "host": "", "cpu": "", "cuda": ""}
+        objects = {"ops": "", "direct": "", "host": "", "cpu": "", "cuda": ""}
         for source in sorted((ROOT / "csrc").rglob("*.cpp")):
             kind = next((kind for kind in extra if source.stem.startswith(kind)), "other")
-            if kind == "host" and not HOST or kind == "other" and source.stem.startswith("isa_"):
+            if kind == "host" and not HOST or kind == "direct" and not DIRECT or kind == "other" and source.stem.startswith("isa_"):
                 continue  # the instruction set of another processor
             if source.stem == "ops_cuda" and not CUDA:
                 continue
@@ -156,6 +161,8 @@ class Ninja(build_ext):
                 objects["cuda"] += f" cuda_{source.stem}.o"
             libraries += f" -L{shlex.quote(str(CUDA / 'lib64'))} -lcudart_static -lpthread -ldl -lrt -Wl,--exclude-libs,ALL"
         lines.append(f"build _C.so: link {objects['ops']} {objects['cpu']} {objects['cuda']}\n  libraries = {libraries}")
+        if DIRECT:
+            lines.append(f"build {TARGETS['_direct']}: link {objects['direct']}")
         if HOST:
             lines.append(f"build {TARGETS['_host']}: link {objects['host']} {objects['cpu']}")
         return "\n".join(lines) + "\n"
@@ -177,6 +184,7 @@ class Ninja(build_ext):
             "compiler": first_line(*shlex.split(CXX), "--version"),
             "flags": self.flags(),
             "isas": list(ISAS),
+            "direct": DIRECT,
             "cuda": CUDA and {"release": cuda_release(CUDA), "flags": f"{NVCC_FLAGS} {gencodes()}"},
         }
 

@@ -172,6 +172,11 @@ std::tuple<Tensor, Tensor> heads_cpu(Tensor delta, Tensor weight, Tensor head_of
 }  // namespace
 }  // namespace mmfast
 
+extern "C" __attribute__((visibility("default"))) const mmfast::CpuEntry* mmfast_cpu_entry() {
+  static const mmfast::CpuEntry entry{mmfast::kernels, mmfast::torch_pool};
+  return &entry;
+}
+
 STABLE_TORCH_LIBRARY(mmfast, m) {
   m.def("gram(Tensor[] grads, int[] missing, Tensor? mask, int per) -> Tensor");
   m.def("combine(Tensor[] grads, int[] missing, Tensor? mask, Tensor w, int per) -> Tensor");

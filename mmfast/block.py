@@ -52,15 +52,13 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         refuse_double_backward("a fork")
-        k, resolver, per, preserve_norm, block = ctx.plan
-        present = [g for g in grads if g is not None]
-        if not present:
+        _, resolver, per, preserve_norm, block = ctx.plan
+        if all(g is None for g in grads):
             return None, None, None
         (mask,) = ctx.saved_tensors
         if block is None:
-            return ops.resolve(grads, resolver, per, mask, preserve_norm=preserve_norm), None, None  # type: ignore[arg-type]
-        missing = tuple(i for i, g in enumerate(grads) if g is None) if len(present) < k else ()
-        out, info = ops.resolve_info(present, resolver, k=k, missing=missing, per=per, mask=mask, preserve_norm=preserve_norm)
+            return ops.resolve(grads, resolver, per, mask, preserve_norm=preserve_norm), None, None
+        out, info = ops.resolve_info(grads, resolver, per, mask, preserve_norm=preserve_norm)
         block._keep(info)
         return out, None, None
 

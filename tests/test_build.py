@@ -19,7 +19,7 @@ from problems import gramian
 from rule_table import RULES
 
 from mmfast import ops, resolvers
-from mmfast.ops import native
+from mmfast.ops import direct, native
 from mmfast.resolvers.base import Rule
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,22 @@ def test_library_needs_only_the_stable_abi():
     assert torchs
     assert needed - system - torchs == set()
     ours = {name for kind, name in symbols if kind == "T"}
-    assert ours - {"_init", "_fini"} == {"mmfast_cpu_isa"} | ({"mmfast_cuda_plan"} if native.built_with_cuda else set())
+    assert ours - {"_init", "_fini"} == {"mmfast_cpu_isa", "mmfast_cpu_entry"} | ({"mmfast_cuda_plan"} if native.built_with_cuda else set())
+
+
+@compiled
+def test_the_way_past_the_dispatcher_is_there():
+    """Where it was built, it loads, and needs nothing of torch and only the stable part of Python."""
+    if not native.read_facts(native.PATH).get("direct"):
+        pytest.skip("built without Python's development files, or for a Python without a global lock")
+    assert direct.missing_reason is None
+    library = native.PATH.with_name("_direct.abi3.so")
+    if shutil.which("nm") is None or "-fsanitize" in native.read_facts(native.PATH).get("flags", ""):
+        pytest.skip("nm is not installed, or a sanitized library takes malloc and others from its sanitizer")
+    symbols = [line.split()[-2:] for line in subprocess.check_output(["nm", "-D", library], text=True).splitlines()]
+    needed = {name for kind, name in symbols if kind == "U"}
+    assert {name for name in needed if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_?Py", name)} == set()
+    assert {name for kind, name in symbols if kind == "T"} - {"_init", "_fini"} == {"PyInit__direct"}
 
 
 @compiled

@@ -95,6 +95,12 @@ struct CpuKernels {
   void (*heads)(const Pool&, const Heads&, const SolveArgs& args, void* left, void* right);
 };
 
+// What mmfast/_direct finds in _C.so, to which it is not linked.
+struct CpuEntry {
+  const CpuKernels* kernels;
+  Pool (*pool)();
+};
+
 extern const CpuKernels kernels_avx512, kernels_avx2, kernels_portable;  // the first two exist on x86 only
 
 // The tables this processor can run, widest first.

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mmfast.ops import contract, native, reference
+from mmfast.ops import contract, direct, native, reference
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
 
@@ -22,9 +22,10 @@ def backends() -> dict[str, tuple[bool, str]]:
     (True, 'plain torch, any device')
     """
     no_cuda = native.why_no_cuda()
+    slower = f"; small calls take longer than they could: {direct.missing_reason}" if direct.missing_reason else ""
     return {
         "cuda": (no_cuda is None, no_cuda or "compiled; only where backend='cuda' asks for it, for no GPU has run it yet"),
-        "cpu": (native.available, f"compiled, {native.cpu_isa()}" if native.available else str(native.missing_reason)),
+        "cpu": (native.available, f"compiled, {native.cpu_isa()}{slower}" if native.available else str(native.missing_reason)),
         "reference": (True, "plain torch, any device"),
     }
 
@@ -287,7 +288,7 @@ def resolve(
             gradients summed over the leading dimension).
         mask: bool [K], or [B, K]: False where a gradient (or a sample of it) is missing; what it holds is never read.
         preserve_norm: give the result the norm of the plain sum, as the impartial-optimisation code does.
-        backend: as for `gram`.
+        backend: as for `gram`; "auto" goes past torch's dispatcher where nobody could tell, "cpu" never does.
 
     Returns:
         A fresh contiguous tensor of the shape and dtype of one gradient. The same inputs, resolver state and seed give the same
@@ -297,28 +298,31 @@ def resolve(
     >>> mf.resolve([torch.tensor([-3.0, 1.0, 1.0]), torch.tensor([5.0, 1.0, 1.0])], mf.MGDA())
     tensor([0., 1., 1.])
     """
-    k = len(grads)
-    missing = tuple([i for i, g in enumerate(grads) if g is None])
-    present = [g for g in grads if g is not None] if missing else cast(Sequence[Tensor], grads)
-    return _resolve(present, resolver, k, missing, per, mask, preserve_norm, False, backend)[0]
+    return resolve_info(grads, resolver, per, mask, preserve_norm=preserve_norm, backend=backend, with_info=False)[0]
 
 
 def resolve_info(
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     resolver: Resolver,
-    *,
-    k: int,
-    missing: tuple[int, ...] = (),
     per: str = "batch",
     mask: Tensor | None = None,
+    *,
     preserve_norm: bool = False,
     backend: str = "auto",
+    with_info: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """`resolve`, with what it did: (result, info) with info float64 [K + K * K], or [B, K + K * K] per sample: weights, then Gramian.
 
-    grads are those present, `missing` the ascending places of the others among k. info is None for elementwise resolvers.
+    info is None for elementwise resolvers; without `with_info` it may be None, or lack what the result did not need.
     """
-    return _resolve(grads, resolver, k, missing, per, mask, preserve_norm, True, backend)
+    if mask is None and per == "batch" and backend == "auto":
+        found = direct.resolve(grads, resolver, preserve_norm, with_info)
+        if found is not None:
+            return found
+    k = len(grads)
+    missing = tuple([i for i, g in enumerate(grads) if g is None])
+    present = [g for g in grads if g is not None] if missing else cast(Sequence[Tensor], grads)
+    return _resolve(present, resolver, k, missing, per, mask, preserve_norm, with_info, backend)
 
 
 def _resolve(

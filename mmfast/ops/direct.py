@@ -1,0 +1,96 @@
+"""The CPU kernels on plain tensors past torch's dispatcher (csrc/direct.cpp), which takes longer than small gradients do, most of all with cold caches."""
+
+import ctypes
+import sysconfig
+from collections.abc import Sequence
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.ops import native
+from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
+
+# Where one of them says yes, the dispatcher must be asked: there are modes (torch.set_default_device is one), a profiler, a trace, a transformation.
+OBSERVERS = (
+    "_C._len_torch_dispatch_stack",
+    "_C._is_torch_function_mode_enabled",
+    "autograd._profiler_enabled",
+    "_C._get_tracing_state",
+    "_C._functorch.peek_interpreter_stack",
+)
+
+
+def load() -> tuple[Any, str | None]:
+    """(the module beside the library, None), or (None, why it can't be used)."""
+    path = native.PATH.with_name("_direct.abi3.so")
+    if not native.available:
+        return None, native.missing_reason
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return None, f"{path} needs a Python with a global lock"
+    if not path.exists():
+        return None, f"{path} does not exist, mmfast was built without Python's development files; build it again with: {native.BUILD_LINE}"
+    try:
+        loader = ExtensionFileLoader("mmfast._direct", str(path))
+        spec = spec_from_loader("mmfast._direct", loader)
+        assert spec
+        module = module_from_spec(spec)
+        entry = ctypes.CDLL(str(native.PATH)).mmfast_cpu_entry
+        entry.restype = ctypes.c_void_p
+        doubles = torch.zeros(0, dtype=torch.float64, device="cpu")
+        if type(doubles) is not Tensor:
+            raise RuntimeError("mmfast was imported inside a mode that replaces tensors")
+        module.bind(
+            entry(),
+            Tensor,
+            torch.empty_like,
+            doubles.new_empty,
+            torch.is_grad_enabled,
+            tuple(attrgetter(name)(torch) for name in OBSERVERS),
+        )
+    except (
+        ImportError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        SystemError,
+    ) as error:  # another library, or a torch that has changed: the operators serve, and backends() tells why
+        return None, f"{path} does not load with torch {torch.__version__}: {error}"
+    return module, None
+
+
+_direct, missing_reason = load()
+
+
+def resolve(
+    grads: Sequence[Tensor | None], resolver: Resolver, preserve_norm: bool, with_info: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """(result, info or None) of one problem, as the operators give them, bit for bit; None, with nothing done, where they must be asked.
+
+    It serves contiguous CPU tensors that are no more than that, a rule that is no chain, and calls that none of the OBSERVERS is there to see.
+    """
+    if _direct is None or torch.compiler.is_compiling():
+        return None
+    chain = resolver.chain()
+    try:
+        resolver.check(len(grads))
+    except ValueError:
+        return None  # something may be wrong that is to be told first
+    if chain is None:
+        kind = type(resolver)
+        if preserve_norm or kind not in (GradDrop, TrimmedMean):
+            return None
+        argument = (resolver.leak, resolver._buffers["rng"]) if kind is GradDrop else (resolver.trim, None)
+        out = _direct.elementwise(grads, *argument)
+        return None if out is None else (out, None)
+    if len(chain) != 1:
+        return None
+    rule = chain[0]
+    buffers, with_gram = rule._buffers, with_info or preserve_norm or rule.needs_gram
+    return _direct.resolve(grads, rule.method, rule.params(), buffers["state"], buffers["rng"], preserve_norm, with_gram, with_info)
