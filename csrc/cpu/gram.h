@@ -10,7 +10,7 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-// Chunks read side by side: one or two rows alone are too few streams from memory, and too few chains.
+// Chunks read side by side, far apart where they may be: one or two rows alone are too few streams from memory, and too few chains.
 template <int k>
 constexpr int kAbreast = k == 1 ? 4 : k == 2 ? 2 : 1;
 
@@ -58,9 +58,9 @@ inline void pack(const T* row, int64_t begin, int64_t end, int steps, typename S
   for (; t < static_cast<int64_t>(steps) * kStep<T>; ++t) out[t] = 0;
 }
 
-// Adds the Gramians of `abreast` chunks from `chunk` on, all of them whole if there are several.
+// Adds the Gramians of `abreast` chunks from `chunk` on, `apart` from each other; all of them are whole if there are several.
 template <class T, int k, int abreast, class AccOf>
-inline void chunk_triangle(const T* const* rows, int64_t n, int64_t chunk, const AccOf& acc_of) {
+inline void chunk_triangle(const T* const* rows, int64_t n, int64_t chunk, int64_t apart, const AccOf& acc_of) {
   using V = typename Stored<T>::Vec;
   using Acc = typename V::Acc;
   constexpr int L = kStep<T>, P = k * (k + 1) / 2, kStretch = kSubSteps * L;
@@ -71,7 +71,7 @@ inline void chunk_triangle(const T* const* rows, int64_t n, int64_t chunk, const
     const int steps = static_cast<int>((stop - s + L - 1) / L);
     if (stop - s == static_cast<int64_t>(steps) * L) {
       const T* at[abreast * k];
-      for (int i = 0; i < abreast * k; ++i) at[i] = rows[i % k] + s + i / k * kChunk;
+      for (int i = 0; i < abreast * k; ++i) at[i] = rows[i % k] + s + i / k * apart * kChunk;
       triangle<T, k, abreast, V>(at, steps, lanes);
     } else {  // the last step of a row is not whole
       alignas(64) Acc packed[k * kStretch];
@@ -84,37 +84,44 @@ inline void chunk_triangle(const T* const* rows, int64_t n, int64_t chunk, const
     }
   }
   for (int u = 0; u < abreast; ++u) {
-    double* out = acc_of(chunk + u);
+    double* out = acc_of(chunk + u * apart);
     for (int e = 0; e < P; ++e) out[e] += fold(lanes + (u * P + e) * L);
   }
 }
 
 template <class T, int k, class AccOf>
-inline void chunks_triangle(const T* const* rows, int64_t n, int64_t first, int64_t last, const AccOf& acc_of) {
+inline void chunks_triangle(const T* const* rows, int64_t n, int64_t first, int64_t last, bool by_slots, const AccOf& acc_of) {
   constexpr int abreast = kAbreast<k>;
-  for (; abreast > 1 && first + abreast <= last && (first + abreast) * kChunk <= n; first += abreast)
-    chunk_triangle<T, k, abreast>(rows, n, first, acc_of);
-  for (; first < last; ++first) chunk_triangle<T, k, 1>(rows, n, first, acc_of);
+  const int64_t whole = last * kChunk <= n ? last : n / kChunk, group = by_slots ? group_size((n + kChunk - 1) / kChunk) : 1;
+  // chunks of one slot come in order, so streams that begin at different slots may run side by side; next to each other they would all stop
+  // and begin anew every few pages, which takes a fifth of the time where memory is fast
+  if (const int64_t apart = by_slots && abreast > 1 ? (whole - first) / (abreast * group) * group : 0) {
+    for (int64_t i = 0; i < apart; ++i) chunk_triangle<T, k, abreast>(rows, n, first + i, apart, acc_of);
+    first += abreast * apart;
+  }
+  for (; abreast > 1 && first + abreast <= whole; first += abreast) chunk_triangle<T, k, abreast>(rows, n, first, 1, acc_of);
+  for (; first < last; ++first) chunk_triangle<T, k, 1>(rows, n, first, 1, acc_of);
 }
 
-// Adds the Gramians of chunks [first, last) of k rows of n elements, in order; acc_of(chunk) says where to.
+// Adds the Gramians of chunks [first, last) of k rows of n elements; acc_of(chunk) says where to. They come in order, or by_slots: in order inside
+// each slot, with whole slots in the range.
 template <class T, class AccOf>
-inline void gram_chunks(const T* const* rows, int k, int64_t n, int64_t first, int64_t last, const AccOf& acc_of) {
+inline void gram_chunks(const T* const* rows, int k, int64_t n, int64_t first, int64_t last, bool by_slots, const AccOf& acc_of) {
   switch (k) {
-    case 1: return chunks_triangle<T, 1>(rows, n, first, last, acc_of);
-    case 2: return chunks_triangle<T, 2>(rows, n, first, last, acc_of);
-    case 3: return chunks_triangle<T, 3>(rows, n, first, last, acc_of);
-    case 4: return chunks_triangle<T, 4>(rows, n, first, last, acc_of);
+    case 1: return chunks_triangle<T, 1>(rows, n, first, last, by_slots, acc_of);
+    case 2: return chunks_triangle<T, 2>(rows, n, first, last, by_slots, acc_of);
+    case 3: return chunks_triangle<T, 3>(rows, n, first, last, by_slots, acc_of);
+    case 4: return chunks_triangle<T, 4>(rows, n, first, last, by_slots, acc_of);
 #if defined(__AVX512F__)
-    case 5: return chunks_triangle<T, 5>(rows, n, first, last, acc_of);
-    case 6: return chunks_triangle<T, 6>(rows, n, first, last, acc_of);
+    case 5: return chunks_triangle<T, 5>(rows, n, first, last, by_slots, acc_of);
+    case 6: return chunks_triangle<T, 6>(rows, n, first, last, by_slots, acc_of);
 #endif
     default: return gram_panels(rows, k, n, first, last, acc_of);
   }
 }
 
-// Sums units 0..units-1 in the order of gramian.h; range(first, last, acc_of) adds those of unit u to acc_of(u), in order.
-// `work` decides whether threads pay.
+// Sums units 0..units-1 in the order of gramian.h; range(first, last, by_slots, acc_of) adds those of unit u to acc_of(u), in order, or by_slots
+// as gram_chunks says. `work` decides whether threads pay.
 template <class Range>
 inline void sum_units(const Pool& pool, int64_t units, int64_t work, int64_t pairs, const Range& range, double* total) {
   const int64_t group = group_size(units), slots = (units + group - 1) / group;
@@ -127,9 +134,10 @@ inline void sum_units(const Pool& pool, int64_t units, int64_t work, int64_t pai
   auto add = [&](const double* slot) {
     for (int64_t e = 0; e < pairs; ++e) total[e] += slot[e];
   };
-  if (work <= kSmallWork || slots <= 1 || pool.threads == 1) {
+  // one thread keeps one slot at a time, but for the few pairs of one or two rows, which are read by slots
+  if (work <= kSmallWork || slots <= 1 || (pool.threads == 1 && pairs > 3)) {
     double* slot = clear(arena.take<double>(pairs));
-    range(0, units, [&](int64_t u) {
+    range(0, units, false, [&](int64_t u) {
       if (u > 0 && u % group == 0) {
         add(slot);
         clear(slot);
@@ -141,7 +149,7 @@ inline void sum_units(const Pool& pool, int64_t units, int64_t work, int64_t pai
   }
   double* all = arena.take<double>(slots * pairs);
   auto part = [&](int64_t begin, int64_t end) {
-    range(begin * group, end * group < units ? end * group : units, [&](int64_t u) {
+    range(begin * group, end * group < units ? end * group : units, true, [&](int64_t u) {
       double* slot = all + u / group * pairs;
       return u % group == 0 ? clear(slot) : slot;
     });
@@ -154,8 +162,8 @@ template <class T>
 inline void gram_rows(const Pool& pool, const T* const* rows, int k, int64_t n, double* total) {
   sum_units(
       pool, (n + kChunk - 1) / kChunk, n * k, pair_count(k),
-      [&](int64_t first, int64_t last, const auto& acc_of) {
-        if (k > 0 && first < last) gram_chunks<T>(rows, k, n, first, last, acc_of);
+      [&](int64_t first, int64_t last, bool by_slots, const auto& acc_of) {
+        if (k > 0 && first < last) gram_chunks<T>(rows, k, n, first, last, by_slots, acc_of);
       },
       total);
 }

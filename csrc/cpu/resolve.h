@@ -76,7 +76,7 @@ inline void gram_batch(const Pool& pool, const Grads& g, double* G) {
     // a missing sample of a row counts as zero: the masked sum of the samples' Gramians
     sum_units(
         pool, g.batch, g.batch * g.inner * g.k, pair_count(g.k),
-        [&](int64_t first, int64_t last, const auto& acc_of) {
+        [&](int64_t first, int64_t last, bool, const auto& acc_of) {
           for (int64_t b = first; b < last; ++b) {
             double* acc = acc_of(b);
             Arena scratch;
