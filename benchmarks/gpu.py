@@ -57,12 +57,15 @@ def calls(k: int, n: int, dtype: torch.dtype) -> tuple[dict[str, tuple[Callable[
         name = type(rule).__name__
         found[f"resolve {name}"] = (lambda rule=rule: mf.resolve(grads, rule, backend="cuda"), (k + 1) * n * e)  # type: ignore[misc]
 
-    def two_pass() -> None:
-        os.environ["MMFAST_CUDA_PATH"] = "two_pass"
-        mf.resolve(grads, mf.MGDA(), backend="cuda")
-        del os.environ["MMFAST_CUDA_PATH"]
+    def forced(path: str) -> None:
+        os.environ["MMFAST_CUDA_PATH"] = path
+        try:
+            mf.resolve(grads, mf.MGDA(), backend="cuda")
+        finally:
+            del os.environ["MMFAST_CUDA_PATH"]
 
-    found["resolve MGDA, two_pass"] = (two_pass, (2 * k + 1) * n * e)
+    for path, size in (("two_pass", (2 * k + 1) * n * e), ("persistent", (k + 1) * n * e), ("cluster", (k + 1) * n * e)):
+        found[f"resolve MGDA, {path}"] = (lambda path=path: forced(path), size)  # type: ignore[misc]
     found["resolve MGDA, plain torch"] = (lambda: mf.resolve(grads, mf.MGDA(), backend="reference"), (2 * k + 1) * n * e)
     try:
         from torchjd import aggregation
@@ -120,7 +123,9 @@ def main(path: Path) -> int:
                         try:
                             times = microseconds(call, cold if l2 == "cold" else None, 5 if slow else 30)
                         except Exception as failure:  # noqa: BLE001 a rival that fails at one size must not end the run
-                            line(what=f"{name}: {failure}"[:200], k=k, n=n, dtype=str(dtype), l2=l2)
+                            line(
+                                what=f"{name}: {failure}"[:200], k=k, n=n, dtype=str(dtype), l2=l2
+                            )  # a path that the size does not take, too
                             continue
                         median = statistics.median(times)
                         if l2 == "cold":

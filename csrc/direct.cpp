@@ -25,7 +25,7 @@ namespace {
 // What bind() was given, for as long as the process lives.
 const CpuEntry* cpu;
 const DLPackExchangeAPI* exchange;
-PyObject *tensor_type, *empty_like, *new_empty, *is_neg, *is_grad_enabled, *requires_grad, *observers;
+PyObject *tensor_type, *parameter_type, *empty_like, *new_empty, *is_neg, *is_grad_enabled, *requires_grad, *observers;
 
 // A new reference that is given back.
 struct Owned {
@@ -44,7 +44,8 @@ bool yes(PyObject* answer) {
 }
 
 bool view(PyObject* tensor, DLTensor& out) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_type) return false;
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (type != tensor_type && type != parameter_type) return false;
   if (exchange->dltensor_from_py_object_no_sync(tensor, &out)) {
     PyErr_Clear();  // sparse, or of a transformation: no memory of its own
     return false;
@@ -73,6 +74,20 @@ bool dtype_of(const DLTensor& t, Dtype& dtype) {
   return true;
 }
 
+// Whether somebody watches torch's operators, or they would not be the kernels alone.
+bool observed() {
+  for (Py_ssize_t i = 0; i < PyTuple_Size(observers); ++i)
+    if (yes(PyObject_CallObject(PyTuple_GetItem(observers, i), nullptr))) return true;
+  return false;
+}
+
+bool recording() { return yes(PyObject_CallObject(is_grad_enabled, nullptr)); }
+
+// Whether there is more to it than its memory says: its sign is yet to be turned, or operations on it are recorded.
+bool hides(PyObject* tensor, bool recorded) {
+  return (recorded && yes(PyObject_GetAttr(tensor, requires_grad))) || yes(PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr));
+}
+
 // K gradients, None where one is missing, as the kernels take them.
 class Plain {
  public:
@@ -82,15 +97,14 @@ class Plain {
     if (!held_) return PyErr_Clear(), false;
     const Py_ssize_t K = PyTuple_Size(held_);
     if (K > kMaxRows) return false;
-    for (Py_ssize_t i = 0; i < PyTuple_Size(observers); ++i)
-      if (yes(PyObject_CallObject(PyTuple_GetItem(observers, i), nullptr))) return false;
-    const bool recording = yes(PyObject_CallObject(is_grad_enabled, nullptr));
+    if (observed()) return false;
+    const bool recorded = recording();
     DLTensor first{};
     for (Py_ssize_t i = 0; i < K; ++i) {
       PyObject* g = PyTuple_GetItem(held_, i);
       if (g == Py_None) continue;
       DLTensor t;
-      if (!view(g, t) || (recording && yes(PyObject_GetAttr(g, requires_grad))) || yes(PyObject_CallFunctionObjArgs(is_neg, g, nullptr))) return false;
+      if (!view(g, t) || hides(g, recorded)) return false;
       if (!first_) {
         first_ = g;
         first = t;
@@ -166,59 +180,119 @@ int64_t* stream_of(PyObject* rng) {
 
 PyObject* declined() { return Py_NewRef(Py_None); }
 
+// One rule and its problem, as the solver takes them.
+class Problem {
+ public:
+  SolveArgs args{};
+  // From (rule id, [parameters], state or None, rng or None, preserve_norm); false where they are declined, or with an exception set.
+  bool read(PyObject* const* a, int K, Dtype dtype) {
+    if (!PyList_Check(a[1])) return PyErr_SetString(PyExc_TypeError, "the parameters of a rule are a list"), false;
+    const Py_ssize_t n = PyList_Size(a[1]);
+    steps_[0] = PyLong_AsLongLong(a[0]), steps_[1] = n;
+    params_.resize(n);
+    for (Py_ssize_t i = 0; i < n; ++i) params_[i] = PyFloat_AsDouble(PyList_GetItem(a[1], i));
+    if (PyErr_Occurred()) return false;
+    args.batch = 1;
+    args.K = K;
+    args.precision = dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
+    args.steps = steps_;
+    args.n_steps = 1;
+    args.params = params_.data();
+    args.preserve_norm = yes(Py_NewRef(a[4]));
+    args.w_stride = args.G_stride = K + int64_t{K} * K;
+    if (!cpu->kernels->accepts(args)) return false;
+    const int64_t size = cpu->kernels->state_size(args);
+    if (a[2] != Py_None || size) {
+      DLTensor state;
+      if (a[2] == Py_None || !view(a[2], state) || !is(state, kDLFloat, 64) || state.ndim != 1 || numel(state) != size) return false;
+      args.state = static_cast<double*>(state.data);
+      args.state_stride = size;
+    }
+    stream_ = a[3] == Py_None ? nullptr : stream_of(a[3]);
+    return a[3] == Py_None || stream_;
+  }
+  size_t width() const { return static_cast<size_t>(args.w_stride); }
+  PyObject* fresh_info() const {
+    const Owned size(PyLong_FromSize_t(width()));
+    return PyObject_CallFunctionObjArgs(new_empty, size.object, nullptr);
+  }
+  // The last that is done before the kernels: weights and Gramian go there, and the random stream moves on.
+  void begin(void* info) {
+    args.w = fresh<double>(info, width() * sizeof(double));
+    args.G = args.w + args.K;
+    if (!stream_) return;
+    args.seed = static_cast<uint64_t>(stream_[0]);
+    args.counter = static_cast<uint32_t>(stream_[1]++);
+  }
+
+ private:
+  int64_t steps_[2];
+  std::vector<double> params_;
+  int64_t* stream_ = nullptr;
+};
+
 // (grads, rule id, [parameters], state or None, rng or None, preserve_norm, with_gram, with_info) -> (result, info or None), or None
 PyObject* resolve(PyObject* const* a, Py_ssize_t n) {
-  if (n != 8 || !PyList_Check(a[2])) return PyErr_SetString(PyExc_TypeError, "resolve takes 8 arguments, the third a list"), nullptr;
+  if (n != 8) return PyErr_SetString(PyExc_TypeError, "resolve takes 8 arguments"), nullptr;
   Plain in;
   if (!in.read(a[0])) return declined();
-  const int K = in.grads.K;
-  const Py_ssize_t n_params = PyList_Size(a[2]);
-  const int64_t steps[] = {PyLong_AsLongLong(a[1]), n_params};
-  std::vector<double> params(n_params);
-  for (Py_ssize_t i = 0; i < n_params; ++i) params[i] = PyFloat_AsDouble(PyList_GetItem(a[2], i));
-  if (PyErr_Occurred()) return nullptr;
-  SolveArgs args{};
-  args.batch = 1;
-  args.K = K;
-  args.precision = in.grads.dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
-  args.steps = steps;
-  args.n_steps = 1;
-  args.params = params.data();
-  args.preserve_norm = yes(Py_NewRef(a[5]));
-  if (!cpu->kernels->accepts(args)) return declined();
-  const int64_t size = cpu->kernels->state_size(args);
-  if (a[3] != Py_None || size) {
-    DLTensor state;
-    if (a[3] == Py_None || !view(a[3], state) || !is(state, kDLFloat, 64) || state.ndim != 1 || numel(state) != size) return declined();
-    args.state = static_cast<double*>(state.data);
-    args.state_stride = size;
-  }
-  int64_t* stream = a[4] == Py_None ? nullptr : stream_of(a[4]);
-  if (a[4] != Py_None && !stream) return declined();
+  Problem problem;
+  if (!problem.read(a + 1, in.grads.K, in.grads.dtype)) return PyErr_Occurred() ? nullptr : declined();
   const bool with_gram = yes(Py_NewRef(a[6])), with_info = yes(Py_NewRef(a[7]));
-
-  const Owned out(in.like_one());
-  if (!out.object) return nullptr;
-  const size_t width = static_cast<size_t>(K) + static_cast<size_t>(K) * K;
-  const Owned size_of_info(PyLong_FromSize_t(width));
-  const Owned info(with_info ? PyObject_CallFunctionObjArgs(new_empty, size_of_info.object, nullptr) : Py_NewRef(Py_None));
-  if (!info.object) return nullptr;
+  const Owned out(in.like_one()), info(with_info ? problem.fresh_info() : Py_NewRef(Py_None));
+  if (!out.object || !info.object) return nullptr;
   DLTensor result, written;
   if (!view(out.object, result) || (with_info && !view(info.object, written))) return declined();
   double small[16 + 16 * 16];
   std::unique_ptr<double[]> large;
-  if (!with_info && width > sizeof small / sizeof *small) large.reset(new double[width]);
-  args.w = fresh<double>(with_info ? written.data : large ? large.get() : small, width * sizeof(double));
-  args.G = args.w + K;
-  args.w_stride = args.G_stride = static_cast<int64_t>(width);
-  if (stream) {
-    args.seed = static_cast<uint64_t>(stream[0]);
-    args.counter = static_cast<uint32_t>(stream[1]++);
-  }
+  if (!with_info && problem.width() > sizeof small / sizeof *small) large.reset(new double[problem.width()]);
+  problem.begin(with_info ? written.data : large ? large.get() : small);
   void* to = fresh<void>(result.data, in.bytes());
   {
     const WithoutGil released;
-    cpu->kernels->resolve(cpu->pool(), in.grads, args, with_gram, to);
+    cpu->kernels->resolve(cpu->pool(), in.grads, problem.args, with_gram, to);
+  }
+  return PyTuple_Pack(2, out.object, info.object);
+}
+
+// (delta, weight, head_of, K, rule id, [parameters], state or None, rng or None, preserve_norm) -> (what delta is to be multiplied with, info) of
+// linear branches without a mask and one problem for the batch, or None
+PyObject* heads(PyObject* const* a, Py_ssize_t n) {
+  if (n != 9) return PyErr_SetString(PyExc_TypeError, "heads takes 9 arguments"), nullptr;
+  const long K = PyLong_AsLong(a[3]);
+  if (PyErr_Occurred()) return nullptr;
+  DLTensor delta, weight, head_of;
+  Heads h{};
+  if (K < 1 || K > kMaxRows || observed() || !view(a[0], delta) || !view(a[1], weight) || !view(a[2], head_of)) return declined();
+  const bool recorded = recording();
+  if (hides(a[0], recorded) || hides(a[1], recorded) || !dtype_of(delta, h.dtype) || h.dtype == Dtype::f16 || !is(weight, delta.dtype.code, delta.dtype.bits) ||
+      !is(head_of, kDLInt, 64) || delta.ndim < 1 || weight.ndim != 2 || delta.shape[delta.ndim - 1] != weight.shape[0] || numel(head_of) != weight.shape[0])
+    return declined();
+  h.delta = delta.data, h.weight = weight.data;
+  h.outputs = weight.shape[0], h.inputs = weight.shape[1];
+  h.batch = delta.ndim > 1 ? delta.shape[0] : 1;
+  h.rows = numel(delta) / (h.batch * h.outputs);
+  h.K = static_cast<int>(K);
+  h.per = Per::batch;
+  int64_t sizes[kMaxRows] = {}, last = 0;
+  for (int64_t o = 0; o < h.outputs; ++o) {
+    const int64_t head = static_cast<const int64_t*>(head_of.data)[o];
+    if (head < 0 || head >= K || (head != last && !(head == last + 1 && sizes[last]))) return declined();
+    ++sizes[last = head];
+  }
+  if (last != K - 1 || !sizes[last]) return declined();
+  h.sizes = sizes;
+  Problem problem;
+  if (!problem.read(a + 4, h.K, h.dtype)) return PyErr_Occurred() ? nullptr : declined();
+  const Owned out(PyObject_CallFunctionObjArgs(empty_like, a[1], nullptr)), info(problem.fresh_info());
+  if (!out.object || !info.object) return nullptr;
+  DLTensor right, written;
+  if (!view(out.object, right) || !view(info.object, written)) return declined();
+  problem.begin(written.data);
+  void* to = fresh<void>(right.data, static_cast<size_t>(numel(right)) * (right.dtype.bits / 8));
+  {
+    const WithoutGil released;
+    cpu->kernels->heads(cpu->pool(), h, problem.args, nullptr, to);
   }
   return PyTuple_Pack(2, out.object, info.object);
 }
@@ -257,10 +331,10 @@ PyObject* elementwise(PyObject* const* a, Py_ssize_t n) {
   return Py_NewRef(out.object);
 }
 
-// bind(address of the CpuEntry, torch.Tensor, torch.empty_like, new_empty of a float64 tensor, torch.is_grad_enabled, observers): torch, as the
-// two above use it. Where one of the observers says yes, somebody wants to see operators go by.
+// bind(address of the CpuEntry, torch.Tensor, torch.nn.Parameter, torch.empty_like, new_empty of a float64 tensor, torch.is_grad_enabled,
+// observers): torch, as the functions above use it. Where one of the observers says yes, operators must be called.
 PyObject* bind(PyObject* const* a, Py_ssize_t n) {
-  if (n != 6 || !PyTuple_Check(a[5])) return PyErr_SetString(PyExc_TypeError, "bind takes 6 arguments, the last a tuple"), nullptr;
+  if (n != 7 || !PyTuple_Check(a[6])) return PyErr_SetString(PyExc_TypeError, "bind takes 7 arguments, the last a tuple"), nullptr;
   const Owned capsule(PyObject_GetAttrString(a[1], "__dlpack_c_exchange_api__"));
   if (!capsule.object) return nullptr;
   exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.object, "dlpack_exchange_api"));
@@ -272,10 +346,11 @@ PyObject* bind(PyObject* const* a, Py_ssize_t n) {
   cpu = static_cast<const CpuEntry*>(PyLong_AsVoidPtr(a[0]));
   if (!is_neg || !requires_grad || PyErr_Occurred()) return nullptr;
   tensor_type = Py_NewRef(a[1]);
-  empty_like = Py_NewRef(a[2]);
-  new_empty = Py_NewRef(a[3]);
-  is_grad_enabled = Py_NewRef(a[4]);
-  observers = Py_NewRef(a[5]);
+  parameter_type = Py_NewRef(a[2]);
+  empty_like = Py_NewRef(a[3]);
+  new_empty = Py_NewRef(a[4]);
+  is_grad_enabled = Py_NewRef(a[5]);
+  observers = Py_NewRef(a[6]);
   return Py_NewRef(Py_None);
 }
 
@@ -286,6 +361,7 @@ PyMethodDef method(const char* name) {
 PyMethodDef methods[] = {
     method<bind>("bind"),
     method<resolve>("resolve"),
+    method<heads>("heads"),
     method<elementwise>("elementwise"),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #define MMFAST_ISA host_gpu
@@ -97,10 +99,11 @@ Array<T> combine(const std::vector<Array<T>>& grads, const py::array_t<double, p
   return out;
 }
 
-// G [K, K] and the weighted sum of one problem as `blocks` blocks of the persistent kernel form them, each of which keeps `kept_steps` steps.
+// G [K, K] and the weighted sum of one problem as `blocks` blocks of the persistent kernel form them, each of which keeps `kept_steps` steps; where
+// they are a cluster, its slots as well, and every block must find the same G.
 template <class T>
 py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<double, py::array::c_style | py::array::forcecast>& w,
-                     const std::optional<Bools>& mask, int64_t blocks, int64_t kept_steps) {
+                     const std::optional<Bools>& mask, int64_t blocks, int64_t kept_steps, bool cluster) {
   const Inputs<T> in(grads, mask, false);
   const int k = in.rows.k;
   if (k > kPersistentRows || w.size() != k || in.samples || blocks < 1 || kept_steps < 0 || kept_steps % kStepsAtOnce)
@@ -110,7 +113,12 @@ py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<doubl
   std::copy_n(in.rows.places, k, rows.places);
   rows.k = k, rows.mask = in.rows.mask;
   const host_gpu::Block block;
-  std::vector<double> slots(static_cast<size_t>(in.units.slots() * pair_count(k)), NAN);
+  const int64_t slots_each = cluster ? (in.units.slots() + blocks - 1) / blocks : in.units.slots();
+  std::vector<std::vector<double>> sums(cluster ? blocks : 1, std::vector<double>(static_cast<size_t>(slots_each * pair_count(k)), NAN));
+  auto slots_of = [&](int64_t b) { return host_gpu::Slots{sums[cluster ? b : 0].data(), cluster ? blocks : 0}; };
+  std::vector<const double*> peers;
+  for (const std::vector<double>& own : sums) peers.push_back(own.data());
+  host_gpu::peers = peers.data();
   std::vector<host_gpu::Acc<T>> shared(host_gpu::tile_shared<T>());
   std::vector<std::vector<T>> kept(blocks, std::vector<T>(static_cast<size_t>(kept_steps * k * host_gpu::kThreads), T(NAN)));
   auto kept_of = [&](int64_t b) { return host_gpu::Kept<T>{kept[b].data(), kept_steps, k}; };
@@ -118,7 +126,7 @@ py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<doubl
     const host_gpu::Share share{b, blocks};
     auto read = [&](auto R) {
       host_gpu::ask<T, decltype(R)::value>(block, rows, in.units, share, kept_of(b));
-      host_gpu::sum_kept<T, decltype(R)::value>(block, rows, in.units, share, kept_of(b), shared.data(), slots.data());
+      host_gpu::sum_kept<T, decltype(R)::value>(block, rows, in.units, share, kept_of(b), shared.data(), slots_of(b));
     };
     if (k <= 2) read(std::integral_constant<int, 2>{});
     else if (k <= 4) read(std::integral_constant<int, 4>{});
@@ -126,7 +134,12 @@ py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<doubl
   }
   py::array_t<double> G({k, k});
   std::vector<double> stage(600, NAN);
-  host_gpu::fold_few(block, rows, k, slots.data(), in.units.slots(), stage.data(), static_cast<int>(stage.size()), G.mutable_data());
+  for (int64_t b = 0; b < (cluster ? blocks : 1); ++b) {
+    std::vector<double> found(static_cast<size_t>(k) * k, NAN);
+    host_gpu::fold_few(block, rows, k, slots_of(b), in.units.slots(), stage.data(), static_cast<int>(stage.size()), found.data());
+    if (b && std::memcmp(found.data(), G.data(), found.size() * sizeof(double))) throw std::runtime_error("two blocks folded different numbers");
+    std::copy(found.begin(), found.end(), G.mutable_data());
+  }
   Array<T> out({in.batch, in.inner});
   std::fill_n(out.mutable_data(), out.size(), T(NAN));
   for (int64_t b = 0; b < blocks; ++b) {
@@ -136,28 +149,26 @@ py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<doubl
   return py::make_tuple(G, out);
 }
 
-const char* name_of(Path path) { return path == Path::persistent ? "persistent" : path == Path::per_sample ? "per_sample" : "two_pass"; }
-
 py::dict dict_of(const Plan& p) {
   using namespace py::literals;
-  return py::dict("path"_a = name_of(p.path), "blocks"_a = p.blocks, "kept_steps"_a = p.kept_steps, "shared"_a = p.shared, "workspace"_a = p.workspace,
+  return py::dict("path"_a = kPathNames[static_cast<int>(p.path)], "blocks"_a = p.blocks, "kept_steps"_a = p.kept_steps, "shared"_a = p.shared, "workspace"_a = p.workspace,
                   "read"_a = p.read, "written"_a = p.written, "launches"_a = p.launches);
 }
 
 py::dict plan_of_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, int64_t fixed, int64_t processors, int64_t shared_block, int64_t shared_processor,
-                         bool cooperative) {
-  return dict_of(plan_samples(k, batch, inner, size, fixed, {processors, shared_block, shared_processor, cooperative}));
+                         bool cooperative, int64_t cluster) {
+  return dict_of(plan_samples(k, batch, inner, size, fixed, {processors, shared_block, shared_processor, cooperative, cluster}));
 }
 
-py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, int64_t processors, int64_t shared_block, int64_t shared_processor, bool cooperative) {
-  return dict_of(plan_resolve(k, n, size, fixed, one_problem, {processors, shared_block, shared_processor, cooperative}));
+py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, int64_t processors, int64_t shared_block, int64_t shared_processor, bool cooperative, int64_t cluster) {
+  return dict_of(plan_resolve(k, n, size, fixed, one_problem, {processors, shared_block, shared_processor, cooperative, cluster}));
 }
 
 template <class T>
 void define(py::module_& m) {
   using namespace py::literals;
-  m.def("gpu_persistent", &persistent<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "blocks"_a = 1, "kept_steps"_a = 0,
-        "Gramian [K, K] and weighted sum of arrays [batch, inner] as the blocks of the persistent CUDA kernel form them.");
+  m.def("gpu_persistent", &persistent<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "blocks"_a = 1, "kept_steps"_a = 0, "cluster"_a = false,
+        "Gramian [K, K] and weighted sum of arrays [batch, inner] as the blocks, or the cluster, of the persistent CUDA kernel form them.");
   m.def("gpu_gram", &gram<T>, "grads"_a, "mask"_a = py::none(), "per_sample"_a = false,
         "Gramians [1 or batch, K, K] of arrays [batch, inner] as the CUDA kernels sum them.");
   m.def("gpu_combine", &combine<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "per_sample"_a = false, "skip"_a = false,
@@ -168,9 +179,9 @@ void define(py::module_& m) {
 
 void define_gpu(py::module_& m) {
   using namespace py::literals;
-  m.def("gpu_plan", &plan, "k"_a, "n"_a, "size"_a, "fixed"_a, "one_problem"_a, "processors"_a, "shared_block"_a, "shared_processor"_a, "cooperative"_a,
+  m.def("gpu_plan", &plan, "k"_a, "n"_a, "size"_a, "fixed"_a, "one_problem"_a, "processors"_a, "shared_block"_a, "shared_processor"_a, "cooperative"_a, "cluster"_a,
         "Which CUDA kernels resolve k gradients of n elements of `size` bytes (plan.h).");
-  m.def("gpu_plan_samples", &plan_of_samples, "k"_a, "batch"_a, "inner"_a, "size"_a, "fixed"_a, "processors"_a, "shared_block"_a, "shared_processor"_a, "cooperative"_a,
+  m.def("gpu_plan_samples", &plan_of_samples, "k"_a, "batch"_a, "inner"_a, "size"_a, "fixed"_a, "processors"_a, "shared_block"_a, "shared_processor"_a, "cooperative"_a, "cluster"_a,
         "The same for a problem per sample.");
   define<float>(m);
   define<double>(m);

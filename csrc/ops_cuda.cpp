@@ -76,28 +76,28 @@ void solve(const Call& call, const SolveArgs& args, int64_t* rng) {
   gpu::solve(args, rng, doubles(workspace), call.stream);
 }
 
-// Which path tests ask for: MMFAST_CUDA_PATH=two_pass, or one_launch; the plan decides without it.
-enum class Asked { plan, two_pass, one_launch };
-Asked asked_path() {
+// Which path tests ask for by MMFAST_CUDA_PATH; the plan decides without it.
+std::optional<Path> asked_path() {
   const char* name = std::getenv("MMFAST_CUDA_PATH");
-  if (!name || !*name) return Asked::plan;
-  if (std::strcmp(name, "two_pass") == 0) return Asked::two_pass;
-  STD_TORCH_CHECK(std::strcmp(name, "one_launch") == 0, "MMFAST_CUDA_PATH is ", name, ", expected two_pass or one_launch");
-  return Asked::one_launch;
+  if (!name || !*name) return std::nullopt;
+  for (int path = 0; path < kPaths; ++path)
+    if (std::strcmp(name, kPathNames[path]) == 0) return static_cast<Path>(path);
+  STD_TORCH_CHECK(false, "MMFAST_CUDA_PATH is ", name, ", expected two_pass, persistent, per_sample or cluster");
 }
 
 // All of resolve in one launch, or false where the plan or the device is against it.
 bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, int64_t* rng, Tensor& out) {
-  const Asked asked = asked_path();
-  if (asked == Asked::two_pass) return false;
-  const Limits limits = gpu::limits(call.device.index);
+  const std::optional<Path> asked = asked_path();
+  if (asked == Path::two_pass) return false;
+  Limits limits = gpu::limits(call.device.index);
+  if (asked == Path::persistent) limits.cluster = 0;
   const Plan plan = gpu::plan(in.grads(), static_cast<int>(S), limits);
   bool done = false;
-  if (plan.path != Path::two_pass) {
+  if (plan.path != Path::two_pass && plan.path == asked.value_or(plan.path)) {
     const Tensor slots = call.workspace(plan.workspace);
     done = gpu::resolve_at_once(in.grads(), args, rng, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
   }
-  STD_TORCH_CHECK(done || asked == Asked::plan, call.op, ": MMFAST_CUDA_PATH=one_launch, but these gradients and rules, or this device, do not take that path");
+  STD_TORCH_CHECK(done || !asked, call.op, ": MMFAST_CUDA_PATH names a path that these gradients and rules, or this device, do not take");
   return done;
 }
 

@@ -91,6 +91,8 @@ def _cuda(first: Tensor, present: int, k: int, chain: list[Rule], per: str, mask
     )
     if name == "persistent":
         return "one cooperative launch, gradients kept in shared memory", read, written, launches
+    if name == "cluster":
+        return "one launch of a cluster of blocks, gradients kept in shared memory", read, written, launches
     if name == "per_sample":
         return "one launch, a block for each sample, gradients kept in shared memory", read, written, launches + random
     if per == "batch_sum":  # the sums are written, and read for the Gramian

@@ -39,8 +39,10 @@ def assert_resolved_alike(one, two, grads, per, mask, norm):
 
 
 def force(path, dtype, k, monkeypatch):
-    if path == "one_launch" and (k == 8 or (dtype == torch.float64 and k > 4)):  # with the missing one, nine places
+    if path != "two_pass" and (k == 8 or (dtype == torch.float64 and k > 4)):  # with the missing one, nine places
         pytest.skip("the plan does not take that path")
+    if path == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this device has no clusters")
     monkeypatch.setenv("MMFAST_CUDA_PATH", path)
 
 
@@ -94,20 +96,20 @@ def test_resolve_has_the_bits_of_the_cpu(per, dtype):
             assert_resolved_alike(one, two, grads, per, mask, norm)
 
 
-@pytest.mark.parametrize("path", ["two_pass", "one_launch"])
+@pytest.mark.parametrize("path", ["two_pass", "persistent", "cluster"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7, 8])
-def test_both_paths_have_the_bits_of_the_cpu(path, dtype, k, monkeypatch):
+def test_all_paths_have_the_bits_of_the_cpu(path, dtype, k, monkeypatch):
     """All kept, some kept, several chunks to a slot; state and random stream of three calls; masked and absent rows, up to eight places."""
     force(path, dtype, k, monkeypatch)
-    for n in (1, 4097, 300_001, 3_000_001 // k):
+    for n in (1, 4097, 60_001 // k, 2**20 // (k * dtype.itemsize)) if path == "cluster" else (1, 4097, 300_001, 3_000_001 // k):
         for make in (mf.MGDA, mf.PCGrad, mf.PCD):
             one, two = twins(make, n)
             for turn in range(3):
                 assert_resolved_alike(one, two, gradients(k, (1, n), dtype), "batch", torch.arange(k + 1) != turn, turn == 1)
 
 
-@pytest.mark.parametrize("path", ["two_pass", "one_launch"])
+@pytest.mark.parametrize("path", ["two_pass", "per_sample"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 3, 4, 7])
 def test_both_paths_per_sample(path, dtype, k, monkeypatch):
@@ -121,9 +123,10 @@ def test_both_paths_per_sample(path, dtype, k, monkeypatch):
                 assert_resolved_alike(one, two, gradients(k, (batch, inner), dtype), "sample", mask, turn == 1)
 
 
-def test_a_path_that_cannot_be_taken_is_refused(monkeypatch):
+@pytest.mark.parametrize("path", ["persistent", "cluster", "per_sample", "unheard_of"])
+def test_a_path_that_cannot_be_taken_is_refused(path, monkeypatch):
     grads = gpu(gradients(9, (1, 100), torch.float32))
-    monkeypatch.setenv("MMFAST_CUDA_PATH", "one_launch")
+    monkeypatch.setenv("MMFAST_CUDA_PATH", path)
     with pytest.raises(RuntimeError, match="MMFAST_CUDA_PATH"):
         mf.resolve(grads, mf.MGDA(), backend="cuda")
 
@@ -147,10 +150,10 @@ def test_elementwise_rules(dtype):
             torch.testing.assert_close(ours, mf.resolve(grads, one, mask=m), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["two_pass", "one_launch"])
+@pytest.mark.parametrize("path", ["two_pass", "persistent", "cluster"])
 def test_twenty_runs_have_the_same_bits(path, monkeypatch):
-    monkeypatch.setenv("MMFAST_CUDA_PATH", path)
-    grads = gpu(gradients(6, (1, 1_000_003), torch.float32))
+    force(path, torch.float32, 6, monkeypatch)
+    grads = gpu(gradients(6, (1, 30_003 if path == "cluster" else 1_000_003), torch.float32))
     results = [mf.resolve(grads, mf.UPGrad(), backend="cuda") for _ in range(20)]
     assert all(torch.equal(r, results[0]) for r in results)
 

@@ -9,7 +9,7 @@ from mmfast.ops import native
 host = pytest.importorskip("mmfast._host", reason="MMFAST_HOST=1 was not set when mmfast was built", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not native.available, reason=f"nothing compiled to compare with: {native.missing_reason}")
 
-H200 = {"processors": 132, "shared_block": 232448, "shared_processor": 233472, "cooperative": True}
+H200 = {"processors": 132, "shared_block": 232448, "shared_processor": 233472, "cooperative": True, "cluster": 0}
 FIXED = 12000
 CHUNK = 4096
 
@@ -69,6 +69,34 @@ def test_what_the_persistent_path_does_not_do():
         assert plan(**arguments)["path"] == "two_pass", arguments
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "blocks", "slots_each"),
+    [(3, 1, 1, 1), (3, CHUNK, 1, 1), (3, CHUNK + 1, 2, 1), (3, 5 * CHUNK, 8, 1), (3, 16 * CHUNK, 16, 1), (3, 17 * CHUNK, 16, 2)],
+)
+def test_small_data_take_one_cluster(k, n, blocks, slots_each):
+    p = plan(k, n, cluster=16)
+    assert (p["path"], p["blocks"], p["launches"], p["workspace"]) == ("cluster", blocks, 1, 0)
+    assert (p["read"], p["written"]) == (k * n * 4, n * 4)
+    assert p["kept_steps"] == slots_each * 32 and p["shared"] == FIXED + slots_each * (32 * k * 128 * 4 + k * (k + 1) // 2 * 8)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("cluster", [0, 1, 8, 16])
+def test_a_cluster_keeps_all_of_at_most_a_megabyte(cluster, size):
+    for k in range(1, 9 if size < 8 else 5):
+        for n in (1, 1000, CHUNK, 10 * CHUNK + 1, 2**20 // (k * size), 2**20 // (k * size) + 1, 10**6):
+            p = plan(k, n, size, cluster=cluster)
+            if p["path"] != "cluster":
+                assert p == plan(k, n, size)
+                continue
+            assert cluster and k * n * size <= 2**20 and p["blocks"] <= cluster and p["blocks"] & (p["blocks"] - 1) == 0
+            assert p["shared"] <= H200["shared_block"] and p["kept_steps"] * 128 * p["blocks"] >= n and p["read"] == k * n * size
+    assert (plan(8, 100, size if size < 8 else 4, cluster=cluster)["path"] == "cluster") == bool(cluster)
+    assert plan(3, 1000, size, one_problem=False, cluster=cluster)["path"] == "two_pass"
+    assert plan(3, 1000, size, fixed=240000, cluster=cluster)["path"] == "two_pass"
+    assert plan(3, 1000, size, cooperative=False, cluster=cluster)["path"] == ("cluster" if cluster else "two_pass")
+
+
 def samples(k, batch, inner, size=4, fixed=FIXED, **limits):
     return host.gpu_plan_samples(k, batch, inner, size, fixed, **{**H200, **limits})
 
@@ -122,6 +150,20 @@ def test_the_persistent_path_has_the_bits_of_the_cpu(k, dtype):
         for blocks, kept in [(1, 0), (1, 160), (2, 44), (5, 32), (7, 12)]:
             ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=blocks, kept_steps=kept)
             assert torch.equal(torch.from_numpy(ours), G) and torch.equal(torch.from_numpy(out), d), (n, blocks, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 3, 4, 8])
+def test_a_cluster_has_the_bits_of_the_cpu(k, dtype):
+    """Slots stay with their blocks, blocks without any among them; every block folds the same numbers."""
+    for n in (1, 4097, 5 * CHUNK - 3, 18 * CHUNK + 1):
+        grads = gradients(k, n, dtype)
+        w = torch.randn(k, dtype=torch.float64)
+        G, d = ops.gram(grads), ops.combine(grads, w)
+        for blocks in (1, 2, 8, 16):
+            steps = 32 * ((n - 1) // CHUNK // blocks + 1)
+            ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=blocks, kept_steps=steps, cluster=True)
+            assert torch.equal(torch.from_numpy(ours), G) and torch.equal(torch.from_numpy(out), d), (n, blocks)
 
 
 def test_the_persistent_path_with_more_chunks_than_slots():

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfast as mf
 from mmfast import ops
-from mmfast.ops import direct, native
+from mmfast.ops import direct, linear, native
 
 pytestmark = pytest.mark.skipif(direct._direct is None, reason=str(direct.missing_reason))
 ROOT = str(Path(__file__).parent.parent)
@@ -61,6 +61,65 @@ def test_same_bits_as_the_operators(name, norm):
                 assert bits(info) == bits(expected_info)
                 for key, value in here.state_dict().items():
                     assert bits(value) == bits(there.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_same_bits_as_the_operator_of_linear_branches(name, norm):
+    """Gradient, weights, Gramian, state and random stream, over several calls."""
+    k = max(RULES[name].min_k, 3)
+    head_of = torch.repeat_interleave(torch.arange(k), torch.arange(k) % 3 + 1)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        weight = torch.nn.Parameter(torch.randn(len(head_of), 9).to(dtype))
+        for shape in ((), (7,), (5, 2)):
+            here, there = MAKE[name](k), None
+            for call in range(3):
+                there = there or copy.deepcopy(here)
+                delta = torch.randn(*shape, len(head_of)).to(dtype)
+                with torch.no_grad():
+                    chain = here.chain()
+                    if len(chain) == 1 and (call or not chain[0].state_size(k)):
+                        assert direct.heads(delta, weight, head_of, k, copy.deepcopy(here), norm) is not None
+                    out, info = linear.heads(delta, weight, head_of, here, k, "batch", None, norm)
+                    expected = linear.heads(delta, weight, head_of, there, k, "batch", None, norm, backend="cpu")
+                assert bits(out) == bits(expected[0]) and bits(info) == bits(expected[1])
+                for key, value in here.state_dict().items():
+                    assert bits(value) == bits(there.state_dict()[key]), key
+
+
+def test_linear_branches_that_are_not_plain_are_left_to_their_operator():
+    delta, weight, head_of, rule = torch.randn(4, 5), torch.randn(5, 3), torch.tensor([0, 0, 1, 2, 2]), mf.MGDA()
+    assert direct.heads(delta, weight, head_of, 3, rule, False) is not None
+    recorded = weight.clone().requires_grad_()
+    for change in (
+        {"delta": delta.half(), "weight": weight.half()},
+        {"delta": delta.double()},
+        {"delta": delta.T.contiguous().T},
+        {"delta": torch._neg_view(delta)},
+        {"delta": delta[:0]},
+        {"delta": delta[:, :4]},
+        {"delta": torch.tensor(1.0)},
+        {"weight": weight.to("meta")},
+        {"weight": recorded},
+        {"weight": weight[:, :0]},
+        {"weight": weight.unsqueeze(0)},
+        {"head_of": head_of.int()},
+        {"head_of": head_of.flip(0)},
+        {"head_of": head_of - 1},
+        {"head_of": head_of[:4]},
+        {"k": 0},
+        {"k": 2},
+        {"k": 4},
+        {"k": 257},
+        {"resolver": mf.Compose(mf.NSGD(), mf.PCGrad())},
+        {"resolver": mf.GradDrop()},
+        {"resolver": mf.Constant([1.0])},
+    ):
+        arguments = {"delta": delta, "weight": weight, "head_of": head_of, "k": 3, "resolver": rule, "preserve_norm": False} | change
+        assert direct.heads(**arguments) is None, change
+    with Seen() as seen:
+        linear.heads(delta, weight, head_of, rule, 3, "batch", None, False)
+    assert "mmfast.heads.default" in seen.names
 
 
 @pytest.mark.parametrize("shape", [(1,), (), (4097,), (3, 1, 5), (70_000,)])
@@ -182,6 +241,9 @@ def test_wrong_arguments_raise():
     for arguments in ((), (grads, "x", None), (grads, "x", mf.GradDrop().rng)):
         with pytest.raises(TypeError):
             direct._direct.elementwise(*arguments)
+    for arguments in ((), (grads[0], grads[0], grads[0], "x", 0, [], None, None, False)):
+        with pytest.raises(TypeError):
+            direct._direct.heads(*arguments)
     with pytest.raises(TypeError):
         direct._direct.bind()
 

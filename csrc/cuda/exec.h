@@ -51,6 +51,28 @@ __device__ inline void wait_but_for() { asm volatile("cp.async.wait_group %0;" :
 // What other blocks of this launch have written: from the L2 cache, where they meet.
 __device__ inline double from_others(const double* p) { return __ldcg(p); }
 
+// Where the block of that rank in the cluster has what this one has at p, in shared memory.
+__device__ inline const double* of_peer(const double* p, int64_t rank) {
+#if __CUDA_ARCH__ >= 900
+  const double* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(static_cast<unsigned>(rank)));
+  return there;
+#else
+  return p + rank * 0;
+#endif
+}
+// Between the two all blocks of the cluster have come by, and what they wrote before is seen after.
+__device__ inline void arrive_in_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 __device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 
@@ -84,6 +106,8 @@ inline void end_group() {}
 template <int later>
 inline void wait_but_for() {}
 inline double from_others(const double* p) { return *p; }
+inline thread_local const double* const* peers = nullptr;  // what each block of the cluster has at the place that is asked for
+inline const double* of_peer(const double*, int64_t rank) { return peers[rank]; }
 
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused(double a, double b, double c) { return std::fma(a, b, c); }

@@ -1,8 +1,11 @@
-// Gramian, solver and combination in one launch (persistent.h): of one problem by all blocks, or of each sample by a block.
+// Gramian, solver and combination in one launch (persistent.h): of one problem by all blocks or by a cluster of them, or of each sample by a block.
 #define MMFAST_ISA cuda
 #include "persistent.h"
 
 #include <cooperative_groups.h>
+
+#include <map>
+#include <mutex>
 
 #include "launch.h"
 #include "warp.h"
@@ -16,6 +19,7 @@ struct Work {
   FewRows rows;
   Units units;              // of one problem
   int64_t samples;          // that are a problem each, or 0
+  bool cluster;             // all blocks are one
   int64_t sample_bytes;     // of a row
   int64_t kept_steps;
   Steps<4, 64> chain;
@@ -24,7 +28,7 @@ struct Work {
   double precision;
   double *info, *state;  // of each problem: weights [K] and Gramian [K, K], what the rules keep
   int64_t* rng;
-  double* slots;
+  double* slots;  // in memory; those of a cluster are with its blocks
   void* out;
 };
 
@@ -61,11 +65,21 @@ struct Memory {
   __device__ Kept<T> kept(const Work& work) const {
     return {reinterpret_cast<T*>(meeting<T>() + tile_shared<T>()), work.kept_steps, rows.k};
   }
+  // Behind all that is kept.
+  template <class T>
+  __device__ double* slots(const Work& work) const {
+    return reinterpret_cast<double*>(kept<T>(work).at(work.kept_steps, 0, 0));
+  }
 };
 
 // All blocks share one problem, or each has its own.
 __device__ Share share_of(const Work& work) { return work.samples ? Share{0, 1} : Share{blockIdx.x, gridDim.x}; }
-__device__ double* slots_of(const Work& work) { return work.slots + (work.samples ? blockIdx.x * work.units.slots() * pair_count(work.rows.k) : 0); }
+__device__ Slots slots_of(const Work& work) {
+  if (!work.cluster) return {work.slots + (work.samples ? blockIdx.x * work.units.slots() * pair_count(work.rows.k) : 0), 0};
+  double* at = nullptr;
+  with_type(work.dtype, [&](auto zero) { at = Memory(work).slots<decltype(zero)>(work); });
+  return {at, gridDim.x};
+}
 
 // The phases are functions of their own and the kernel is one: the assembler goes through all solvers once for every kernel that calls them.
 // What they share is in shared memory, for a register that lives through a call is missing in it.
@@ -95,6 +109,7 @@ __device__ __noinline__ void solve_phase(const Work& work, int64_t problem) {
   const int K = work.K, S = work.state_size, thread = static_cast<int>(threadIdx.x);
   fold_few(Block{}, memory.rows, K, slots_of(work), work.units.slots(), memory.scratch, memory.stage_room(work), memory.G);
   __syncthreads();
+  if (work.cluster) arrive_in_cluster();  // this block reads no other's slots any more: those may end
   if (thread < kTeamLanes) {
     const Chain chain{work.chain.steps, work.n_steps, work.chain.params, work.preserve_norm, work.precision};
     const Io io{memory.G, memory.rows.mask, S ? memory.state : nullptr, static_cast<uint64_t>(memory.rng[0]), static_cast<uint32_t>(memory.rng[1]),
@@ -132,31 +147,69 @@ __global__ void __launch_bounds__(kThreads, kPersistentPerProcessor) persistent_
     });
     // state and counter were read before the barrier, and are written after it
     if (work.samples) __syncthreads();
+    else if (work.cluster) arrive_in_cluster(), wait_for_cluster();
     else cooperative_groups::this_grid().sync();
     solve_phase(work, problem);
     with_type(work.dtype, [&](auto zero) { write_phase<decltype(zero)>(work, problem); });
   }
+  if (work.cluster) wait_for_cluster();
 }
 
-Limits limits_of(int device) {
+// One launch of the kernel: of a cluster, of blocks that wait for each other, or of blocks each by itself.
+struct Launch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  Launch(Path path, int64_t blocks, int64_t shared, cudaStream_t stream) {
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = path == Path::per_sample ? 0 : 1;
+    if (path == Path::cluster) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    } else {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+  }
+  Launch(const Launch&) = delete;
+};
+
+// What a device has, and what the kernel may ask it for from now on.
+Limits prepare(int device) {
+  int current = device;
+  cudaGetDevice(&current);
+  cudaSetDevice(device);  // what a kernel may ask for holds for the current one
   auto ask = [&](cudaDeviceAttr what) {
     int value = 0;
     return cudaDeviceGetAttribute(&value, what, device) == cudaSuccess ? value : 0;
   };
-  return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          ask(cudaDevAttrCooperativeLaunch) != 0};
+  Limits limits{ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                ask(cudaDevAttrCooperativeLaunch) != 0, 0};
+  auto may = [](cudaFuncAttribute what, int64_t value) { return cudaFuncSetAttribute(persistent_kernel, what, static_cast<int>(value)) == cudaSuccess; };
+  if (!may(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_block) || !may(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) {
+    limits.shared_block = limits.shared_processor = 0;  // too little for any plan but that of two passes
+  } else if (ask(cudaDevAttrClusterLaunch)) {
+    // more than eight blocks are not promised on every device, nor that some group of processors is large enough for so many
+    int clusters = 0;
+    for (int64_t blocks = may(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ? 16 : 8; blocks && !limits.cluster; blocks /= 2) {
+      const Launch launch(Path::cluster, blocks, limits.shared_block, nullptr);
+      if (cudaOccupancyMaxActiveClusters(&clusters, persistent_kernel, &launch.config) == cudaSuccess && clusters) limits.cluster = blocks;
+    }
+  }
+  cudaSetDevice(current);
+  cudaGetLastError();  // asking is no error of the caller's
+  return limits;
 }
 
-// Whether the blocks have their shared memory, and those that wait for each other all run at once. What the kernel may ask for at most is the
-// same in every call, so that calls of several threads do not disturb each other.
+// Whether those blocks that wait for each other all run at once.
 bool fits(const Plan& plan, const Limits& limits) {
+  if (plan.path != Path::persistent) return true;
   int fitting = 0;
-  const int shared = static_cast<int>(plan.shared);
-  const bool known = cudaFuncSetAttribute(persistent_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_block)) == cudaSuccess &&
-                     cudaFuncSetAttribute(persistent_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) == cudaSuccess &&
-                     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, persistent_kernel, kThreads, shared) == cudaSuccess;
-  if (!known) cudaGetLastError();  // asking is no error of the caller's
-  return known && fitting > 0 && (plan.path == Path::per_sample || fitting * limits.processors >= plan.blocks);
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, persistent_kernel, kThreads, static_cast<size_t>(plan.shared)) != cudaSuccess) cudaGetLastError();
+  return fitting * limits.processors >= plan.blocks;
 }
 
 }  // namespace
@@ -176,7 +229,13 @@ Plan plan(const Grads& g, int state_size, const Limits& limits) {
   return found;
 }
 
-Limits limits(int device) { return cuda::limits_of(device); }
+Limits limits(int device) {
+  static std::mutex lock;
+  static std::map<int, Limits> known;
+  const std::lock_guard<std::mutex> guard(lock);
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known[device] = cuda::prepare(device);
+}
 
 bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream) {
   cuda::Work work{};
@@ -185,23 +244,17 @@ bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const 
   const bool samples = plan.path == Path::per_sample;
   work.units = cuda::whole_units(samples ? g.inner : g.batch * g.inner);
   work.samples = samples ? g.batch : 0;
+  work.cluster = plan.path == Path::cluster;
   work.kept_steps = plan.kept_steps;
   work.n_steps = args.n_steps, work.K = args.K, work.state_size = static_cast<int>(args.state ? args.state_stride : 0);
   work.preserve_norm = args.preserve_norm, work.precision = args.precision;
   work.info = args.w, work.state = args.state, work.rng = rng, work.slots = slots;
   work.dtype = g.dtype, work.out = out;
   cuda::with_type(g.dtype, [&](auto zero) { work.sample_bytes = g.inner * static_cast<int64_t>(sizeof zero); });
-  const dim3 grid(static_cast<unsigned>(plan.blocks));
-  const size_t shared = static_cast<size_t>(plan.shared);
-  if (samples) {
-    cuda::persistent_kernel<<<grid, cuda::kThreads, shared, cuda::raw(stream)>>>(work);
-    cuda::check_launch("per_sample");
-    if (rng) cuda::advance(rng, stream);
-  } else {
-    void* arguments[] = {&work};
-    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(cuda::persistent_kernel), grid, dim3(cuda::kThreads), arguments, shared, cuda::raw(stream));
-    cuda::check_launch("persistent");
-  }
+  const cuda::Launch launch(plan.path, plan.blocks, plan.shared, cuda::raw(stream));
+  cudaLaunchKernelEx(&launch.config, cuda::persistent_kernel, work);
+  cuda::check_launch(samples ? "per_sample" : work.cluster ? "cluster" : "persistent");
+  if (samples && rng) cuda::advance(rng, stream);
   return true;
 }
 

@@ -45,6 +45,16 @@ struct Share {
   }
 };
 
+// Where the pair sums of the slots stand: one after the other in memory, or, in a cluster, each with the block that sums it.
+struct Slots {
+  double* at;
+  int64_t blocks;  // of the cluster, that share them out as Share says; 0 in memory
+  MMFAST_BLOCK double* own(int64_t slot, int64_t pairs) const { return at + (blocks ? slot / blocks : slot) * pairs; }
+  MMFAST_BLOCK double read(int64_t slot, int64_t pairs, int64_t pair) const {
+    return blocks ? of_peer(at, slot % blocks)[slot / blocks * pairs + pair] : from_others(at + slot * pairs + pair);
+  }
+};
+
 // Steps of the chunk that are kept, and the elements at which chunk and gradient end.
 template <class T>
 MMFAST_BLOCK inline int kept_of(const Kept<T>& kept, int64_t ordinal) {
@@ -100,9 +110,9 @@ MMFAST_BLOCK inline int64_t await(const Kept<T>& kept, int64_t step) {
   return wait_but_for<0>(), kept.steps;
 }
 
-// Pair sums of the block's slots, written to slots[slot * pairs + pair_index].
+// Pair sums of the block's slots, written to where those stand, at pair_index.
 template <class T, int R>
-MMFAST_BLOCK inline void sum_kept(const Block& block, const FewRows& rows, const Units& units, const Share& share, const Kept<T>& kept, Acc<T>* shared, double* slots) {
+MMFAST_BLOCK inline void sum_kept(const Block& block, const FewRows& rows, const Units& units, const Share& share, const Kept<T>& kept, Acc<T>* shared, const Slots& slots) {
   constexpr int P = R * (R + 1) / 2;
   using Meet = Meeting<T, P>;
   typename Meet::PerRound total;
@@ -135,13 +145,13 @@ MMFAST_BLOCK inline void sum_kept(const Block& block, const FewRows& rows, const
       chain_steps<T, R, 0>(here, kSubSteps, at, end, whole, from_memory, sums(t));
     });
     Meet::add(block, sums, shared, total);
-    if (chunk + 1 == (slot + 1) * units.group || chunk + 1 == units.count) put_pairs<T, R, 0>(block, rows.k, 0, 0, total, slots + slot * pair_count(rows.k));
+    if (chunk + 1 == (slot + 1) * units.group || chunk + 1 == units.count) put_pairs<T, R, 0>(block, rows.k, 0, 0, total, slots.own(slot, pair_count(rows.k)));
   });
 }
 
 // The Gramian [K, K] of rows at their places, from the slots of all blocks in order; they come by way of `stage`, which holds `room` numbers,
 // for one after the other would wait for memory each time.
-MMFAST_BLOCK inline void fold_few(const Block& block, const FewRows& rows, int K, const double* slots, int64_t count, double* stage, int room, double* G) {
+MMFAST_BLOCK inline void fold_few(const Block& block, const FewRows& rows, int K, const Slots& slots, int64_t count, double* stage, int room, double* G) {
   constexpr int kOnce = 8;
   const int pairs = static_cast<int>(pair_count(rows.k)), fit = room / pairs;
   Block::Per<double> total;
@@ -153,8 +163,10 @@ MMFAST_BLOCK inline void fold_few(const Block& block, const FewRows& rows, int K
       block.each([&](int t) {
         double x[kOnce];
 #pragma unroll
-        for (int u = 0; u < kOnce; ++u)
-          if (base + u * kThreads + t < numbers) x[u] = from_others(slots + s * pairs + base + u * kThreads + t);
+        for (int u = 0; u < kOnce; ++u) {
+          const int e = base + u * kThreads + t;
+          x[u] = e < numbers ? slots.read(s + e / pairs, pairs, e % pairs) : 0.0;
+        }
 #pragma unroll
         for (int u = 0; u < kOnce; ++u)
           if (base + u * kThreads + t < numbers) stage[base + u * kThreads + t] = x[u];

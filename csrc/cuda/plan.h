@@ -11,16 +11,19 @@ struct Limits {
   int64_t shared_block;      // bytes of shared memory that a block may ask for
   int64_t shared_processor;  // bytes that a processor has for all of its blocks
   bool cooperative;          // blocks may wait for each other
+  int64_t cluster;           // blocks of the largest cluster, whose blocks see each other's shared memory; 0 where there are none
 };
 
-enum class Path { two_pass, persistent, per_sample };
+enum class Path { two_pass, persistent, per_sample, cluster };
+constexpr const char* kPathNames[] = {"two_pass", "persistent", "per_sample", "cluster"};
+constexpr int kPaths = 4;
 
 struct Plan {
   Path path;
-  int64_t blocks;      // of the kernel that keeps what it reads; the persistent one's all run at once
+  int64_t blocks;      // of the kernel that keeps what it reads; all run at once, but for those of samples
   int64_t kept_steps;  // of kPersistentThreads elements of every row that a block keeps in shared memory
   int64_t shared;      // bytes that it asks for
-  int64_t workspace;   // doubles of slots for all blocks
+  int64_t workspace;   // doubles of slots for all blocks, in memory
   int64_t read, written;
   int64_t launches;
 };
@@ -29,6 +32,7 @@ constexpr int kPersistentThreads = 128, kPersistentRows = 8;
 constexpr int kStepsAtOnce = 4;                 // that are combined, so what is kept are multiples of it
 constexpr int64_t kPersistentPerProcessor = 4;  // blocks: its registers allow no more
 constexpr int64_t kReserved = 1024;             // bytes of each block that the system keeps for itself
+constexpr int64_t kClusterBytes = 1 << 20;      // beyond it a few processors read longer than all of them wait for each other
 
 // Bytes that each of so many blocks to a processor may ask for, in whole units of 128.
 inline int64_t shared_of_each(int64_t per_processor, const Limits& limits) {
@@ -50,11 +54,25 @@ inline int64_t steps_kept(int64_t bytes, int64_t step, int64_t steps) {
   return fit < steps ? fit : steps;
 }
 
+// One cluster, whose blocks hold their slots too: a smaller launch and a shorter wait than those of all processors.
+inline Plan plan_cluster(int64_t k, int64_t n, int64_t size, int64_t fixed, const Limits& limits) {
+  const int64_t bytes = k * n * size, slots = slot_count((n + kChunk - 1) / kChunk), group = group_size((n + kChunk - 1) / kChunk);
+  if (limits.cluster < 1 || bytes > kClusterBytes) return two_pass_plan(k, n, size);
+  int64_t blocks = 1;
+  while (blocks < slots && 2 * blocks <= limits.cluster) blocks *= 2;
+  const int64_t slots_each = (slots + blocks - 1) / blocks, kept = slots_each * group * (kChunk / kPersistentThreads);
+  const int64_t shared = fixed + kept * k * kPersistentThreads * size + slots_each * pair_count(k) * 8;
+  if (shared > shared_of_each(1, limits)) return two_pass_plan(k, n, size);
+  return {Path::cluster, blocks, kept, shared, 0, bytes, n * size, 1};
+}
+
 // k rows of n elements of `size` bytes; a persistent block needs `fixed` bytes beside what it keeps.
 inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, const Limits& limits) {
   const int64_t bytes = k * n * size;
   const Plan two_pass = two_pass_plan(k, n, size);
-  if (!one_problem || !limits.cooperative || !few_enough(k, size) || n < 1) return two_pass;
+  if (!one_problem || !few_enough(k, size) || n < 1) return two_pass;
+  if (const Plan cluster = plan_cluster(k, n, size, fixed, limits); cluster.path == Path::cluster) return cluster;
+  if (!limits.cooperative) return two_pass;
   const int64_t chunks = (n + kChunk - 1) / kChunk, group = group_size(chunks), slots = slot_count(chunks);
   // as few blocks to a processor as hold a slot each: the larger share of its shared memory has each of them
   int64_t per_processor = 1;

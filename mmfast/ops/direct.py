@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfast.ops import native
-from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
 
 # Where one of them says yes, the dispatcher must be asked: there are modes (torch.set_default_device is one), a profiler, a trace, a transformation.
@@ -44,23 +44,9 @@ def load() -> tuple[Any, str | None]:
         doubles = torch.zeros(0, dtype=torch.float64, device="cpu")
         if type(doubles) is not Tensor:
             raise RuntimeError("mmfast was imported inside a mode that replaces tensors")
-        module.bind(
-            entry(),
-            Tensor,
-            torch.empty_like,
-            doubles.new_empty,
-            torch.is_grad_enabled,
-            tuple(attrgetter(name)(torch) for name in OBSERVERS),
-        )
-    except (
-        ImportError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OSError,
-        SystemError,
-    ) as error:  # another library, or a torch that has changed: the operators serve, and backends() tells why
+        observers = tuple(attrgetter(name)(torch) for name in OBSERVERS)
+        module.bind(entry(), Tensor, torch.nn.Parameter, torch.empty_like, doubles.new_empty, torch.is_grad_enabled, observers)
+    except Exception as error:  # noqa: BLE001 - another library, or a torch that has changed: the operators serve, and backends() tells why
         return None, f"{path} does not load with torch {torch.__version__}: {error}"
     return module, None
 
@@ -75,22 +61,40 @@ def resolve(
 
     It serves contiguous CPU tensors that are no more than that, a rule that is no chain, and calls that none of the OBSERVERS is there to see.
     """
-    if _direct is None or torch.compiler.is_compiling():
+    if _direct is None or torch.compiler.is_compiling() or not _suits(resolver, len(grads)):
+        return None
+    chain, kind = resolver.chain(), type(resolver)
+    if chain is not None:
+        if len(chain) != 1:
+            return None
+        with_gram = with_info or preserve_norm or chain[0].needs_gram
+        return _direct.resolve(grads, *_problem(chain[0]), preserve_norm, with_gram, with_info)
+    if preserve_norm or kind not in (GradDrop, TrimmedMean):
+        return None
+    argument = (resolver.leak, resolver._buffers["rng"]) if kind is GradDrop else (resolver.trim, None)
+    out = _direct.elementwise(grads, *argument)
+    return None if out is None else (out, None)
+
+
+def heads(delta: Tensor, weight: Tensor, head_of: Tensor, k: int, resolver: Resolver, preserve_norm: bool) -> tuple[Tensor, Tensor] | None:
+    """(resolved gradient, info) of linear branches as their operator gives them for one problem without a mask; None where it must be asked."""
+    if _direct is None or torch.compiler.is_compiling() or not _suits(resolver, k):
         return None
     chain = resolver.chain()
-    try:
-        resolver.check(len(grads))
-    except ValueError:
-        return None  # something may be wrong that is to be told first
-    if chain is None:
-        kind = type(resolver)
-        if preserve_norm or kind not in (GradDrop, TrimmedMean):
-            return None
-        argument = (resolver.leak, resolver._buffers["rng"]) if kind is GradDrop else (resolver.trim, None)
-        out = _direct.elementwise(grads, *argument)
-        return None if out is None else (out, None)
-    if len(chain) != 1:
+    if chain is None or len(chain) != 1:
         return None
-    rule = chain[0]
-    buffers, with_gram = rule._buffers, with_info or preserve_norm or rule.needs_gram
-    return _direct.resolve(grads, rule.method, rule.params(), buffers["state"], buffers["rng"], preserve_norm, with_gram, with_info)
+    found = _direct.heads(delta, weight, head_of, k, *_problem(chain[0]), preserve_norm)
+    return None if found is None else (delta @ found[0], found[1])
+
+
+def _suits(resolver: Resolver, k: int) -> bool:
+    """Whether the resolver serves k gradients; where not, something else may be wrong that is to be told first."""
+    try:
+        resolver.check(k)
+    except ValueError:
+        return False
+    return True
+
+
+def _problem(rule: Rule) -> tuple[int, list[float], Tensor | None, Tensor | None]:
+    return rule.method, rule.params(), rule._buffers["state"], rule._buffers["rng"]

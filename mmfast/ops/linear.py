@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from mmfast import ops
-from mmfast.ops import contract, native, reference
+from mmfast.ops import contract, direct, native, reference
 from mmfast.resolvers.base import Resolver
 
 
@@ -23,6 +23,10 @@ def heads(
     The Gramian comes from delta' delta and W W', in float32 (float64 for float64), summed over branches in float64; a resolver of the user
     runs between plain-torch forms of both halves.
     """
+    if mask is None and per == "batch" and backend == "auto":
+        found = direct.heads(delta, weight, head_of, k, resolver, preserve_norm)
+        if found is not None:
+            return found
     chain = resolver.chain()
     if chain is None or not (ops.uses_compiled(delta.device, backend) and delta.is_cpu):  # this operator has no CUDA form
 

@@ -66,7 +66,7 @@ def cuda_plan(device: int, size: int, k: int, places: int, batch: int, inner: in
     numbers = [ctypes.c_int64(x) for x in (device, size, k, places, batch, inner, state, per)]
     ctypes.CDLL(str(PATH)).mmfast_cuda_plan(*numbers, found)
     path, read, written, launches = found
-    return ("two_pass", "persistent", "per_sample")[path], read, written, launches
+    return ("two_pass", "persistent", "per_sample", "cluster")[path], read, written, launches
 
 
 missing_reason = load(PATH)
