@@ -115,7 +115,7 @@ py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<doubl
   const host_gpu::Block block;
   const int64_t slots_each = cluster ? (in.units.slots() + blocks - 1) / blocks : in.units.slots();
   std::vector<std::vector<double>> sums(cluster ? blocks : 1, std::vector<double>(static_cast<size_t>(slots_each * pair_count(k)), NAN));
-  auto slots_of = [&](int64_t b) { return host_gpu::Slots{sums[cluster ? b : 0].data(), cluster ? blocks : 0}; };
+  auto slots_of = [&](int64_t b) { return host_gpu::Slots{sums[cluster ? b : 0].data(), cluster ? static_cast<unsigned>(blocks) : 0}; };
   std::vector<const double*> peers;
   for (const std::vector<double>& own : sums) peers.push_back(own.data());
   host_gpu::peers = peers.data();

@@ -37,7 +37,7 @@ void solve(const SolveArgs& args, int64_t* rng, double* workspace, Stream stream
 // w of problem b at w + b * w_stride; rows of weight zero are not read when `skip`.
 void combine(const Grads& g, const double* w, int64_t w_stride, bool skip, void* out, Stream stream);
 
-// What a device has; asked once, when the kernel is made ready for it.
+// What the current device has; asked once, when the kernel is made ready for it.
 Limits limits(int device);
 // What plan.h says of these gradients and rules that keep `state_size` numbers.
 Plan plan(const Grads& g, int state_size, const Limits& limits);

@@ -6,6 +6,7 @@
 
 #include <map>
 #include <mutex>
+#include <optional>
 
 #include "launch.h"
 #include "warp.h"
@@ -177,30 +178,34 @@ struct Launch {
   Launch(const Launch&) = delete;
 };
 
-// What a device has, and what the kernel may ask it for from now on.
-Limits prepare(int device) {
-  int current = device;
-  cudaGetDevice(&current);
-  cudaSetDevice(device);  // what a kernel may ask for holds for the current one
+// What a device has, and what the kernel may ask it for from now on; nothing where it did not answer.
+std::optional<Limits> prepare(int device) {
+  bool answered = true;
+  auto check = [&](cudaError_t error) {
+    if (error == cudaSuccess) return true;
+    cudaGetLastError();  // asking is no error of the caller's
+    return answered = false;
+  };
   auto ask = [&](cudaDeviceAttr what) {
     int value = 0;
-    return cudaDeviceGetAttribute(&value, what, device) == cudaSuccess ? value : 0;
+    return check(cudaDeviceGetAttribute(&value, what, device)) ? value : 0;
   };
   Limits limits{ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
                 ask(cudaDevAttrCooperativeLaunch) != 0, 0};
-  auto may = [](cudaFuncAttribute what, int64_t value) { return cudaFuncSetAttribute(persistent_kernel, what, static_cast<int>(value)) == cudaSuccess; };
-  if (!may(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_block) || !may(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) {
-    limits.shared_block = limits.shared_processor = 0;  // too little for any plan but that of two passes
-  } else if (ask(cudaDevAttrClusterLaunch)) {
-    // more than eight blocks are not promised on every device, nor that some group of processors is large enough for so many
-    int clusters = 0;
-    for (int64_t blocks = may(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ? 16 : 8; blocks && !limits.cluster; blocks /= 2) {
-      const Launch launch(Path::cluster, blocks, limits.shared_block, nullptr);
-      if (cudaOccupancyMaxActiveClusters(&clusters, persistent_kernel, &launch.config) == cudaSuccess && clusters) limits.cluster = blocks;
-    }
+  auto may = [](cudaFuncAttribute what, int64_t value) { return cudaFuncSetAttribute(persistent_kernel, what, static_cast<int>(value)); };
+  cudaFuncAttributes kernel{};
+  if (!answered || !check(may(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_block)) ||
+      !check(may(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) || !check(cudaFuncGetAttributes(&kernel, persistent_kernel)))
+    return std::nullopt;
+  if (!ask(cudaDevAttrClusterLaunch) || kernel.ptxVersion < 90) return limits;  // what was written for older GPUs knows no clusters
+  // more than eight blocks are not promised on every device, nor that some group of processors is large enough for so many
+  int clusters = 0;
+  const bool more = may(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  for (int64_t blocks = more ? 16 : 8; blocks && !limits.cluster; blocks /= 2) {
+    const Launch launch(Path::cluster, blocks, limits.shared_block, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&clusters, persistent_kernel, &launch.config) == cudaSuccess && clusters) limits.cluster = blocks;
+    else cudaGetLastError();
   }
-  cudaSetDevice(current);
-  cudaGetLastError();  // asking is no error of the caller's
   return limits;
 }
 
@@ -233,8 +238,9 @@ Limits limits(int device) {
   static std::mutex lock;
   static std::map<int, Limits> known;
   const std::lock_guard<std::mutex> guard(lock);
-  const auto found = known.find(device);
-  return found != known.end() ? found->second : known[device] = cuda::prepare(device);
+  if (const auto found = known.find(device); found != known.end()) return found->second;
+  const std::optional<Limits> limits = cuda::prepare(device);
+  return limits ? known[device] = *limits : Limits{};  // no path but that of two passes, until it answers
 }
 
 bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream) {
@@ -252,7 +258,11 @@ bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const 
   work.dtype = g.dtype, work.out = out;
   cuda::with_type(g.dtype, [&](auto zero) { work.sample_bytes = g.inner * static_cast<int64_t>(sizeof zero); });
   const cuda::Launch launch(plan.path, plan.blocks, plan.shared, cuda::raw(stream));
-  cudaLaunchKernelEx(&launch.config, cuda::persistent_kernel, work);
+  const cudaError_t error = cudaLaunchKernelEx(&launch.config, cuda::persistent_kernel, work);
+  if (work.cluster && (error == cudaErrorInvalidClusterSize || error == cudaErrorLaunchOutOfResources || error == cudaErrorInvalidConfiguration)) {
+    cudaGetLastError();  // there are fewer processors than when the device was asked, and nothing has run
+    return false;
+  }
   cuda::check_launch(samples ? "per_sample" : work.cluster ? "cluster" : "persistent");
   if (samples && rng) cuda::advance(rng, stream);
   return true;

@@ -48,10 +48,11 @@ struct Share {
 // Where the pair sums of the slots stand: one after the other in memory, or, in a cluster, each with the block that sums it.
 struct Slots {
   double* at;
-  int64_t blocks;  // of the cluster, that share them out as Share says; 0 in memory
-  MMFAST_BLOCK double* own(int64_t slot, int64_t pairs) const { return at + (blocks ? slot / blocks : slot) * pairs; }
-  MMFAST_BLOCK double read(int64_t slot, int64_t pairs, int64_t pair) const {
-    return blocks ? of_peer(at, slot % blocks)[slot / blocks * pairs + pair] : from_others(at + slot * pairs + pair);
+  unsigned blocks;  // of the cluster, that share them out as Share says; 0 in memory
+  // fewer than 2^32 of them, and so short divisions
+  MMFAST_BLOCK double* own(int64_t slot, int64_t pairs) const { return at + (blocks ? static_cast<unsigned>(slot) / blocks : slot) * pairs; }
+  MMFAST_BLOCK double read(unsigned slot, unsigned pairs, unsigned pair) const {
+    return blocks ? of_peer(at, slot % blocks)[slot / blocks * pairs + pair] : from_others(at + static_cast<int64_t>(slot) * pairs + pair);
   }
 };
 
@@ -165,7 +166,7 @@ MMFAST_BLOCK inline void fold_few(const Block& block, const FewRows& rows, int K
 #pragma unroll
         for (int u = 0; u < kOnce; ++u) {
           const int e = base + u * kThreads + t;
-          x[u] = e < numbers ? slots.read(s + e / pairs, pairs, e % pairs) : 0.0;
+          x[u] = e < numbers ? slots.read(static_cast<unsigned>(s) + e / pairs, pairs, e % pairs) : 0.0;
         }
 #pragma unroll
         for (int u = 0; u < kOnce; ++u)

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def cuda_plan(device: int, size: int, k: int, places: int, batch: int, inner: in
     """
     found = (ctypes.c_int64 * 4)()
     numbers = [ctypes.c_int64(x) for x in (device, size, k, places, batch, inner, state, per)]
-    ctypes.CDLL(str(PATH)).mmfast_cuda_plan(*numbers, found)
+    with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():  # the current one is asked
+        ctypes.CDLL(str(PATH)).mmfast_cuda_plan(*numbers, found)
     path, read, written, launches = found
     return ("two_pass", "persistent", "per_sample", "cluster")[path], read, written, launches
 
