@@ -122,10 +122,8 @@ def main(path: Path) -> int:
                         slow = "plain torch" in name or "TorchJD" in name
                         try:
                             times = microseconds(call, cold if l2 == "cold" else None, 5 if slow else 30)
-                        except Exception as failure:  # noqa: BLE001 a rival that fails at one size must not end the run
-                            line(
-                                what=f"{name}: {failure}"[:200], k=k, n=n, dtype=str(dtype), l2=l2
-                            )  # a path that the size does not take, too
+                        except Exception as failure:  # noqa: BLE001 a rival that fails, or a path that one size does not take, must not end the run
+                            line(what=f"{name}: {failure}"[:200], k=k, n=n, dtype=str(dtype), l2=l2)
                             continue
                         median = statistics.median(times)
                         if l2 == "cold":
