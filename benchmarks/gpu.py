@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import mmfast as mf
+from benchmarks import tabular
 from benchmarks.machine import environment
 from benchmarks.providers import jacobian
 from mmfast import ops
@@ -78,6 +79,42 @@ def calls(k: int, n: int, dtype: torch.dtype) -> tuple[dict[str, tuple[Callable[
     return found, J
 
 
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a whole training step as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def training_steps(line: Callable[..., None]) -> None:
+    """A tabular VAE's step with LinearHeads, by the CUDA operators, against the same with one plain layer; each eager and as a CUDA graph."""
+    chosen = ops.uses_compiled
+    ops.uses_compiled = lambda device, backend: (
+        device.type == "cuda" or chosen(device, backend)
+    )  # as "auto" will, once these numbers are there
+    try:
+        for k in (5, 50):
+            with torch.device("cuda"):
+                found = tabular.steps(k, 1, lambda _: mf.MGDA(), "")
+                calls: dict[str, Callable[[], object]] = {name: found[name] for name in ("fused", "ours")}
+                calls |= {f"{name}, graph": captured(call) for name, call in list(calls.items())}
+                times = {name: microseconds(call, None, 100) for name, call in calls.items()}
+            for name, all_times in times.items():
+                median, plain = statistics.median(all_times), statistics.median(times[name.replace("ours", "fused")])
+                line(what=f"training step, {name}", k=k, dtype="float32", l2="warm", median_us=median, p20_us=all_times[20], p80_us=all_times[80],
+                     ratio_to_ours=plain / median)  # fmt: skip
+                print(f"training step K={k}, {name}: {median:.0f} us, {median / plain:.3f} of the step without a block")
+    finally:
+        ops.uses_compiled = chosen
+
+
 def error(k: int, n: int, J: Tensor) -> float:
     """Of the Gramian against float64, relative to the norms of its rows: refuses to time what is wrong."""
     G = ops.gram(list(J.unbind(0)), backend="cuda")
@@ -106,6 +143,10 @@ def main(path: Path) -> int:
         rate = source.numel() * 4 / copy  # bytes per microsecond, read and written
         line(what="copy", n=half, dtype="float32", l2="cold", median_us=copy, bytes=source.numel() * 4)
         cold = source[: 1 << 26]
+        try:
+            training_steps(line)
+        except Exception as failure:  # noqa: BLE001 the kernels are timed all the same
+            line(what=f"training step: {failure}"[:200])
         for k, n in SIZES:
             for dtype in DTYPES:
                 found, J = calls(k, n, dtype)

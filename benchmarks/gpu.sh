@@ -31,7 +31,7 @@ fi
 
 status=0
 echo "== tests"
-PYTHONPATH=tests timeout 120 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_build.py 2>&1 |
+PYTHONPATH=tests timeout 120 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_heads.py tests/test_cuda_build.py 2>&1 |
   tee "$out/tests.log" | tail -15 || status=1
 echo "== benchmark"
 timeout 120 "$python" -m benchmarks.gpu "$out/gpu.csv" || status=1

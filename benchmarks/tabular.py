@@ -56,8 +56,8 @@ class Step:
         )
         self.posterior = nn.Linear(HIDDEN, 2 * latent)
         parameters = [p for m in (self.encoder, self.posterior, self.decoder, heads) for p in m.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=1e-3)
         self.x = torch.randn(BATCH, k)
+        self.optimizer = torch.optim.Adam(parameters, lr=1e-3, capturable=self.x.is_cuda)  # so that a CUDA graph can hold the step
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()

@@ -11,6 +11,7 @@
 #define MMFAST_ISA host_gpu
 #include "cuda/combine.h"
 #include "cuda/gram.h"
+#include "cuda/heads.h"
 #include "cuda/persistent.h"
 #include "cuda/tiles.h"
 
@@ -149,6 +150,44 @@ py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<doubl
   return py::make_tuple(G, out);
 }
 
+// Gramians [1 or batch, K, K] of linear branches, from delta [batch, rows, outputs] and W [outputs, inputs].
+template <class T>
+py::array_t<double> heads(const Array<T>& delta, const Array<T>& weight, const std::vector<int64_t>& head_of, bool per_sample, double precision) {
+  if (delta.ndim() != 3 || weight.ndim() != 2 || weight.shape(0) != delta.shape(2) || static_cast<int64_t>(head_of.size()) != delta.shape(2) || head_of.empty())
+    throw py::value_error("delta must be [batch, rows, outputs], weight [outputs, inputs], head_of [outputs]");
+  const int64_t batch = delta.shape(0), rows = delta.shape(1), O = delta.shape(2), H = weight.shape(1), problems = per_sample ? batch : 1;
+  const int K = static_cast<int>(head_of.back()) + 1;
+  const Dtype type = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+  host_gpu::Branches h{head_of.data(), O, K, {type, delta.data(), per_sample ? rows : batch * rows, O, O, 1}, {type, weight.data(), H, O, 1, H}, nullptr, nullptr};
+  auto multiply = [&](const host_gpu::Columns& x) {
+    std::vector<double> slots(static_cast<size_t>(x.slots() * O * O), NAN);  // what no square writes shows
+    std::vector<T> shared(host_gpu::square_shared<T>(), T(NAN));
+    for (int64_t s = 0; s < x.slots(); ++s)
+      for (int64_t i = 0; i < x.tiles(); ++i)
+        for (int64_t j = i; j < x.tiles(); ++j) host_gpu::product_square<T>(host_gpu::Block{}, x, s, i, j, shared.data(), slots.data() + s * O * O);
+    return slots;
+  };
+  const std::vector<double> weights = multiply(h.weight), deltas = per_sample ? std::vector<double>() : multiply(h.sent);
+  h.weights = weights.data(), h.deltas = deltas.data();
+  std::vector<int> begin(static_cast<size_t>(K) + 1);
+  host_gpu::find_branches(h, 0, 1, begin.data());
+  py::array_t<double> G({problems, static_cast<int64_t>(K), static_cast<int64_t>(K)});
+  constexpr int64_t threads = 3;  // that share out the parts
+  for (int64_t b = 0; b < problems; ++b) {
+    std::vector<double> parts(static_cast<size_t>(host_gpu::parts_size(K, O)), NAN);
+    for (int64_t t = 0; t < threads; ++t) {
+      if (per_sample) {
+        const T* sample = delta.data() + b * rows * O;
+        host_gpu::put_parts(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::multiply_columns(h.sent, sample, i, j); }, t, threads, parts.data());
+      } else {
+        host_gpu::put_parts(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::fold_products(h.sent, h.deltas, i, j); }, t, threads, parts.data());
+      }
+    }
+    for (int64_t t = 0; t < threads; ++t) host_gpu::put_gramian(h, begin.data(), precision, parts.data(), t, threads, G.mutable_data(b, 0, 0));
+  }
+  return G;
+}
+
 py::dict dict_of(const Plan& p) {
   using namespace py::literals;
   return py::dict("path"_a = kPathNames[static_cast<int>(p.path)], "blocks"_a = p.blocks, "kept_steps"_a = p.kept_steps, "shared"_a = p.shared, "workspace"_a = p.workspace,
@@ -157,11 +196,11 @@ py::dict dict_of(const Plan& p) {
 
 py::dict plan_of_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, int64_t fixed, int64_t processors, int64_t shared_block, int64_t shared_processor,
                          bool cooperative, int64_t cluster) {
-  return dict_of(plan_samples(k, batch, inner, size, fixed, {processors, shared_block, shared_processor, cooperative, cluster}));
+  return dict_of(plan_samples(k, batch, inner, size, fixed, {processors, shared_block, shared_processor, cooperative, cluster, false}));
 }
 
 py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, int64_t processors, int64_t shared_block, int64_t shared_processor, bool cooperative, int64_t cluster) {
-  return dict_of(plan_resolve(k, n, size, fixed, one_problem, {processors, shared_block, shared_processor, cooperative, cluster}));
+  return dict_of(plan_resolve(k, n, size, fixed, one_problem, {processors, shared_block, shared_processor, cooperative, cluster, false}));
 }
 
 template <class T>
@@ -169,6 +208,8 @@ void define(py::module_& m) {
   using namespace py::literals;
   m.def("gpu_persistent", &persistent<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "blocks"_a = 1, "kept_steps"_a = 0, "cluster"_a = false,
         "Gramian [K, K] and weighted sum of arrays [batch, inner] as the blocks, or the cluster, of the persistent CUDA kernel form them.");
+  m.def("gpu_heads", &heads<T>, "delta"_a, "weight"_a, "head_of"_a, "per_sample"_a, "precision"_a,
+        "Gramians [1 or batch, K, K] of linear branches as the CUDA kernels form them.");
   m.def("gpu_gram", &gram<T>, "grads"_a, "mask"_a = py::none(), "per_sample"_a = false,
         "Gramians [1 or batch, K, K] of arrays [batch, inner] as the CUDA kernels sum them.");
   m.def("gpu_combine", &combine<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "per_sample"_a = false, "skip"_a = false,

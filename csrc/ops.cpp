@@ -5,6 +5,7 @@
 
 #include "chain.h"
 #include "inputs.h"
+#include "linear.h"
 
 namespace mmfast {
 namespace {
@@ -114,59 +115,30 @@ std::tuple<Tensor, Tensor> heads_cpu(Tensor delta, Tensor weight, Tensor head_of
                                      std::vector<double> params, std::optional<Tensor> state, std::optional<Tensor> rng, int64_t K, int64_t per,
                                      bool preserve_norm) {
   const char* op = "mmfast::heads";
-  const int64_t dim = delta.dim(), O = dim ? delta.size(dim - 1) : 0;
-  STD_TORCH_CHECK(K >= 1 && K <= kMaxRows, op, ": k must be from 1 to 256");
-  STD_TORCH_CHECK(per >= 0 && per <= 2, op, ": per must be 0, 1 or 2");
-  STD_TORCH_CHECK(dim >= (per ? 2 : 1) && dim < 64 && weight.dim() == 2 && weight.size(0) == O, op,
-                  ": delta must be [..., O], with a leading batch dimension for per = 1 and 2, and weight [O, H]");
-  STD_TORCH_CHECK(is_cpu(delta) && is_cpu(weight) && dtype_of(delta) == dtype_of(weight), op, ": delta and weight must have one dtype and device");
-  STD_TORCH_CHECK(is_cpu(head_of) && dtype_of(head_of) == aoti_torch_dtype_int64() && head_of.is_contiguous() && head_of.numel() == O, op,
-                  ": head_of must be a contiguous int64 tensor [O]");
+  LinearInputs in(op, delta, weight, head_of, mask, K, per, preserve_norm);
+  STD_TORCH_CHECK(in.device == cpu(), op, ": all tensors must be on one device");
   int64_t sizes[kMaxRows] = {}, head = 0;
-  for (int64_t o = 0; o < O; ++o) {
+  for (int64_t o = 0; o < in.heads.outputs; ++o) {
     const int64_t next = static_cast<const int64_t*>(head_of.const_data_ptr())[o];
     STD_TORCH_CHECK(next >= 0 && next < K && (next == head || (next == head + 1 && sizes[head])), op, ": head_of must name all of k branches in order");
     ++sizes[head = next];
   }
   STD_TORCH_CHECK(head == K - 1 && sizes[head], op, ": head_of must name all of k branches in order");
-  delta = torch::stable::contiguous(delta);
-  weight = torch::stable::contiguous(weight);
-  const Dtype dtype = dtype_or_throw(op, dtype_of(delta));
-  const bool half = dtype == Dtype::f16;
-  const int32_t product = half ? aoti_torch_dtype_float32() : dtype_of(delta);
-  const int64_t batch = dim > 1 ? delta.size(0) : 1, problems = per == 1 ? batch : 1, width = K + K * K, H = weight.size(1);
-  Heads h{dtype, delta.const_data_ptr(), weight.const_data_ptr(), batch, batch ? delta.numel() / (batch * O) : 0, O, H, sizes, static_cast<int>(K),
-          static_cast<Per>(per), nullptr, 0};
-  SolveArgs args{};
-  args.batch = problems;
-  args.K = h.K;
-  args.preserve_norm = preserve_norm;
-  args.precision = dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
+  in.heads.sizes = sizes;
+  SolveArgs& args = in.args;
+  args.mask = in.heads.mask;
+  args.mask_stride = in.heads.mask_stride;
   bool any[kMaxRows] = {};  // the rows that a mask leaves in somewhere
-  if (mask) {
-    mask = torch::stable::contiguous(*mask);
-    const bool shared = mask->dim() == 1;
-    STD_TORCH_CHECK(is_cpu(*mask) && dtype_of(*mask) == aoti_torch_dtype_bool() &&
-                        (shared ? mask->numel() == K : mask->dim() == 2 && dim > 1 && mask->size(0) == batch && mask->size(1) == K),
-                    op, ": mask must be a bool tensor [K] or [B, K]");
-    h.mask = args.mask = static_cast<const bool*>(mask->const_data_ptr());
-    h.mask_stride = args.mask_stride = shared ? 0 : K;
-    if (!shared && per != 1) {
-      for (int64_t e = 0; e < batch * K; ++e) any[e % K] |= h.mask[e];
-      args.mask = any;
-      args.mask_stride = 0;
-    }
+  if (args.mask_stride && per != 1) {
+    for (int64_t e = 0; e < in.heads.batch * K; ++e) any[e % K] |= args.mask[e];
+    args.mask = any;
+    args.mask_stride = 0;
   }
-  const int64_t S = state_width(op, state, cpu(), problems);
-  Tensor left = delta, right = empty(cpu(), {O, H}, product);
-  const bool copies = per == 1 || mask || half;
-  if (copies) left = empty(cpu(), delta.sizes().data(), dim, product);
-  Tensor info = per == 1 ? empty(cpu(), {problems, width}, aoti_torch_dtype_float64()) : empty(cpu(), {width}, aoti_torch_dtype_float64());
+  const int64_t S = state_width(op, state, cpu(), args.batch);
   set_chain(args, op, steps, params, S, rng);
-  bind_info(args, info, state, S);
-  kernels->heads(torch_pool(), h, args, copies ? left.mutable_data_ptr() : nullptr, right.mutable_data_ptr());
-  Tensor out = torch::stable::matmul(left, right);
-  return {half ? torch::stable::to(out, ScalarType::Half) : out, info};
+  bind_info(args, in.info, state, S);
+  kernels->heads(torch_pool(), in.heads, args, in.left_out(), in.right.mutable_data_ptr());
+  return in.results();
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "chain.h"
 #include "cuda/kernels.h"
 #include "inputs.h"
+#include "linear.h"
 
 // Lives in torch's CUDA library: weak, so that this library loads where torch has none.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -47,7 +48,8 @@ struct Call {
   Device device;
   torch::stable::accelerator::DeviceGuard guard;
   gpu::Stream stream;
-  Call(const char* op, const Tensor& t) : op(op), device(cuda_or_throw(op, t)), guard(device.index), stream(current_stream(device.index)) {}
+  Limits limits;
+  Call(const char* op, const Tensor& t) : op(op), device(cuda_or_throw(op, t)), guard(device.index), stream(current_stream(device.index)), limits(gpu::limits(device.index)) {}
   Tensor workspace(int64_t count) const { return empty(device, {count}, aoti_torch_dtype_float64()); }
   Tensor problems_by(const Inputs& in, std::initializer_list<int64_t> sizes) const {
     std::vector<int64_t> all(sizes);
@@ -68,12 +70,12 @@ void gram_into(const Call& call, const Inputs& in, double* G, int64_t stride) {
     g = {wide ? Dtype::f64 : Dtype::f32, rows, g.k, g.places, g.K, 1, g.inner, Per::batch, nullptr, 0};
   }
   const Tensor slots = call.workspace(gpu::plan_slots(g).workspace);
-  gpu::gram(g, doubles(slots), G, stride, call.stream);
+  gpu::gram(g, doubles(slots), G, stride, call.limits.overlap, call.stream);
 }
 
 void solve(const Call& call, const SolveArgs& args, int64_t* rng) {
   const Tensor workspace = call.workspace(gpu::solve_workspace(args));
-  gpu::solve(args, rng, doubles(workspace), call.stream);
+  gpu::solve(args, rng, doubles(workspace), call.limits.overlap, call.stream);
 }
 
 // Which path tests ask for by MMFAST_CUDA_PATH; the plan decides without it.
@@ -89,7 +91,7 @@ std::optional<Path> asked_path() {
 bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, int64_t* rng, Tensor& out) {
   const std::optional<Path> asked = asked_path();
   if (asked == Path::two_pass) return false;
-  Limits limits = gpu::limits(call.device.index);
+  Limits limits = call.limits;
   if (asked == Path::persistent) limits.cluster = 0;
   const Plan plan = gpu::plan(in.grads(), static_cast<int>(S), limits);
   bool done = false;
@@ -125,7 +127,7 @@ std::tuple<Tensor, Tensor> resolve_cuda(Tensors grads, std::vector<int64_t> miss
   if (args.batch && with_gram) gram_into(call, in, G, args.G_stride);
   if (args.batch && !with_gram) gpu::presence(in.grads(), G, args.G_stride, call.stream);
   solve(call, args, stream);
-  gpu::combine(in.grads(), args.w, args.w_stride, with_gram, out.mutable_data_ptr(), call.stream);
+  gpu::combine(in.grads(), args.w, args.w_stride, with_gram, out.mutable_data_ptr(), call.limits.overlap, call.stream);
   return {out, info};
 }
 
@@ -147,7 +149,7 @@ Tensor combine_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<T
                       w.numel() == in.problems() * in.grads().K,
                   op, ": w must be a contiguous float64 tensor [K], or [B, K] per sample");
   Tensor out = in.like_one();
-  gpu::combine(in.grads(), static_cast<const double*>(w.const_data_ptr()), in.grads().K, false, out.mutable_data_ptr(), call.stream);
+  gpu::combine(in.grads(), static_cast<const double*>(w.const_data_ptr()), in.grads().K, false, out.mutable_data_ptr(), call.limits.overlap, call.stream);
   return out;
 }
 
@@ -191,6 +193,22 @@ Tensor trimmed_mean_cuda(Tensors grads, std::vector<int64_t> missing, std::optio
   return out;
 }
 
+std::tuple<Tensor, Tensor> heads_cuda(Tensor delta, Tensor weight, Tensor head_of, std::optional<Tensor> mask, std::vector<int64_t> steps,
+                                      std::vector<double> params, std::optional<Tensor> state, std::optional<Tensor> rng, int64_t K, int64_t per,
+                                      bool preserve_norm) {
+  const Call call("mmfast::heads", delta);
+  LinearInputs in(call.op, delta, weight, head_of, mask, K, per, preserve_norm);
+  const int64_t S = state_width(call.op, state, call.device, in.args.batch);
+  set_chain(*kernels, in.args, call.op, steps, params, S);
+  bind_info(in.args, in.info, state, S);
+  const bool wide = in.heads.dtype == Dtype::f64;
+  const Tensor sums = empty(call.device, {per == 2 ? in.heads.rows * in.heads.outputs : 0}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  const Tensor workspace = call.workspace(gpu::heads_workspace(in.heads, in.args, call.limits));
+  gpu::heads(in.heads, static_cast<const int64_t*>(head_of.const_data_ptr()), in.args, rng ? stream_of(call.op, *rng, call.device) : nullptr, call.limits, doubles(workspace),
+             sums.mutable_data_ptr(), in.left_out(), in.right.mutable_data_ptr(), call.stream);
+  return in.results();
+}
+
 }  // namespace
 }  // namespace mmfast
 
@@ -213,4 +231,5 @@ STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) {
   m.impl("resolve", TORCH_BOX(&mmfast::resolve_cuda));
   m.impl("graddrop", TORCH_BOX(&mmfast::graddrop_cuda));
   m.impl("trimmed_mean", TORCH_BOX(&mmfast::trimmed_mean_cuda));
+  m.impl("heads", TORCH_BOX(&mmfast::heads_cuda));
 }

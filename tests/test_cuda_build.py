@@ -12,7 +12,17 @@ LOGS = Path(__file__).parent.parent / "build" / "cuda"
 cuda = native.read_facts(native.PATH).get("cuda")
 pytestmark = pytest.mark.skipif(not cuda or not LOGS.exists(), reason="mmfast was not built with CUDA in this folder")
 
-HOT = ("gram_kernel", "fold_kernel", "sums_kernel", "presence_kernel", "combine_kernel", "graddrop_kernel", "trimmed_kernel")
+HOT = (
+    "gram_kernel",
+    "fold_kernel",
+    "sums_kernel",
+    "presence_kernel",
+    "combine_kernel",
+    "graddrop_kernel",
+    "trimmed_kernel",
+    "products_kernel",
+    "send_kernel",
+)
 # bytes of a thread: arguments of the rules' functions, and what a few of them spill; with half of the registers more
 SOLVER_STACK = {"solve_kernel": 512, "persistent_kernel": 1024}
 # bytes that the functions of persistent_kernel around its solver store: what registers hold for their caller, once a call

@@ -24,14 +24,15 @@ inline void fold_heads(const Heads& h, double precision, const double* deltas, c
   for (int64_t a = 0; a < K; begin += h.sizes[a++]) {
     const int64_t end = begin + h.sizes[a];
     double square = 0.0, length = 0.0;
-    for (int64_t j = end; j < h.outputs; ++j) row[j] = 0.0;
+    for (int64_t j = begin; j < h.outputs; ++j) row[j] = 0.0;
     for (int64_t i = begin; i < end && live[a]; ++i) {
       const double *d = deltas + i * stride, *w = weights + i * stride;
-      for (int64_t j = i + 1; j < end; ++j) square += 2.0 * (d[j] * w[j]);
-      square += d[i] * w[i];
+      row[i] += d[i] * w[i];
       length += std::sqrt(d[i] * w[i]);
+      for (int64_t j = i + 1; j < end; ++j) row[j] += 2.0 * (d[j] * w[j]);
       for (int64_t j = end; j < h.outputs; ++j) row[j] += d[j] * w[j];
     }
+    for (int64_t j = begin; j < end; ++j) square += row[j];
     // where the parts of a branch's gradient cancel, rounding must make it neither missing nor negative
     const double lift = precision * length * length - square;
     G[a * K + a] = !(lift <= 0.0) ? square + lift : square;

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kWide) combine_kernel(const __grid_constant__ 
   __shared__ bool keep[kMaxRows];
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t tiles = (size + kWide * kEach - 1) / (kWide * kEach);
+  wait_for_previous();
   for (int64_t s = blockIdx.y; s < segments; s += gridDim.y) {
     const double* own = w + s * w_stride;
     __syncthreads();  // nobody still reads the lists of the segment before
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kWide) combine_kernel(const __grid_constant__ 
 
 namespace gpu {
 
-void combine(const Grads& g, const double* w, int64_t w_stride, bool skip, void* out, Stream stream) {
+void combine(const Grads& g, const double* w, int64_t w_stride, bool skip, void* out, bool overlap, Stream stream) {
   if (g.batch * g.inner == 0) return;
   const bool apart = g.per == Per::sample || g.mask_stride;
   const int64_t segments = apart ? g.batch : 1, size = apart ? g.inner : g.batch * g.inner;
@@ -62,8 +63,8 @@ void combine(const Grads& g, const double* w, int64_t w_stride, bool skip, void*
   cuda::with_type(g.dtype, [&](auto zero) {
     using T = decltype(zero);
     const dim3 grid(cuda::blocks_for(tiles), static_cast<unsigned>(segments < 65535 ? segments : 65535));
-    cuda::combine_kernel<T><<<grid, cuda::kWide, 0, cuda::raw(stream)>>>(cuda::rows_of(g), segments, size, w, g.per == Per::sample ? w_stride : 0, skip,
-                                                                         static_cast<T*>(out));
+    cuda::start(cuda::soon(overlap), grid, cuda::kWide, cuda::raw(stream), cuda::combine_kernel<T>, cuda::rows_of(g), segments, size, w,
+                g.per == Per::sample ? w_stride : 0, skip, static_cast<T*>(out));
     cuda::check_launch("combine");
   });
 }

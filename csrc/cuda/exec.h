@@ -73,6 +73,19 @@ __device__ inline void wait_for_cluster() {
 #endif
 }
 
+// A kernel that begins while the one before it in the stream ends: from here on that one is over, and what it wrote is seen.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may begin as soon as every block has come by; it waits for the end of this one by itself.
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 __device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 

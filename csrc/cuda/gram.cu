@@ -10,6 +10,7 @@ namespace {
 template <class T, int R, int C>
 __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Units units, double* slots) {
   __shared__ Acc<T> shared[tile_shared<T>()];
+  let_next_begin();
   // blocks start in the order of x: the tiles of one slot run together, and find its rows in the L2 cache
   const Corner at = corner<R, C>(rows.k, static_cast<int>(blockIdx.x));
   for (int64_t s = blockIdx.y; s < units.slots(); s += gridDim.y)
@@ -21,6 +22,8 @@ struct RowOf {
 };
 
 __global__ void fold_kernel(const double* slots, int64_t per_problem, int k, int K, const __grid_constant__ RowOf row_of, const bool* mask, int64_t mask_stride, int64_t problems, double* G, int64_t stride) {
+  let_next_begin();
+  wait_for_previous();
   const int64_t size = static_cast<int64_t>(K) * K;
   for (int64_t e = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; e < problems * size; e += int64_t{gridDim.x} * blockDim.x) {
     const int64_t b = e / size, pairs = pair_count(k);
@@ -91,7 +94,7 @@ void batch_sums(const Grads& g, void* sums, Stream stream) {
   });
 }
 
-void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, Stream stream) {
+void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, bool overlap, Stream stream) {
   const SlotPlan plan = plan_slots(g);
   const int64_t problems = g.per == Per::sample ? g.batch : 1;
   if (plan.slots)
@@ -102,8 +105,8 @@ void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, Stream
   const int64_t entries = problems * g.K * g.K;
   if (entries == 0) return;
   const bool* mask = g.per == Per::sample || g.mask_stride == 0 ? g.mask : nullptr;  // those that hide a row from its whole problem
-  cuda::fold_kernel<<<cuda::blocks_for((entries + 127) / 128), 128, 0, cuda::raw(stream)>>>(workspace, plan.per_problem, g.k, g.K, row_of, mask, g.mask_stride, problems, G,
-                                                                                                    G_stride);
+  cuda::start(cuda::soon(overlap), dim3(cuda::blocks_for((entries + 127) / 128)), 128, cuda::raw(stream), cuda::fold_kernel, workspace, plan.per_problem, g.k, g.K, row_of, mask,
+              g.mask_stride, problems, G, G_stride);
   cuda::check_launch("fold");
 }
 

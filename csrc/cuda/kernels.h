@@ -25,17 +25,17 @@ SlotPlan plan_slots(const Grads& g);
 
 // sums [k, inner] over the batch, in accumulator precision, masked samples left out: what per = batch_sum takes the Gramian of.
 void batch_sums(const Grads& g, void* sums, Stream stream);
-// G [K, K] of problem b at G + b * G_stride.
-void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, Stream stream);
+// G [K, K] of problem b at G + b * G_stride. Here and below, with `overlap` a kernel is started while the one before it in the stream ends (Limits).
+void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, bool overlap, Stream stream);
 // Only the diagonal: 1 where a row has a non-zero element.
 void presence(const Grads& g, double* G, int64_t G_stride, Stream stream);
 
 int64_t solve_workspace(const SolveArgs& args);  // doubles
 // Pointers of args are the device's, but for steps and params; `rng` (seed, counter) on the device moves on, or is null.
-void solve(const SolveArgs& args, int64_t* rng, double* workspace, Stream stream);
+void solve(const SolveArgs& args, int64_t* rng, double* workspace, bool overlap, Stream stream);
 
 // w of problem b at w + b * w_stride; rows of weight zero are not read when `skip`.
-void combine(const Grads& g, const double* w, int64_t w_stride, bool skip, void* out, Stream stream);
+void combine(const Grads& g, const double* w, int64_t w_stride, bool skip, void* out, bool overlap, Stream stream);
 
 // What the current device has; asked once, when the kernel is made ready for it.
 Limits limits(int device);
@@ -44,6 +44,12 @@ Plan plan(const Grads& g, int state_size, const Limits& limits);
 // Gramian, solve() and combine() in one launch, as a plan of another path than two_pass says; slots are plan.workspace doubles.
 // False, and nothing is done, where the device cannot: the three then do it.
 bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream);
+
+// Of linear branches what CpuKernels::heads writes; `head_of` [outputs] on the device names the branch of each output, sizes are not looked at.
+// `sums` holds rows * outputs numbers in accumulator precision for per = batch_sum.
+void send(const Heads& h, const int64_t* head_of, void* left, Stream stream);  // only what the mask leaves in
+int64_t heads_workspace(const Heads& h, const SolveArgs& args, const Limits& limits);  // doubles
+void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_t* rng, const Limits& limits, double* workspace, void* sums, void* left, void* right, Stream stream);
 
 void graddrop(const Grads& g, double leak, int64_t* rng, void* out, Stream stream);
 // `present` [K, K] is the result of presence().

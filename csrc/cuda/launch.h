@@ -27,6 +27,30 @@ MMFAST_HD inline void with_type(Dtype dtype, F f) {
   }
 }
 
+enum class Begin { after, overlapping, together };
+
+// Starts a kernel: after the one before it, while that one ends (it must call wait_for_previous() first), or with all of its blocks at once.
+template <class... Wanted, class... Given>
+cudaError_t start(Begin begin, dim3 grid, int threads, cudaStream_t stream, void (*kernel)(Wanted...), Given&&... given) {
+  cudaLaunchAttribute attribute{};
+  if (begin == Begin::overlapping) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = begin == Begin::after ? 0 : 1;
+  return cudaLaunchKernelEx(&config, kernel, given...);
+}
+
+inline Begin soon(bool overlap) { return overlap ? Begin::overlapping : Begin::after; }
+
 inline cudaStream_t raw(gpu::Stream stream) { return static_cast<cudaStream_t>(stream); }
 
 template <int most = kMaxRows>

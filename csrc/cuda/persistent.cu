@@ -191,13 +191,15 @@ std::optional<Limits> prepare(int device) {
     return check(cudaDeviceGetAttribute(&value, what, device)) ? value : 0;
   };
   Limits limits{ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                ask(cudaDevAttrCooperativeLaunch) != 0, 0};
+                ask(cudaDevAttrCooperativeLaunch) != 0, 0, false};
   auto may = [](cudaFuncAttribute what, int64_t value) { return cudaFuncSetAttribute(persistent_kernel, what, static_cast<int>(value)); };
   cudaFuncAttributes kernel{};
   if (!answered || !check(may(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_block)) ||
       !check(may(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) || !check(cudaFuncGetAttributes(&kernel, persistent_kernel)))
     return std::nullopt;
-  if (!ask(cudaDevAttrClusterLaunch) || kernel.ptxVersion < 90) return limits;  // what was written for older GPUs knows no clusters
+  if (ask(cudaDevAttrComputeCapabilityMajor) < 9 || kernel.ptxVersion < 90) return limits;  // what was written for older GPUs knows neither
+  limits.overlap = true;
+  if (!ask(cudaDevAttrClusterLaunch)) return limits;
   // more than eight blocks are not promised on every device, nor that some group of processors is large enough for so many
   int clusters = 0;
   const bool more = may(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;

@@ -12,6 +12,7 @@ struct Limits {
   int64_t shared_processor;  // bytes that a processor has for all of its blocks
   bool cooperative;          // blocks may wait for each other
   int64_t cluster;           // blocks of the largest cluster, whose blocks see each other's shared memory; 0 where there are none
+  bool overlap;              // a kernel may begin while the one before it ends
 };
 
 enum class Path { two_pass, persistent, per_sample, cluster };

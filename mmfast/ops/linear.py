@@ -28,7 +28,7 @@ def heads(
         if found is not None:
             return found
     chain = resolver.chain()
-    if chain is None or not (ops.uses_compiled(delta.device, backend) and delta.is_cpu):  # this operator has no CUDA form
+    if chain is None or not ops.uses_compiled(delta.device, backend):
 
         def solve(G: Tensor, row_mask: Tensor | None, precision: float) -> Tensor:
             return ops.solve(G, resolver, row_mask, preserve_norm, precision, backend)
