@@ -44,6 +44,12 @@ def microseconds(call: Callable[[], object], cold: Tensor | None, rounds: int = 
     return sorted(found)
 
 
+@torch.compile(dynamic=False)
+def by_norms(J: Tensor) -> Tensor:
+    """What torch.compile makes of a Gramian and a weighted sum, without a solver between them: less than any rule needs."""
+    return torch.rsqrt((J @ J.T).diagonal()) @ J
+
+
 def calls(k: int, n: int, dtype: torch.dtype) -> tuple[dict[str, tuple[Callable[[], object], int]], Tensor]:
     """(call, bytes it must move) by name; the gradients. Of resolve the floor: each gradient read once; of its other ways what they move."""
     J = jacobian(k, n).cuda().to(dtype)
@@ -68,6 +74,8 @@ def calls(k: int, n: int, dtype: torch.dtype) -> tuple[dict[str, tuple[Callable[
     for path, size in (("two_pass", (2 * k + 1) * n * e), ("persistent", (k + 1) * n * e), ("cluster", (k + 1) * n * e)):
         found[f"resolve MGDA, {path}"] = (lambda path=path: forced(path), size)  # type: ignore[misc]
     found["resolve MGDA, plain torch"] = (lambda: mf.resolve(grads, mf.MGDA(), backend="reference"), (2 * k + 1) * n * e)
+    if k == 5 and dtype == torch.float32:  # each shape is compiled anew
+        found["resolve MGDA, torch.compile without a solver"] = (lambda: by_norms(J), (2 * k + 1) * n * e)
     try:
         from torchjd import aggregation
 
