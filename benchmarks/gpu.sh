@@ -40,7 +40,8 @@ for tool in memcheck racecheck; do
   if command -v compute-sanitizer >/dev/null; then
     # without torch's cache every tensor is an allocation of its own, and what is written behind it shows
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=tests timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q \
-      -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py -k "unaligned or elementwise or (rules and (MGDA or UPGrad)) or (both_paths and 3-dtype2)" 2>&1 |
+      -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_heads.py \
+      -k "unaligned or elementwise or (rules and (MGDA or UPGrad)) or (both_paths and 3-dtype2) or (operator_on_a_gpu and dtype2)" 2>&1 |
       tee -a "$out/sanitizer.log" | tail -3
     code=${PIPESTATUS[0]}
     if [ "$code" = 124 ]; then

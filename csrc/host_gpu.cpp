@@ -174,16 +174,17 @@ py::array_t<double> heads(const Array<T>& delta, const Array<T>& weight, const s
   py::array_t<double> G({problems, static_cast<int64_t>(K), static_cast<int64_t>(K)});
   constexpr int64_t threads = 3;  // that share out the parts
   for (int64_t b = 0; b < problems; ++b) {
-    std::vector<double> parts(static_cast<size_t>(host_gpu::parts_size(K, O)), NAN);
+    std::vector<double> room(static_cast<size_t>(host_gpu::Parts::size(K, O)), NAN);
+    const host_gpu::Parts parts{room.data(), O, K};
     for (int64_t t = 0; t < threads; ++t) {
       if (per_sample) {
         const T* sample = delta.data() + b * rows * O;
-        host_gpu::put_parts(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::multiply_columns(h.sent, sample, i, j); }, t, threads, parts.data());
+        host_gpu::put_parts(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::multiply_columns(h.sent, sample, i, j); }, t, threads, parts);
       } else {
-        host_gpu::put_parts(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::fold_products(h.sent, h.deltas, i, j); }, t, threads, parts.data());
+        host_gpu::put_parts(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::fold_products(h.sent, h.deltas, i, j); }, t, threads, parts);
       }
     }
-    for (int64_t t = 0; t < threads; ++t) host_gpu::put_gramian(h, begin.data(), precision, parts.data(), t, threads, G.mutable_data(b, 0, 0));
+    for (int64_t t = 0; t < threads; ++t) host_gpu::put_gramian(begin.data(), precision, parts, t, threads, G.mutable_data(b, 0, 0));
   }
   return G;
 }

@@ -49,7 +49,10 @@ struct Call {
   torch::stable::accelerator::DeviceGuard guard;
   gpu::Stream stream;
   Limits limits;
-  Call(const char* op, const Tensor& t) : op(op), device(cuda_or_throw(op, t)), guard(device.index), stream(current_stream(device.index)), limits(gpu::limits(device.index)) {}
+  Call(const char* op, const Tensor& t) : op(op), device(cuda_or_throw(op, t)), guard(device.index), stream(current_stream(device.index)), limits(gpu::limits(device.index)) {
+    const char* overlap = std::getenv("MMFAST_CUDA_OVERLAP");  // tests and benchmarks
+    if (overlap && std::strcmp(overlap, "0") == 0) limits.overlap = false;
+  }
   Tensor workspace(int64_t count) const { return empty(device, {count}, aoti_torch_dtype_float64()); }
   Tensor problems_by(const Inputs& in, std::initializer_list<int64_t> sizes) const {
     std::vector<int64_t> all(sizes);
@@ -73,9 +76,9 @@ void gram_into(const Call& call, const Inputs& in, double* G, int64_t stride) {
   gpu::gram(g, doubles(slots), G, stride, call.limits.overlap, call.stream);
 }
 
-void solve(const Call& call, const SolveArgs& args, int64_t* rng) {
+void solve(const Call& call, const SolveArgs& args, int64_t* rng, bool overlap) {
   const Tensor workspace = call.workspace(gpu::solve_workspace(args));
-  gpu::solve(args, rng, doubles(workspace), call.limits.overlap, call.stream);
+  gpu::solve(args, rng, doubles(workspace), overlap, call.stream);
 }
 
 // Which path tests ask for by MMFAST_CUDA_PATH; the plan decides without it.
@@ -126,7 +129,7 @@ std::tuple<Tensor, Tensor> resolve_cuda(Tensors grads, std::vector<int64_t> miss
   if (args.batch && with_gram && resolve_at_once(call, in, args, S, stream, out)) return {out, info};
   if (args.batch && with_gram) gram_into(call, in, G, args.G_stride);
   if (args.batch && !with_gram) gpu::presence(in.grads(), G, args.G_stride, call.stream);
-  solve(call, args, stream);
+  solve(call, args, stream, call.limits.overlap);
   gpu::combine(in.grads(), args.w, args.w_stride, with_gram, out.mutable_data_ptr(), call.limits.overlap, call.stream);
   return {out, info};
 }
@@ -149,7 +152,7 @@ Tensor combine_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<T
                       w.numel() == in.problems() * in.grads().K,
                   op, ": w must be a contiguous float64 tensor [K], or [B, K] per sample");
   Tensor out = in.like_one();
-  gpu::combine(in.grads(), static_cast<const double*>(w.const_data_ptr()), in.grads().K, false, out.mutable_data_ptr(), call.limits.overlap, call.stream);
+  gpu::combine(in.grads(), static_cast<const double*>(w.const_data_ptr()), in.grads().K, false, out.mutable_data_ptr(), false, call.stream);
   return out;
 }
 
@@ -167,7 +170,7 @@ Tensor weights_cuda(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t
   args.state_stride = S;
   args.w = doubles(w);
   args.w_stride = args.K;
-  solve(call, args, rng ? stream_of(call.op, *rng, call.device) : nullptr);
+  solve(call, args, rng ? stream_of(call.op, *rng, call.device) : nullptr, false);
   return w;
 }
 
@@ -203,8 +206,10 @@ std::tuple<Tensor, Tensor> heads_cuda(Tensor delta, Tensor weight, Tensor head_o
   bind_info(in.args, in.info, state, S);
   const bool wide = in.heads.dtype == Dtype::f64;
   const Tensor sums = empty(call.device, {per == 2 ? in.heads.rows * in.heads.outputs : 0}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
-  const Tensor workspace = call.workspace(gpu::heads_workspace(in.heads, in.args, call.limits));
-  gpu::heads(in.heads, static_cast<const int64_t*>(head_of.const_data_ptr()), in.args, rng ? stream_of(call.op, *rng, call.device) : nullptr, call.limits, doubles(workspace),
+  const gpu::HeadsPlan plan = gpu::plan_heads(in.heads, in.args, call.limits);
+  const Tensor workspace = call.workspace(plan.workspace);
+  // args has no mask: a branch that is hidden sends zeros, and so is missing. What head_of holds is trusted, for a look at it would wait for the device
+  gpu::heads(in.heads, static_cast<const int64_t*>(head_of.const_data_ptr()), in.args, rng ? stream_of(call.op, *rng, call.device) : nullptr, plan, doubles(workspace),
              sums.mutable_data_ptr(), in.left_out(), in.right.mutable_data_ptr(), call.stream);
   return in.results();
 }

@@ -1,5 +1,7 @@
 """The compiled CUDA operators on a GPU: the bits of the CPU, the same on every run, nothing that waits for the device."""
 
+import copy
+
 import pytest
 import torch
 from problems import gramian
@@ -179,21 +181,41 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_capture_and_replay_move_state_and_random_stream_on():
-    grads, rule, eager = gpu(gradients(4, (2, 999), torch.float32)), mf.PCGrad().cuda(), mf.PCGrad().cuda()
-    eager.load_state_dict(rule.state_dict())
+def test_launches_that_overlap_do_not_read_what_is_not_there_yet(monkeypatch):
+    """Fold, solve and combine begin while the kernel before them ends; memory is used again at once."""
+    monkeypatch.setenv("MMFAST_CUDA_PATH", "two_pass")
+    pool = [gradients(9 if turn % 2 else 3, (1, 5000 + 997 * turn), torch.float32) for turn in range(10)]
+    expected = [mf.resolve(grads, mf.MGDA()) for grads in pool]
+    pool = [gpu(grads) for grads in pool]
+    found = [(turn % 10, mf.resolve(pool[turn % 10], mf.MGDA(), backend="cuda")) for turn in range(1000)]
+    for turn, result in found:
+        assert torch.equal(result.cpu(), expected[turn])
+
+
+@pytest.mark.parametrize("path", ["two_pass", ""])
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+@pytest.mark.parametrize("k", [4, 9])
+@pytest.mark.parametrize("make", [mf.PCGrad, mf.PCD])
+def test_capture_and_replay_move_state_and_random_stream_on(make, k, per, path, monkeypatch):
+    monkeypatch.setenv("MMFAST_CUDA_PATH", path)
+    grads, rule = gpu(gradients(k, (2, 2999), torch.float32)), make().cuda()
+    mf.resolve(grads, rule, per, backend="cuda")  # makes the state
+    eager = copy.deepcopy(rule)
+    start = copy.deepcopy(rule.state_dict())
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        mf.resolve(grads, rule, backend="cuda")
+        mf.resolve(grads, rule, per, backend="cuda")
     torch.cuda.current_stream().wait_stream(side)
-    rule.load_state_dict(eager.state_dict())
+    with torch.no_grad():
+        for name, value in rule.state_dict().items():
+            value.copy_(start[name])  # in place: the graph holds these tensors
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = mf.resolve(grads, rule, backend="cuda")
+        out = mf.resolve(grads, rule, per, backend="cuda")
     for _ in range(5):
         graph.replay()
-        assert torch.equal(out, mf.resolve(grads, eager, backend="cuda"))
+        assert torch.equal(out, mf.resolve(grads, eager, per, backend="cuda"))
 
 
 def test_two_streams_at_once():

@@ -54,6 +54,11 @@ def test_many_chains_share_slots():
 needs_gpu = pytest.mark.skipif(native.why_no_cuda() is not None, reason=f"no GPU to test: {native.why_no_cuda()}")
 
 
+def seeded(backend):
+    torch.manual_seed(7)
+    return mf.PCGrad() if backend == "cpu" else mf.PCGrad().cuda()
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
@@ -68,8 +73,7 @@ def test_operator_on_a_gpu(masked, per, dtype):
             delta = torch.where(columns if masked == "[K]" else columns.unsqueeze(1), delta, torch.nan)
         results = []
         for backend, move in (("cpu", lambda t: t), ("cuda", lambda t: t.cuda())):
-            rule = mf.PCGrad() if backend == "cpu" else mf.PCGrad().cuda()
-            torch.nn.Module.load_state_dict(rule, {"rng": torch.tensor([7, 0])}, strict=False)
+            rule = seeded(backend)
             out, info = linear.heads(
                 move(delta), move(weight), move(head_of), rule, k, per, None if mask is None else move(mask), True, backend
             )
@@ -79,3 +83,24 @@ def test_operator_on_a_gpu(masked, per, dtype):
         eps = torch.finfo(dtype).eps
         assert out.dtype == dtype
         torch.testing.assert_close(out, expected, rtol=8 * eps, atol=64 * eps * expected.abs().amax().item() if out.numel() else 0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_capture_and_replay_on_a_gpu(per):
+    delta, weight, head_of = (t.cuda() for t in problem(17, 60, [31, 1, 1, 32], 40, torch.float32))
+    rule, eager = seeded("cuda"), seeded("cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        linear.heads(delta, weight, head_of, rule, 4, per, None, True, "cuda")
+    torch.cuda.current_stream().wait_stream(side)
+    linear.heads(delta, weight, head_of, eager, 4, per, None, True, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, info = linear.heads(delta, weight, head_of, rule, 4, per, None, True, "cuda")
+    for _ in range(3):
+        graph.replay()
+        expected, expected_info = linear.heads(delta, weight, head_of, eager, 4, per, None, True, "cuda")
+        assert torch.equal(info, expected_info)
+        torch.testing.assert_close(out, expected)

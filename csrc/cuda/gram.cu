@@ -105,7 +105,7 @@ void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, bool o
   const int64_t entries = problems * g.K * g.K;
   if (entries == 0) return;
   const bool* mask = g.per == Per::sample || g.mask_stride == 0 ? g.mask : nullptr;  // those that hide a row from its whole problem
-  cuda::start(cuda::soon(overlap), dim3(cuda::blocks_for((entries + 127) / 128)), 128, cuda::raw(stream), cuda::fold_kernel, workspace, plan.per_problem, g.k, g.K, row_of, mask,
+  cuda::start(cuda::soon(overlap && plan.slots), dim3(cuda::blocks_for((entries + 127) / 128)), 128, cuda::raw(stream), cuda::fold_kernel, workspace, plan.per_problem, g.k, g.K, row_of, mask,
               g.mask_stride, problems, G, G_stride);
   cuda::check_launch("fold");
 }

@@ -47,21 +47,17 @@ void multiply(const Columns& sent, const Columns& weight, bool of_sent, double* 
   check_launch("products");
 }
 
-}  // namespace MMFAST_ISA
-
-namespace gpu {
-
-void send(const Heads& h, const int64_t* head_of, void* left, Stream stream) {
+void send(const Heads& h, const int64_t* head_of, void* left, void* stream) {
   const int64_t count = h.batch * h.rows * h.outputs;
   if (count == 0) return;
-  cuda::with_type(h.dtype, [&](auto zero) {
+  with_type(h.dtype, [&](auto zero) {
     using T = decltype(zero);
-    using P = std::conditional_t<std::is_same_v<T, cuda::Half>, float, T>;
-    cuda::send_kernel<T, P><<<cuda::blocks_for((count + 255) / 256), 256, 0, cuda::raw(stream)>>>(
-        static_cast<const T*>(h.delta), head_of, count, h.outputs, h.rows * h.outputs, h.mask, h.mask_stride, static_cast<P*>(left));
-    cuda::check_launch("send");
+    using P = std::conditional_t<std::is_same_v<T, Half>, float, T>;
+    send_kernel<T, P><<<blocks_for((count + 255) / 256), 256, 0, raw(stream)>>>(static_cast<const T*>(h.delta), head_of, count, h.outputs, h.rows * h.outputs, h.mask, h.mask_stride,
+                                                                              static_cast<P*>(left));
+    check_launch("send");
   });
 }
 
-}  // namespace gpu
+}  // namespace MMFAST_ISA
 }  // namespace mmfast

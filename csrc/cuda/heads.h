@@ -131,12 +131,21 @@ MMFAST_BLOCK inline double multiply_columns(const Columns& x, const T* data, int
   return total;
 }
 
-// What is kept of a problem on the way to its Gramian: [K, outputs] sums over a branch's outputs, the outputs' own products, and whether any sends something.
-MMFAST_HD inline int64_t parts_size(int K, int64_t outputs) { return (K + 2) * outputs; }
+// What is kept of a problem on the way to its Gramian: sums over the outputs of a branch, [K, outputs], then of each output its product with itself, and
+// whether it sends anything.
+struct Parts {
+  double* sums;
+  int64_t outputs;
+  int K;
+  MMFAST_HD static int64_t size(int K, int64_t outputs) { return (K + 2) * outputs; }
+  MMFAST_HD double& of(int64_t branch, int64_t j) const { return sums[branch * outputs + j]; }
+  MMFAST_HD double& own(int64_t j) const { return sums[K * outputs + j]; }
+  MMFAST_HD double& sends(int64_t j) const { return sums[(K + 1) * outputs + j]; }
+};
 
 // product(i, j) is that of columns of delta.
 template <class Product>
-MMFAST_BLOCK inline void put_parts(const Branches& h, const int* begin, Product product, int64_t thread, int64_t threads, double* parts) {
+MMFAST_BLOCK inline void put_parts(const Branches& h, const int* begin, Product product, int64_t thread, int64_t threads, const Parts& parts) {
   const int64_t O = h.outputs;
   for (int64_t e = thread; e < h.K * O; e += threads) {
     const int a = static_cast<int>(e / O);
@@ -146,36 +155,38 @@ MMFAST_BLOCK inline void put_parts(const Branches& h, const int* begin, Product 
     for (int64_t i = begin[a]; i < end && i <= j; ++i) {
       const double d = product(i, j), part = d * fold_products(h.weight, h.weights, i, j);
       sum += j < end && i < j ? 2.0 * part : part;
-      if (i == j) parts[h.K * O + j] = part, parts[(h.K + 1) * O + j] = d == 0.0 ? 0.0 : 1.0;
+      if (i == j) parts.own(j) = part, parts.sends(j) = d == 0.0 ? 0.0 : 1.0;
     }
-    parts[e] = sum;
+    parts.of(a, j) = sum;
   }
 }
 
-MMFAST_HD inline bool sends(const Branches& h, const int* begin, const double* parts, int a) {
+MMFAST_HD inline bool sends(const int* begin, const Parts& parts, int a) {
   for (int64_t j = begin[a]; j < begin[a + 1]; ++j)
-    if (parts[(h.K + 1) * h.outputs + j] != 0.0) return true;
+    if (parts.sends(j) != 0.0) return true;
   return false;
 }
 
 // G [K, K] of one problem from its parts. A branch that sends nothing has no products: its weights may be anything.
-MMFAST_HD inline void put_gramian(const Branches& h, const int* begin, double precision, const double* parts, int64_t thread, int64_t threads, double* G) {
-  for (int64_t e = thread; e < int64_t{h.K} * h.K; e += threads) {
-    const int a = static_cast<int>(e / h.K), b = static_cast<int>(e % h.K);
+MMFAST_HD inline void put_gramian(const int* begin, double precision, const Parts& parts, int64_t thread, int64_t threads, double* G) {
+  const int64_t K = parts.K;
+  for (int64_t e = thread; e < K * K; e += threads) {
+    const int a = static_cast<int>(e / K), b = static_cast<int>(e % K);
     if (b < a) continue;
     double product = 0.0, length = 0.0;
-    if (sends(h, begin, parts, a) && sends(h, begin, parts, b)) {
-      for (int64_t j = begin[b]; j < begin[b + 1]; ++j) product += parts[a * h.outputs + j];
-      for (int64_t j = begin[a]; a == b && j < begin[a + 1]; ++j) length += sqrt(parts[h.K * h.outputs + j]);
+    if (sends(begin, parts, a) && sends(begin, parts, b)) {
+      for (int64_t j = begin[b]; j < begin[b + 1]; ++j) product += parts.of(a, j);
+      for (int64_t j = begin[a]; a == b && j < begin[a + 1]; ++j) length += sqrt(parts.own(j));
     }
     // where the parts of a branch's gradient cancel, rounding must make it neither missing nor negative
     const double lift = precision * length * length - product;
     G[e] = a == b && !(lift <= 0.0) ? product + lift : product;
-    G[b * h.K + a] = G[e];
+    G[b * K + a] = G[e];
   }
 }
 
-// Slots of the products of `sent`, if asked for, then those of `weight`; heads.cu.
+// heads.cu. What a mask leaves of delta, in the type of the last product; and the slots of the products of `sent`, if asked for, then those of `weight`.
+void send(const Heads& h, const int64_t* head_of, void* left, void* stream);
 void multiply(const Columns& sent, const Columns& weight, bool of_sent, double* slots, void* stream);
 
 }  // namespace MMFAST_ISA

@@ -45,11 +45,15 @@ Plan plan(const Grads& g, int state_size, const Limits& limits);
 // False, and nothing is done, where the device cannot: the three then do it.
 bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream);
 
-// Of linear branches what CpuKernels::heads writes; `head_of` [outputs] on the device names the branch of each output, sizes are not looked at.
-// `sums` holds rows * outputs numbers in accumulator precision for per = batch_sum.
-void send(const Heads& h, const int64_t* head_of, void* left, Stream stream);  // only what the mask leaves in
-int64_t heads_workspace(const Heads& h, const SolveArgs& args, const Limits& limits);  // doubles
-void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_t* rng, const Limits& limits, double* workspace, void* sums, void* left, void* right, Stream stream);
+// Of linear branches what CpuKernels::heads writes; `head_of` [outputs] on the device names the branch of each output in ascending order, every branch
+// of K, and is not checked; h.sizes is not looked at. `sums` holds rows * outputs numbers in accumulator precision for per = batch_sum.
+struct HeadsPlan {
+  int64_t warps;      // of the launch that folds, solves and scales, which wait for each other
+  int64_t solvers;    // those of them that solve
+  int64_t workspace;  // doubles
+};
+HeadsPlan plan_heads(const Heads& h, const SolveArgs& args, const Limits& limits);
+void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_t* rng, const HeadsPlan& plan, double* workspace, void* sums, void* left, void* right, Stream stream);
 
 void graddrop(const Grads& g, double leak, int64_t* rng, void* out, Stream stream);
 // `present` [K, K] is the result of presence().

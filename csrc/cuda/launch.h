@@ -36,7 +36,7 @@ cudaError_t start(Begin begin, dim3 grid, int threads, cudaStream_t stream, void
   if (begin == Begin::overlapping) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-  } else {
+  } else if (begin == Begin::together) {
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }

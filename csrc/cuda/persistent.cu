@@ -198,7 +198,8 @@ std::optional<Limits> prepare(int device) {
       !check(may(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) || !check(cudaFuncGetAttributes(&kernel, persistent_kernel)))
     return std::nullopt;
   if (ask(cudaDevAttrComputeCapabilityMajor) < 9 || kernel.ptxVersion < 90) return limits;  // what was written for older GPUs knows neither
-  limits.overlap = true;
+  int driver = 0;
+  limits.overlap = check(cudaDriverGetVersion(&driver)) && driver >= 12030;  // that captures such launches
   if (!ask(cudaDevAttrClusterLaunch)) return limits;
   // more than eight blocks are not promised on every device, nor that some group of processors is large enough for so many
   int clusters = 0;

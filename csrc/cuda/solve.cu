@@ -25,11 +25,10 @@ struct Factors {
   double* parts;           // of the one problem, or of the problem that each warp has in hand
   bool samples;            // a problem each
   Dtype dtype;             // of W
-  const void* sent;        // delta as the last product takes it
+  const void* factor;      // delta as the last product takes it, float where it was float16
   void *left, *right;      // where it goes scaled, for samples; W scaled
-  int64_t count, sample;   // numbers of delta, and of a sample of it
-  int64_t inputs;
-  double* any;             // [K] not zero where a branch has weight in some sample
+  int64_t sample;          // numbers of a sample of delta
+  double* used;            // [K] not zero where a branch has weight in some sample
 };
 
 __device__ inline void meet() {
@@ -37,37 +36,41 @@ __device__ inline void meet() {
   else __syncwarp();
 }
 
-// Numbers of left and right times the weights of their branches. Of a branch without weight nothing is read: it may hold anything.
+// W times the weights of its branches. Of a branch without weight nothing is read: it may hold anything.
 template <class T>
-__device__ void scale_factors(const Factors& f, const SolveArgs& args, int64_t thread, int64_t threads) {
+__device__ void scale_weight(const Factors& f, const double* w, int64_t thread, int64_t threads) {
   using A = Acc<T>;
   using P = std::conditional_t<std::is_same_v<T, Half>, float, T>;
-  const int64_t* head_of = f.branches.head_of;
-  const int64_t O = f.branches.outputs;
   const T* weight = static_cast<const T*>(f.branches.weight.data);
-  for (int64_t e = thread; e < O * f.inputs; e += threads) {
-    const int64_t head = head_of[e / f.inputs];
-    const A scale = f.samples ? A(f.any[head] != 0.0 ? 1 : 0) : static_cast<A>(args.w[head]);
+  const int64_t inputs = f.branches.weight.rows;
+  for (int64_t e = thread; e < f.branches.outputs * inputs; e += threads) {
+    const int64_t head = f.branches.head_of[e / inputs];
+    const A scale = f.samples ? A(f.used[head] != 0.0 ? 1 : 0) : static_cast<A>(w[head]);
     put(static_cast<P*>(f.right) + e, scale != A(0) ? number(weight + e) * scale : A(0));
-  }
-  if (!f.samples) return;
-  for (int64_t e = thread; e < f.count; e += threads) {
-    const A x = number(static_cast<const P*>(f.sent) + e) * static_cast<A>(args.w[e / f.sample * args.w_stride + head_of[e % O]]);
-    put(static_cast<P*>(f.left) + e, x);
   }
 }
 
-__global__ void solve_kernel(const __grid_constant__ AllSteps chain, const __grid_constant__ SolveArgs args, const __grid_constant__ Factors f, const int64_t* rng, int64_t scratch,
-                             double* workspace) {
+// A sample of delta from its first number on, times the weights of its branches.
+template <class P>
+__device__ void scale_sample(const Factors& f, int64_t first, const double* w, int64_t thread, int64_t threads) {
+  const P* from = static_cast<const P*>(f.factor) + first;
+  P* to = static_cast<P*>(f.left) + first;
+  for (int64_t e = thread; e < f.sample; e += threads) put(to + e, number(from + e) * static_cast<Acc<P>>(w[f.branches.head_of[e % f.branches.outputs]]));
+}
+
+// The first `solvers` warps share out the problems.
+__global__ void solve_kernel(const __grid_constant__ AllSteps chain, const __grid_constant__ SolveArgs args, const __grid_constant__ Factors f, const int64_t* rng, int64_t solvers,
+                             int64_t scratch, double* workspace) {
   __shared__ int begin[kMaxRows + 1];
   const Warp warp;
-  const int64_t thread = blockIdx.x * int64_t{kTeamLanes} + warp.rank(), threads = gridDim.x * int64_t{kTeamLanes};
-  const int64_t outputs = f.branches.outputs;
-  double *work = workspace + blockIdx.x * scratch, *parts = f.parts + (f.samples ? blockIdx.x * parts_size(args.K, outputs) : 0);
-  let_next_begin();
+  const int rank = warp.rank(), size = warp.size();
+  const int64_t thread = blockIdx.x * int64_t{kTeamLanes} + rank, threads = gridDim.x * int64_t{kTeamLanes};
+  double* work = workspace + blockIdx.x * scratch;
+  const Parts parts{f.parts + (f.samples ? blockIdx.x * Parts::size(args.K, f.branches.outputs) : 0), f.branches.outputs, args.K};
+  if (!f.parts) let_next_begin();
   wait_for_previous();
   if (f.parts) {
-    find_branches(f.branches, warp.rank(), warp.size(), begin);
+    find_branches(f.branches, rank, size, begin);
     __syncwarp();
     if (!f.samples) {
       put_parts(f.branches, begin, [&](int64_t i, int64_t j) { return fold_products(f.branches.sent, f.branches.deltas, i, j); }, thread, threads, parts);
@@ -77,40 +80,36 @@ __global__ void solve_kernel(const __grid_constant__ AllSteps chain, const __gri
   const Chain c{chain.steps, args.n_steps, chain.params, args.preserve_norm, args.precision};
   const uint64_t seed = rng ? static_cast<uint64_t>(rng[0]) : 0;
   const uint32_t counter = rng ? static_cast<uint32_t>(rng[1]) : 0;
-  for (int64_t b = blockIdx.x; b < args.batch; b += gridDim.x) {
+  for (int64_t b = blockIdx.x < solvers ? blockIdx.x : args.batch; b < args.batch; b += solvers) {
+    double* w = args.w + b * args.w_stride;
     if (f.samples) {
-      with_type(f.branches.sent.dtype, [&](auto zero) {
-        const auto* sample = static_cast<const decltype(zero)*>(f.sent) + b * f.sample;
-        put_parts(f.branches, begin, [&](int64_t i, int64_t j) { return multiply_columns(f.branches.sent, sample, i, j); }, warp.rank(), warp.size(), parts);
+      with_type(f.branches.sent.dtype, [&](auto zero) {  // never float16
+        const auto* sample = static_cast<const decltype(zero)*>(f.factor) + b * f.sample;
+        put_parts(f.branches, begin, [&](int64_t i, int64_t j) { return multiply_columns(f.branches.sent, sample, i, j); }, rank, size, parts);
       });
       __syncwarp();
     }
     if (f.parts) {
-      put_gramian(f.branches, begin, args.precision, parts, warp.rank(), warp.size(), const_cast<double*>(args.G) + b * args.G_stride);
+      put_gramian(begin, args.precision, parts, rank, size, const_cast<double*>(args.G) + b * args.G_stride);
       __syncwarp();
     }
     const Io io{args.G + b * args.G_stride, args.mask ? args.mask + b * args.mask_stride : nullptr,
-                args.state ? args.state + b * args.state_stride : nullptr, seed, counter, static_cast<uint32_t>(b), args.w + b * args.w_stride};
+                args.state ? args.state + b * args.state_stride : nullptr, seed, counter, static_cast<uint32_t>(b), w};
     solve(warp, c, args.K, io, work, reinterpret_cast<int*>(work + solve_work_size(args.K)));
     __syncwarp();
-    for (int a = warp.rank(); f.samples && a < args.K; a += warp.size())
-      if (args.w[b * args.w_stride + a] != 0.0) f.any[a] = 1.0;
+    if (!f.samples) continue;
+    with_type(f.branches.sent.dtype, [&](auto zero) { scale_sample<decltype(zero)>(f, b * f.sample, w, rank, size); });
+    for (int a = rank; a < args.K; a += size)
+      if (w[a] != 0.0) f.used[a] = 1.0;
   }
   if (!f.parts) return;
   meet();
-  with_type(f.dtype, [&](auto zero) { scale_factors<decltype(zero)>(f, args, thread, threads); });
+  with_type(f.dtype, [&](auto zero) { scale_weight<decltype(zero)>(f, args.w, thread, threads); });
 }
 
 int64_t warps_of(const SolveArgs& args) {
   const int64_t room = kMostScratch / scratch_doubles(args.K), most = room < kMostWarps ? room : kMostWarps;
   return args.batch < most ? args.batch : most;
-}
-
-// Of one problem enough to fold its parts and scale its weights, of samples one each, and no more than can wait for each other.
-int64_t warps_of(const Heads& h, const SolveArgs& args, const Limits& limits) {
-  const int64_t work = h.outputs * (h.K / 2 + h.inputs / 8) / kTeamLanes + 1, wanted = h.per == Per::sample ? warps_of(args) : work;
-  const int64_t most = limits.cooperative ? kWarpsPerProcessor * limits.processors : 1;
-  return wanted < 1 ? 1 : wanted < most ? wanted : most;
 }
 
 AllSteps steps_of(const SolveArgs& args) {
@@ -140,23 +139,30 @@ void solve(const SolveArgs& args, int64_t* rng, double* workspace, bool overlap,
   const cuda::AllSteps chain = cuda::steps_of(args);
   if (args.batch) {
     cuda::start(cuda::soon(overlap), dim3(static_cast<unsigned>(cuda::warps_of(args))), cuda::kTeamLanes, cuda::raw(stream), cuda::solve_kernel, chain, args, cuda::Factors{}, rng,
-                cuda::scratch_doubles(args.K), workspace);
+                cuda::warps_of(args), cuda::scratch_doubles(args.K), workspace);
     cuda::check_launch("solve");
   }
   if (rng) cuda::advance(rng, stream);
 }
 
-int64_t heads_workspace(const Heads& h, const SolveArgs& args, const Limits& limits) {
+HeadsPlan plan_heads(const Heads& h, const SolveArgs& args, const Limits& limits) {
   const cuda::Branches b = cuda::branches_of(h, nullptr, nullptr);
   const bool samples = h.per == Per::sample;
-  const int64_t slots = (samples ? 0 : b.sent.slots()) + b.weight.slots(), warps = cuda::warps_of(h, args, limits);
-  return slots * h.outputs * h.outputs + (samples ? warps : 1) * (cuda::parts_size(h.K, h.outputs) + cuda::scratch_doubles(h.K)) + h.K;
+  // enough to fold the parts of one problem, to solve those of samples, and to scale W
+  const int64_t work = h.outputs * ((samples ? 0 : h.K / 2) + h.inputs / 8) / cuda::kTeamLanes + 1, solvers = cuda::warps_of(args), wanted = work < solvers ? solvers : work;
+  int fitting = 0;
+  if (limits.cooperative && cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, cuda::solve_kernel, cuda::kTeamLanes, 0) != cudaSuccess) cudaGetLastError();
+  const int64_t most = (fitting < cuda::kWarpsPerProcessor ? fitting : cuda::kWarpsPerProcessor) * limits.processors, room = most < 1 ? 1 : most;
+  HeadsPlan plan{wanted < room ? wanted : room, solvers < room ? solvers : room, 0};
+  const int64_t slots = (samples ? 0 : b.sent.slots()) + b.weight.slots();
+  plan.workspace = slots * h.outputs * h.outputs + (samples ? plan.solvers : 1) * cuda::Parts::size(h.K, h.outputs) + h.K + plan.solvers * cuda::scratch_doubles(h.K);
+  return plan;
 }
 
-void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_t* rng, const Limits& limits, double* workspace, void* sums, void* left, void* right, Stream stream) {
+void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_t* rng, const HeadsPlan& plan, double* workspace, void* sums, void* left, void* right, Stream stream) {
   const cuda::AllSteps chain = cuda::steps_of(args);
   const bool samples = h.per == Per::sample, sent_first = h.mask || h.dtype == Dtype::f16;
-  if (sent_first) send(h, head_of, left, stream);
+  if (sent_first) cuda::send(h, head_of, left, stream);
   const void* sent = sent_first ? left : h.delta;
   cuda::Factors f{};
   f.branches = cuda::branches_of(h, head_of, sent);
@@ -165,24 +171,19 @@ void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_
     batch_sums({cuda::product_type(h.dtype), &sent, 1, &place, 1, h.batch, h.rows * h.outputs, h.per, nullptr, 0}, sums, stream);
     f.branches.sent.data = sums;
   }
-  const int64_t size = h.outputs * h.outputs, sent_slots = samples ? 0 : f.branches.sent.slots(), warps = cuda::warps_of(h, args, limits);
+  const int64_t size = h.outputs * h.outputs, sent_slots = samples ? 0 : f.branches.sent.slots();
   cuda::multiply(f.branches.sent, f.branches.weight, !samples, workspace, stream);
   f.branches.deltas = workspace;
   f.branches.weights = workspace + sent_slots * size;
   f.parts = workspace + (sent_slots + f.branches.weight.slots()) * size;
-  f.any = f.parts + (samples ? warps : 1) * cuda::parts_size(h.K, h.outputs);
-  double* scratch = f.any + h.K;
-  f.samples = samples, f.dtype = h.dtype, f.sent = sent, f.left = left, f.right = right;
-  f.count = h.batch * h.rows * h.outputs, f.sample = h.rows * h.outputs, f.inputs = h.inputs;
-  if (samples) cudaMemsetAsync(f.any, 0, sizeof(double) * h.K, cuda::raw(stream));
-  auto launch = [&](int64_t blocks) {
-    return cuda::start(blocks > 1 ? cuda::Begin::together : cuda::Begin::after, dim3(static_cast<unsigned>(blocks)), cuda::kTeamLanes, cuda::raw(stream), cuda::solve_kernel, chain, args,
-                       f, rng, cuda::scratch_doubles(h.K), scratch);
-  };
-  if (launch(warps) == cudaErrorCooperativeLaunchTooLarge) {
-    cudaGetLastError();  // part of the device is not ours, and nothing has run
-    launch(1);
+  f.used = f.parts + (samples ? plan.solvers : 1) * cuda::Parts::size(h.K, h.outputs);
+  f.samples = samples, f.dtype = h.dtype, f.factor = sent, f.left = left, f.right = right, f.sample = h.rows * h.outputs;
+  if (samples) {
+    cudaMemsetAsync(f.used, 0, sizeof(double) * h.K, cuda::raw(stream));
+    cuda::check_launch("memset");
   }
+  cuda::start(plan.warps > 1 ? cuda::Begin::together : cuda::Begin::after, dim3(static_cast<unsigned>(plan.warps)), cuda::kTeamLanes, cuda::raw(stream), cuda::solve_kernel, chain, args, f,
+              rng, plan.solvers, cuda::scratch_doubles(h.K), f.used + h.K);
   cuda::check_launch("heads");
   if (rng) cuda::advance(rng, stream);
 }
