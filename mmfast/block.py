@@ -5,14 +5,14 @@ Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multi
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from mmfast import ops
-from mmfast.ops import contract
+from mmfast.ops import contract, transforms
 from mmfast.resolvers import resolver as by_name
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
@@ -35,32 +35,48 @@ class _Plan(NamedTuple):
 def refuse_double_backward(what: str) -> None:
     """Called in a backward pass: raises where its result is asked to be differentiable."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"the resolved gradient of {what} has no gradient of its own, but this backward pass was asked to be differentiable "
-            "(create_graph=True); call it with create_graph=False, or leave it out of the part that is differentiated twice"
-        )
+        raise transforms.no_second_derivative(what)
 
 
 class _Fork(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mask)
-        ctx.plan = plan
+    def forward(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:  # type: ignore[override]
         return (y,) * plan.k  # autograd makes a view of each
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, mask, ctx.plan = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        refuse_double_backward("a fork")
-        _, resolver, per, preserve_norm, block = ctx.plan
         if all(g is None for g in grads):
             return None, None, None
         (mask,) = ctx.saved_tensors
-        if block is None:
-            return ops.resolve(grads, resolver, per, mask, preserve_norm=preserve_norm), None, None
-        out, info = ops.resolve_info(grads, resolver, per, mask, preserve_norm=preserve_norm)
-        block._keep(info)
-        return out, None, None
+        if transforms.active():
+            return transforms.Opaque.apply(partial(_resolved, ctx.plan), "a fork", mask, *grads), None, None
+        refuse_double_backward("a fork")
+        return _resolved(ctx.plan, mask, *grads), None, None
+
+
+class _DualFork(_Fork):
+    """With a forward mode; torch.compile takes no function that has one."""
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(transforms.Opaque.apply(torch.Tensor.view_as, "a fork", t, t) for _ in range(ctx.plan.k))
+
+
+def _resolved(plan: _Plan, mask: Tensor | None, *grads: Tensor | None) -> Tensor:
+    _, resolver, per, preserve_norm, block = plan
+    if block is None:
+        return ops.resolve(grads, resolver, per, mask, preserve_norm=preserve_norm)
+    out, info = ops.resolve_info(grads, resolver, per, mask, preserve_norm=preserve_norm)
+    block._keep(info)
+    return out
 
 
 def _check_plan(k: int, resolver: Resolver | str, per: str) -> Resolver:
@@ -101,9 +117,13 @@ def check_state(resolver: Resolver, k: int) -> None:
 
 def _fork(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
     _check_tensors(y, mask, plan)
+    if torch.compiler.is_exporting():
+        return tuple(y.view_as(y) for _ in range(plan.k))
     check_state(plan.resolver, plan.k)
+    if transforms.active():  # whether there is something to differentiate shows further below
+        return _DualFork.apply(y, mask, plan)
     if y.requires_grad and torch.is_grad_enabled():
-        return _Fork.apply(y, mask, plan)  # type: ignore[no-any-return]
+        return transforms.apply(_Fork, y, mask, plan)
     return tuple(y.view_as(y) for _ in range(plan.k))
 
 
@@ -153,20 +173,33 @@ def fork(
 class _Scale(torch.autograd.Function):
     """The identity, whose gradient is multiplied by beta."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, beta: float) -> Tensor:  # type: ignore[override]
-        ctx.beta = beta  # type: ignore[attr-defined]
+    def forward(x: Tensor, beta: float) -> Tensor:  # type: ignore[override]
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.beta = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad * ctx.beta, None
 
 
+class _DualScale(_Scale):
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return t.view_as(t)
+
+
 def _scale_outputs(output: Any, beta: float, name: str) -> Any:
     """The output of a branch, tensors in tuples, lists and dicts included, with gradients multiplied by beta."""
     if isinstance(output, Tensor):
-        return _Scale.apply(output, beta) if output.requires_grad else output
+        if transforms.active():
+            return _DualScale.apply(output, beta)
+        return transforms.apply(_Scale, output, beta) if output.requires_grad else output
     if isinstance(output, dict):
         scaled = output.copy()
         for key, value in output.items():
@@ -247,7 +280,9 @@ class Impartial(nn.Module):
 
     def _keep(self, info: Tensor | None) -> None:
         if not torch.compiler.is_compiling():
-            self.__dict__["_info"] = info
+            self.__dict__["_info"] = info if info is None else contract.plain(info)
+        elif torch._C._are_functorch_transforms_active():
+            pass  # which may not write into a tensor that is not their own
         elif info is not None and self._info is not None and self._info.shape == info.shape:
             self._info.copy_(info)  # a graph can write into a tensor of ours, not bind a name
 

@@ -6,6 +6,7 @@ and the resolved gradient is [w_1 delta_1 ... w_K delta_K] W: two small Gramians
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,48 +14,75 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmfast.block import Impartial, check_state, refuse_double_backward
-from mmfast.ops import contract, linear, reference
+from mmfast.ops import contract, linear, reference, transforms
 from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.scaling import LocalScale
 
 
 class _LinearHeads(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, module: "LinearHeads"
-    ) -> Tensor:
-        ctx.save_for_backward(y, weight, mask)
-        ctx.module, ctx.has_bias = module, bias is not None
+    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, module: "LinearHeads") -> Tensor:  # type: ignore[override]
         return F.linear(y, weight, bias)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        y, weight, bias, mask, ctx.module = inputs
+        ctx.save_for_backward(y, weight, mask, ctx.module._head_of)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        refuse_double_backward("LinearHeads")
+        if not transforms.active():
+            refuse_double_backward("LinearHeads")
         if not torch.is_autocast_enabled(delta.device.type):
             return *_backward(ctx, delta), None, None
         with torch.autocast(delta.device.type, enabled=False):  # a backward pass run inside autocast must not round the Gramian
             return *_backward(ctx, delta), None, None
 
 
+class _DualHeads(_LinearHeads):
+    """With a forward mode; torch.compile takes no function that has one."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _LinearHeads.setup_context(ctx, inputs, output)
+        y, weight, _, mask, module = inputs
+        ctx.save_for_forward(y, weight, mask, module._head_of)  # the same: vmap keeps one list of dimensions for both
+
+    @staticmethod
+    def jvp(ctx: Any, ty: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Tensor:  # type: ignore[override]
+        y, weight = ctx.saved_tensors[:2]
+        parts = (None if ty is None else F.linear(ty, weight), None if tw is None else F.linear(y, tw), tb)
+        t = sum(part for part in parts if part is not None)
+        return transforms.Opaque.apply(lambda t: t.expand(*y.shape[:-1], -1), "LinearHeads", t)
+
+
 def _backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    y, weight, mask = ctx.saved_tensors
+    y, weight, mask, head_of = ctx.saved_tensors
     module = ctx.module
     if module.beta is not None:
         wide = reference.wide(delta)
-        delta = (delta.to(wide) * module.beta.to(wide)[module._head_of]).to(delta.dtype)
+        delta = (delta.to(wide) * module.beta.to(wide)[head_of]).to(delta.dtype)
     flat = delta.reshape(-1, delta.shape[-1])
     wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    resolved = None
+    if wants_y:
+        hidden = transforms.active()
+        args = delta, weight, mask, head_of
+        resolved = transforms.Opaque.apply(partial(_resolved, module), "LinearHeads", *args) if hidden else _resolved(module, *args)
     return (
-        _resolved(module, delta, weight, mask) if wants_y else None,
+        resolved,
         flat.mT @ y.reshape(-1, y.shape[-1]) if wants_weight else None,
         flat.sum(0) if ctx.has_bias and wants_bias else None,
     )
 
 
-def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor | None, head_of: Tensor) -> Tensor:
     """The resolved gradient of the shared tensor, [..., in_features]."""
-    out, info = linear.heads(delta, weight, module._head_of, module.resolver, len(module.sizes), module.per, mask, module.preserve_norm)
+    out, info = linear.heads(delta, weight, head_of, module.resolver, len(module.sizes), module.per, mask, module.preserve_norm)
     module._keep(info)
     return out
 
@@ -162,10 +190,14 @@ class LinearHeads(Impartial):
         if torch.is_autocast_enabled(y.device.type):
             dtype = torch.get_autocast_dtype(y.device.type)
             y, weight, bias = y.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if torch.compiler.is_exporting():
+            return F.linear(y, weight, bias)
+        if transforms.active():
+            return _DualHeads.apply(y, weight, bias, mask, self)
         if not (y.requires_grad and torch.is_grad_enabled()) and self.beta is None:
             return F.linear(y, weight, bias)
         check_state(self.resolver, len(self.sizes))
-        return _LinearHeads.apply(y, weight, bias, mask, self)  # type: ignore[no-any-return]
+        return transforms.apply(_LinearHeads, y, weight, bias, mask, self)
 
     def _index(self, device: torch.device) -> None:
         """Makes what follows from the sizes alone."""

@@ -179,7 +179,7 @@ def _states(chain: list[Rule], problems: tuple[int, ...], k: int, device: torch.
             continue
         state = rule._buffers["state"]  # as an attribute of a module it would cost a microsecond each time
         if state is None:
-            rule.state = state = torch.zeros(*problems, size, dtype=torch.float64, device=device)
+            rule.state = state = contract.plain(torch.zeros(*problems, size, dtype=torch.float64, device=device))
         if state.device != device:
             rule.state = state = state.to(device)
         if state.shape != (*problems, size):
@@ -417,5 +417,6 @@ def _elementwise(
             contract.check(grads, "batch", mask, k)
             raise
     out = rule.combine(list(grads), _restrict(mask, missing, k))
+    contract.check_unmapped(out, *rule._buffers.values())
     rule.advance()
     return out

@@ -79,3 +79,27 @@ def check_gramian(G: Tensor) -> None:
         raise ValueError(f"G has shape {tuple(G.shape)}, expected [..., K, K]")
     if not 1 <= G.shape[-1] <= MAX_GRADS:
         raise ValueError(f"G has shape {tuple(G.shape)}, expected K from 1 to {MAX_GRADS}")
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor inside what the transformations of torch.func wrapped it in."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def refuse_vmap(*kept: Tensor | None) -> None:
+    """Called for a problem that vmap maps over, with what its rule keeps between calls."""
+    if any(x is not None for x in kept):
+        raise RuntimeError(
+            "vmap can't map a rule that keeps state or draws random numbers: both belong to one problem, or with per='sample' to each of its samples; "
+            "call it outside vmap with per='sample'"
+        )
+
+
+def check_unmapped(x: Tensor, *kept: Tensor | None) -> None:
+    """refuse_vmap where x is mapped over, at any level."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            refuse_vmap(*kept)
+        x = torch._C._functorch.get_unwrapped(x)

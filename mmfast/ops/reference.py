@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mmfast.ops import contract
 from mmfast.resolvers.base import Problem, Rule
 from mmfast.resolvers.philox import Draw, advance
 
@@ -262,6 +263,7 @@ def weights(
     precision: float = _EPS,
 ) -> Tensor:
     """Weights [..., K] of Gramians [..., K, K]; the states of the chain and its random stream advance in place."""
+    contract.check_unmapped(G, rng, *states)
     problems, k = G.shape[:-2], G.shape[-1]
     flat_mask = None if mask is None else mask.expand(*problems, k).reshape(-1, k)
     flat_states = [None if s is None else s.view(problems.numel(), s.shape[-1]) for s in states]

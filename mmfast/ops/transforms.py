@@ -1,0 +1,186 @@
+"""torch.func: what vmap makes of each compiled operator, and what its transformations make of a resolved gradient.
+
+Gradients that are mapped over are the samples of per="sample": one call of the same kernels, the bits of a loop over the calls.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.ops import contract, native, reference
+
+_BATCH, _SAMPLE, _BATCH_SUM = (contract.PER[per] for per in ("batch", "sample", "batch_sum"))
+
+
+def active() -> bool:
+    """Whether a transformation of torch.func is on its way; torch.compile looks at these itself."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+def no_second_derivative(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"the resolved gradient of {what} has no gradient of its own, but this backward pass was asked to be differentiable "
+        "(create_graph=True, or a second derivative by torch.func); differentiate once, or leave it out of the part that is differentiated twice"
+    )
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args) without binding defaults, of which there are none: that takes longer than a small resolve."""
+    if active() or torch.compiler.is_compiling():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+class Opaque(torch.autograd.Function):
+    """call(*tensors) out of sight of every transformation but vmap; its derivative, where one is asked for, raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Callable[..., tuple[Tensor, ...]], what: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return call(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.what = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # type: ignore[override]
+        raise no_second_derivative(ctx.what)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:  # type: ignore[override]
+        raise no_second_derivative(ctx.what)
+
+
+def _front(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """x with the mapped dimension first, repeated where it has none."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _all_in_front(
+    info: Any, in_dims: Sequence[Any], grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """Gradients [S, ...] and mask [S, K] for per="sample", or both with samples of all problems in one dimension where they were samples before."""
+    size = info.batch_size
+    grads = [_front(g, dim, size) for g, dim in zip(grads, in_dims[0], strict=True)]
+    mask = None if mask is None else _front(mask, in_dims[2], size)
+    if per == _SAMPLE:
+        if mask is not None and mask.dim() == 2:
+            mask = mask.unsqueeze(1).expand(size, grads[0].shape[1], mask.shape[-1])
+        return [g.flatten(0, 1) for g in grads], None if mask is None else mask.flatten(0, 1)
+    if mask is not None and mask.dim() == 3:  # samples of a row that count as zero
+        kept = [i for i in range(mask.shape[-1]) if i not in missing]
+        there = [mask[..., i].reshape(*mask.shape[:2], *[1] * (grads[0].dim() - 2)) for i in kept]
+        grads = [torch.where(m, g, 0) for m, g in zip(there, grads, strict=True)]
+        mask = mask.any(1)
+    return grads, mask
+
+
+def _apart(x: Tensor, size: int, per: int) -> Tensor:
+    """A result of all samples of all problems, [S, B, ...]."""
+    return x.unflatten(0, (size, x.shape[0] // max(size, 1))) if per == _SAMPLE else x
+
+
+def _gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: int) -> Tensor:
+    if per == _BATCH_SUM:
+        grads = [g.double().sum(1).to(reference.wide(g)) for g in grads]
+    return native.gram(grads, missing, mask, _SAMPLE)
+
+
+def map_gram(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, per: int) -> tuple[Tensor, int]:
+    grads, mask = _all_in_front(info, in_dims, grads, missing, mask, per)
+    return _apart(_gram(grads, missing, mask, per), info.batch_size, per), 0
+
+
+def map_combine(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, w: Tensor, per: int) -> tuple[Tensor, int]:
+    grads, mask = _all_in_front(info, in_dims, grads, missing, mask, per)
+    w = _front(w, in_dims[3], info.batch_size)
+    w = w.flatten(0, 1) if per == _SAMPLE else w
+    return _apart(native.combine(grads, missing, mask, w.contiguous(), _SAMPLE), info.batch_size, per), 0
+
+
+def map_weights(
+    info: Any, in_dims: Any, gram: Tensor, mask: Any, steps: Any, params: Any, state: Any, rng: Any, preserve_norm: bool, precision: float
+) -> tuple[Tensor, int]:
+    contract.refuse_vmap(state, rng)
+    gram = _front(gram, in_dims[0], info.batch_size).contiguous()
+    if mask is not None:
+        mask = _front(mask, in_dims[1], info.batch_size)
+        if mask.dim() < gram.dim() - 1:
+            mask = mask.view(len(mask), *[1] * (gram.dim() - 3), mask.shape[-1]).expand(gram.shape[:-1])
+        mask = mask.contiguous()
+    return native.weights(gram, mask, steps, params, None, None, preserve_norm, precision), 0
+
+
+def map_resolve(
+    info: Any,
+    in_dims: Any,
+    grads: Any,
+    missing: Any,
+    mask: Any,
+    steps: Any,
+    params: Any,
+    state: Any,
+    rng: Any,
+    per: int,
+    preserve_norm: bool,
+    with_gram: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    contract.refuse_vmap(state, rng)
+    grads, mask = _all_in_front(info, in_dims, grads, missing, mask, per)
+    if per == _BATCH_SUM:
+        G = _gram(grads, missing, mask, per)
+        w = native.weights(G, mask, steps, params, None, None, preserve_norm, reference.precision_of(grads[0].dtype))
+        return (native.combine(grads, missing, mask, w, _SAMPLE), torch.cat([w, G.flatten(-2)], -1)), (0, 0)
+    out, seen = native.resolve(grads, missing, mask, steps, params, None, None, _SAMPLE, preserve_norm, with_gram)
+    return (_apart(out, info.batch_size, per), _apart(seen, info.batch_size, per)), (0, 0)
+
+
+def map_heads(
+    info: Any,
+    in_dims: Any,
+    delta: Tensor,
+    weight: Tensor,
+    head_of: Tensor,
+    mask: Any,
+    steps: Any,
+    params: Any,
+    state: Any,
+    rng: Any,
+    k: int,
+    per: int,
+    preserve_norm: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    contract.refuse_vmap(state, rng)
+    if in_dims[2] is not None:  # a buffer that was stacked with the others: the same for all
+        head_of = head_of.select(in_dims[2], 0)
+    if per == _BATCH_SUM or in_dims[1] is not None:  # the kernel has no form for either
+        delta, weight = _front(delta, in_dims[0], info.batch_size), _front(weight, in_dims[1], info.batch_size)
+        masks = [None] * info.batch_size if mask is None else _front(mask, in_dims[3], info.batch_size)
+        one = [
+            native.heads(d, w, head_of, m, steps, params, None, None, k, per, preserve_norm)
+            for d, w, m in zip(delta, weight, masks, strict=True)
+        ]
+        return (torch.stack([out for out, _ in one]), torch.stack([seen for _, seen in one])), (0, 0)
+    (delta,), mask = _all_in_front(info, ((in_dims[0],), None, in_dims[3]), [delta], [], mask, per)
+    out, seen = native.heads(delta, weight, head_of, mask, steps, params, None, None, k, _SAMPLE, preserve_norm)
+    return (_apart(out, info.batch_size, per), _apart(seen, info.batch_size, per)), (0, 0)
+
+
+def map_graddrop(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, leak: float, rng: Tensor) -> None:
+    contract.refuse_vmap(rng)
+
+
+def map_trimmed_mean(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, trim: int) -> tuple[Tensor, int]:
+    size = info.batch_size
+    problems = zip(*(_front(g, dim, size) for g, dim in zip(grads, in_dims[0], strict=True)), strict=True)
+    masks = [None] * size if mask is None else _front(mask, in_dims[2], size)
+    return torch.stack([native.trimmed_mean(list(g), missing, m, trim) for g, m in zip(problems, masks, strict=True)]), 0
+
+
+if native.available:
+    for name in native.OPERATORS:
+        torch.library.register_vmap(f"mmfast::{name}", globals()[f"map_{name}"])
