@@ -55,15 +55,20 @@ class _Fork(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         if all(g is None for g in grads):
             return None, None, None
-        (mask,) = ctx.saved_tensors
-        if transforms.active():
-            return transforms.Opaque.apply(partial(_resolved, ctx.plan), "a fork", mask, *grads), None, None
         refuse_double_backward("a fork")
+        (mask,) = ctx.saved_tensors
         return _resolved(ctx.plan, mask, *grads), None, None
 
 
-class _DualFork(_Fork):
-    """With a forward mode; torch.compile takes no function that has one."""
+class _TransformedFork(_Fork):
+    """For torch.func, which always asks for a gradient that has one itself; with a forward mode, which torch.compile would refuse."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        if all(g is None for g in grads):
+            return None, None, None
+        (mask,) = ctx.saved_tensors
+        return transforms.Opaque.apply(partial(_resolved, ctx.plan), "a fork", mask, *grads), None, None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: None) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -121,7 +126,7 @@ def _fork(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
         return tuple(y.view_as(y) for _ in range(plan.k))
     check_state(plan.resolver, plan.k)
     if transforms.active():  # whether there is something to differentiate shows further below
-        return _DualFork.apply(y, mask, plan)
+        return _TransformedFork.apply(y, mask, plan)
     if y.requires_grad and torch.is_grad_enabled():
         return transforms.apply(_Fork, y, mask, plan)
     return tuple(y.view_as(y) for _ in range(plan.k))
@@ -188,7 +193,7 @@ class _Scale(torch.autograd.Function):
         return grad * ctx.beta, None
 
 
-class _DualScale(_Scale):
+class _TransformedScale(_Scale):
     @staticmethod
     def jvp(ctx: Any, t: Tensor, _: None) -> Tensor:  # type: ignore[override]
         return t.view_as(t)
@@ -198,7 +203,7 @@ def _scale_outputs(output: Any, beta: float, name: str) -> Any:
     """The output of a branch, tensors in tuples, lists and dicts included, with gradients multiplied by beta."""
     if isinstance(output, Tensor):
         if transforms.active():
-            return _DualScale.apply(output, beta)
+            return _TransformedScale.apply(output, beta)
         return transforms.apply(_Scale, output, beta) if output.requires_grad else output
     if isinstance(output, dict):
         scaled = output.copy()

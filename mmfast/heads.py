@@ -5,7 +5,7 @@ and the resolved gradient is [w_1 delta_1 ... w_K delta_K] W: two small Gramians
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,22 +35,22 @@ class _LinearHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not transforms.active():
-            refuse_double_backward("LinearHeads")
-        if not torch.is_autocast_enabled(delta.device.type):
-            return *_backward(ctx, delta), None, None
-        with torch.autocast(delta.device.type, enabled=False):  # a backward pass run inside autocast must not round the Gramian
-            return *_backward(ctx, delta), None, None
+        refuse_double_backward("LinearHeads")
+        return _backward(ctx, delta, _resolved)
 
 
-class _DualHeads(_LinearHeads):
-    """With a forward mode; torch.compile takes no function that has one."""
+class _TransformedHeads(_LinearHeads):
+    """For torch.func, which always asks for a gradient that has one itself; with a forward mode, which torch.compile would refuse."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _LinearHeads.setup_context(ctx, inputs, output)
         y, weight, _, mask, module = inputs
         ctx.save_for_forward(y, weight, mask, module._head_of)  # the same: vmap keeps one list of dimensions for both
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _backward(ctx, delta, lambda module, *args: transforms.Opaque.apply(partial(_resolved, module), "LinearHeads", *args))
 
     @staticmethod
     def jvp(ctx: Any, ty: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Tensor:  # type: ignore[override]
@@ -60,7 +60,14 @@ class _DualHeads(_LinearHeads):
         return transforms.Opaque.apply(lambda t: t.expand(*y.shape[:-1], -1), "LinearHeads", t)
 
 
-def _backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _backward(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+    if not torch.is_autocast_enabled(delta.device.type):
+        return *_gradients(ctx, delta, resolve), None, None
+    with torch.autocast(delta.device.type, enabled=False):  # a backward pass run inside autocast must not round the Gramian
+        return *_gradients(ctx, delta, resolve), None, None
+
+
+def _gradients(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     y, weight, mask, head_of = ctx.saved_tensors
     module = ctx.module
     if module.beta is not None:
@@ -68,13 +75,8 @@ def _backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Te
         delta = (delta.to(wide) * module.beta.to(wide)[head_of]).to(delta.dtype)
     flat = delta.reshape(-1, delta.shape[-1])
     wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    resolved = None
-    if wants_y:
-        hidden = transforms.active()
-        args = delta, weight, mask, head_of
-        resolved = transforms.Opaque.apply(partial(_resolved, module), "LinearHeads", *args) if hidden else _resolved(module, *args)
     return (
-        resolved,
+        resolve(module, delta, weight, mask, head_of) if wants_y else None,
         flat.mT @ y.reshape(-1, y.shape[-1]) if wants_weight else None,
         flat.sum(0) if ctx.has_bias and wants_bias else None,
     )
@@ -193,7 +195,7 @@ class LinearHeads(Impartial):
         if torch.compiler.is_exporting():
             return F.linear(y, weight, bias)
         if transforms.active():
-            return _DualHeads.apply(y, weight, bias, mask, self)
+            return _TransformedHeads.apply(y, weight, bias, mask, self)
         if not (y.requires_grad and torch.is_grad_enabled()) and self.beta is None:
             return F.linear(y, weight, bias)
         check_state(self.resolver, len(self.sizes))

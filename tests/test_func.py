@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_map
 import mmfast as mf
 from mmfast.ops import native
 
+# torch.func itself uses what torch calls deprecated
+derived = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 MAPPED = [
     mf.MGDA(),
     mf.UPGrad(),
@@ -214,6 +216,7 @@ def test_ensembles(make, per):
             close(found[name][i], expected)
 
 
+@derived
 @pytest.mark.parametrize("make", MODELS, ids=["block", "heads"])
 def test_forward_mode_passes(make):
     model, x, t = make(local=[1.0, 2.0, 3.0]), *torch.randn(2, B, 4, dtype=torch.float64)
@@ -227,6 +230,7 @@ def test_forward_mode_passes(make):
     torch.testing.assert_close(found, ((ends[0] - ends[1]) / (2 * e)).detach(), rtol=1e-7, atol=1e-8)
 
 
+@derived
 @pytest.mark.parametrize("make", MODELS, ids=["block", "heads"])
 @pytest.mark.parametrize(
     "twice", [hessian, lambda f: grad(lambda x: grad(f)(x).sum()), lambda f: jacfwd(grad(f)), lambda f: jacrev(jacfwd(f))]
