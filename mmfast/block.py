@@ -115,8 +115,16 @@ def _stateless(resolver: Resolver, k: int) -> list[Rule]:
     return [rule for rule in resolver.chain() or () if rule.state is None and rule.state_size(k)]
 
 
-def check_state(resolver: Resolver, k: int) -> None:
-    if torch.compiler.is_compiling() and _stateless(resolver, k):
+def check_traceable(resolver: Resolver, k: int) -> None:
+    """Under torch.compile: raises where the backward pass could not be compiled."""
+    if not torch.compiler.is_compiling():
+        return
+    if torch._dynamo.config.compiled_autograd:
+        raise RuntimeError(
+            "compiled autograd can't run a compiled backward pass that writes into a tensor, as that of a block does (its record, its rule's state); "
+            "leave torch._dynamo.config.compiled_autograd off: the backward pass is compiled all the same"
+        )
+    if _stateless(resolver, k):
         raise RuntimeError("a compiled backward pass can't create a resolver's state: run one step without torch.compile first")
 
 
@@ -124,7 +132,7 @@ def _fork(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
     _check_tensors(y, mask, plan)
     if torch.compiler.is_exporting():
         return tuple(y.view_as(y) for _ in range(plan.k))
-    check_state(plan.resolver, plan.k)
+    check_traceable(plan.resolver, plan.k)
     if transforms.active():  # whether there is something to differentiate shows further below
         return _TransformedFork.apply(y, mask, plan)
     if y.requires_grad and torch.is_grad_enabled():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmfast.block import Impartial, check_state, refuse_double_backward
+from mmfast.block import Impartial, check_traceable, refuse_double_backward
 from mmfast.ops import contract, linear, reference, transforms
 from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
@@ -198,7 +198,7 @@ class LinearHeads(Impartial):
             return _TransformedHeads.apply(y, weight, bias, mask, self)
         if not (y.requires_grad and torch.is_grad_enabled()) and self.beta is None:
             return F.linear(y, weight, bias)
-        check_state(self.resolver, len(self.sizes))
+        check_traceable(self.resolver, len(self.sizes))
         return transforms.apply(_LinearHeads, y, weight, bias, mask, self)
 
     def _index(self, device: torch.device) -> None:

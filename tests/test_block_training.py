@@ -1,4 +1,4 @@
-"""A block lives in a training loop like any other module: accumulation, checkpointing, copies, dtypes, torch.compile."""
+"""A block lives in a training loop like any other module: accumulation, checkpointing, copies, dtypes."""
 
 import copy
 import io
@@ -10,18 +10,9 @@ from block_model import B, ByLength, H, Model, gradients, make_branches, materia
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmfast.block import ImpartialityBlock, fork
-from mmfast.resolvers.elementwise import GradDrop
+from mmfast.block import ImpartialityBlock
 from mmfast.resolvers.projection import GradVac
 from mmfast.resolvers.simple import Constant, Mean, Random
-
-# torch.compile itself uses what torch calls deprecated
-compiles = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch", "ignore:.*should not be instantiated"
-)
-
-# samples with every branch, with some, and with none
-SAMPLES = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 0], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
 
 
 @pytest.fixture
@@ -146,88 +137,3 @@ def test_autocast(x):
 def test_repr():
     text = repr(Model(Mean(), local=[1.0, 2.0, 1 / 3], per="sample").block)
     assert "per='sample', preserve_norm=True, local=[1, 2, 0.3333]" in text and "(resolver): Mean()" in text
-
-
-COMPILED = [
-    ("plain", Mean, {}, None, (0, 1, 2)),
-    ("missing branch", Mean, {}, None, (0, 2)),
-    ("own resolver", ByLength, {}, None, (0, 2)),
-    ("state", GradVac, {}, None, (0, 1, 2)),
-    ("random", Random, {}, None, (0, 1)),
-    ("elementwise", GradDrop, {}, None, (0, 1)),
-    ("mask per sample", Mean, {}, SAMPLES, (0, 1, 2)),
-    ("mask and local step", ByLength, {"local": [1.0, 2.0, 3.0]}, torch.tensor([True, False, True]), (0, 1, 2)),
-    ("batch_sum", ByLength, {"per": "batch_sum"}, None, (0, 1, 2)),
-    ("per sample", ByLength, {"per": "sample"}, SAMPLES, (0, 1, 2)),
-]
-
-
-@compiles
-@pytest.mark.parametrize("resolver, kwargs, mask, used", [c[1:] for c in COMPILED], ids=[c[0] for c in COMPILED])
-def test_compiled_equals_eager(x, resolver, kwargs, mask, used):
-    torch._dynamo.reset()
-    eager = Model(resolver(), **kwargs)
-    if kwargs.get("per") == "sample":
-        total(eager(x, mask), used).backward()  # makes room for the statistics of this batch size
-    model = copy.deepcopy(eager)
-    step = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for scale in (1.0, -2.0, 3.0):
-        expected = gradients(eager, scale * x, used, lambda x: eager(x, mask))
-        ours = gradients(model, scale * x, used, lambda x: step(x, mask))
-        for name in expected:
-            torch.testing.assert_close(ours[name], expected[name], rtol=1e-12, atol=1e-14)
-        if resolver is GradDrop:
-            continue
-        one, two = eager.block.stats(), model.block.stats()
-        torch.testing.assert_close(one.gram, two.gram, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(one.weights, two.weights, rtol=1e-12, atol=1e-14)
-        assert torch.equal(one.missing, two.missing)
-
-
-@compiles
-def test_compiled_once_for_all_batch_sizes(x):
-    torch._dynamo.reset()
-    eager = Model(Mean())
-    model = copy.deepcopy(eager)
-    step = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for n in (6, 5, 3):
-        expected, ours = gradients(eager, x[:n]), gradients(model, x[:n], forward=step)
-        for name in expected:
-            torch.testing.assert_close(ours[name], expected[name], rtol=1e-12, atol=1e-14)
-
-
-@compiles
-def test_inductor_equals_eager(x):
-    torch._dynamo.reset()
-    eager = Model(GradVac(), local=[1.0, 2.0, 3.0])
-    model = copy.deepcopy(eager)
-    step = torch.compile(model, fullgraph=True)
-    for _ in range(2):
-        expected, ours = gradients(eager, x, (0, 2)), gradients(model, x, (0, 2), step)
-        for name in expected:
-            torch.testing.assert_close(ours[name], expected[name], rtol=1e-10, atol=1e-12)
-    assert torch.equal(eager.block.stats().missing, model.block.stats().missing)
-
-
-@compiles
-def test_compiled_fork_equals_eager():
-    torch._dynamo.reset()
-    y, mask = torch.randn(B, H, dtype=torch.float64, requires_grad=True), torch.tensor([True, True, False])
-
-    def step(y):
-        a, b, c = fork(y, 3, resolver, mask=mask)
-        return a.sin() * b + c.exp() - a
-
-    resolver = ByLength()
-    (expected,) = torch.autograd.grad(step(y).sum(), y)
-    (ours,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(y).sum(), y)
-    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
-
-
-@compiles
-def test_state_that_a_compiled_pass_cannot_create_is_refused():
-    torch._dynamo.reset()
-    resolver, y = GradVac(), torch.ones(3, requires_grad=True)
-    compiled = torch.compile(lambda y: fork(y, 2, resolver), fullgraph=True, backend="eager")
-    with pytest.raises(RuntimeError, match="run one step without torch.compile first"):
-        compiled(y)

@@ -14,8 +14,6 @@ B, H = 6, 9
 SIZES = [3, 1, 2, 4, 1]
 K = len(SIZES)
 
-compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-
 
 def pair(rule="MGDA", dtype=torch.float64, sizes=SIZES, **kwargs):
     """A LinearHeads and an ImpartialityBlock with the same weights and their own resolvers of one kind and stream."""
@@ -245,23 +243,6 @@ def test_a_resolver_of_the_user():
             return nn.functional.one_hot(squares.argmin(-1), G.shape[-1]).double()
 
     same(*pair(Shortest()))
-
-
-@compiles
-@pytest.mark.parametrize("per", ["batch", "sample"])
-@pytest.mark.parametrize("rule", ["MGDA", "GradVac", "PCGrad"])
-def test_compiles_whole(rule, per):
-    if (rule, per) == ("GradVac", "sample"):
-        pytest.skip("a compiled backward pass can't create per-sample state")
-    heads, block = pair(rule, per=per)
-    step = torch.compile(heads, fullgraph=True, backend="aot_eager")
-    weights = [torch.randn(B, n, dtype=torch.float64) for n in SIZES]
-    for _ in range(2):
-        y = torch.randn(B, H, dtype=torch.float64)
-        ours, theirs = y.clone().requires_grad_(), y.clone().requires_grad_()
-        sum(losses(step(ours), weights)).backward()
-        sum(losses(block(theirs), weights)).backward()
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_double_backward_is_refused():
