@@ -21,7 +21,7 @@ from time import perf_counter
 import torch
 
 import mmfast as mf
-from benchmarks import naive, overhead, report, roofline, tabular
+from benchmarks import compiled, naive, overhead, report, roofline, tabular
 from benchmarks.machine import Quiet, caches, data_in, environment
 from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
@@ -223,12 +223,27 @@ def heads(run: Run) -> None:
                 print(_line(list(rows.values())), flush=True)
 
 
+def compile_step(run: Run) -> None:
+    """The training step of `heads` under torch.compile, against itself in eager mode; one rule unless others are asked for."""
+    if run.quick:
+        return  # compiling alone takes longer than all the rest
+    k = 13
+    for section, make in compiled.HEADS.items():
+        for samples in [1, 20]:
+            for name in [n for n in run.rules if n not in ELEMENTWISE] if len(run.rules) < len(TWELVE) else ["MGDA"]:
+                calls, error, right = compiled.steps(k, samples, lambda: make(k, RULES[name](k)))  # noqa: B023 - called at once
+                rows = {p: Row(section, name, k, samples, p, data_in=data_in(samples * 128 * 50 * 4)) for p in calls}
+                compare(run, rows, calls, right, error, 4)
+                print(_line(list(rows.values())), flush=True)
+
+
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "machine": machine,
     "gram": gram,
     "latency": latency,
     "block": block,
     "heads": heads,
+    "compile": compile_step,
     "providers": providers,
     "grid": grid,
 }

@@ -59,14 +59,19 @@ class Step:
         self.x = torch.randn(BATCH, k)
         self.optimizer = torch.optim.Adam(parameters, lr=1e-3, capturable=self.x.is_cuda)  # so that a CUDA graph can hold the step
 
-    def __call__(self) -> None:
-        self.optimizer.zero_grad()
+    def loss(self, noise: Tensor) -> Tensor:
         mean, spread = self.posterior(self.encoder(self.x)).chunk(2, -1)
         std = F.softplus(spread) + 1e-6
-        noise = torch.randn(self.samples, *mean.shape)
         z = mean + std * noise
         log_w = self.heads(self.decoder(z), self.x) + (0.5 * (noise.square() - z.square()) + std.log()).sum(-1)
-        (-torch.logsumexp(log_w, 0).sum()).backward()
+        return -torch.logsumexp(log_w, 0).sum()
+
+    def noise(self) -> Tensor:
+        return torch.randn(self.samples, BATCH, self.posterior.out_features // 2)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss(self.noise()).backward()
         self.optimizer.step()
 
 

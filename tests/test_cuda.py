@@ -218,6 +218,58 @@ def test_capture_and_replay_move_state_and_random_stream_on(make, k, per, path, 
         assert torch.equal(out, mf.resolve(grads, eager, per, backend="cuda"))
 
 
+class Trained(torch.nn.Module):
+    """A shared layer and three linear branches, behind a block or in one operator."""
+
+    def __init__(self, kind, rule):
+        super().__init__()
+        self.shared = torch.nn.Linear(6, 32)
+        branches = [torch.nn.Linear(32, n) for n in (2, 1, 4)]
+        self.block = mf.ImpartialityBlock(branches, rule) if kind == "block" else mf.LinearHeads(32, [2, 1, 4], rule)
+
+    def loss(self, x):
+        return sum((i + 1) * (o - i).square().mean() for i, o in enumerate(self.block(self.shared(x).tanh())))
+
+
+@pytest.mark.parametrize("rule", [mf.MGDA, mf.PCGrad, mf.GradVac, mf.PCD, lambda: mf.GradNorm(alpha=1.0, lr=0.1, update_at=2), mf.Random])
+@pytest.mark.parametrize("kind", ["block", "heads"])
+def test_a_captured_training_step_is_the_eager_one(kind, rule, monkeypatch):
+    """The recipe of docs/compilers.md; parameters, state, random stream and record move on with every replay."""
+    monkeypatch.setattr(ops, "uses_compiled", lambda device, backend: True)
+    model = Trained(kind, rule()).cuda()
+    eager = copy.deepcopy(model)
+    data = torch.randn(10, 16, 6, device="cuda")
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2, capturable=True) for m in (model, eager)]
+
+    def step(m, optimizer, x):
+        optimizer.zero_grad()
+        m.loss(x).backward()
+        optimizer.step()
+
+    x = data[0].clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(3):
+            x.copy_(data[i])
+            step(model, optimizers[0], x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(model, optimizers[0], x)
+    for i in range(len(data)):
+        step(eager, optimizers[1], data[i])
+        if i < 3:
+            continue
+        x.copy_(data[i])
+        graph.replay()
+        for (name, a), (_, b) in zip(model.state_dict().items(), eager.state_dict().items(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=lambda m, name=name, i=i: f"step {i}, {name}: {m}")
+        torch.testing.assert_close(model.block.stats().weights, eager.block.stats().weights, rtol=1e-4, atol=1e-6)
+    for a, b in zip(model.block.resolver.buffers(), eager.block.resolver.buffers(), strict=True):
+        assert a.dtype.is_floating_point or torch.equal(a, b)  # the random stream has made the same number of draws
+
+
 def test_two_streams_at_once():
     a, b = gpu(gradients(3, (1, 300_000), torch.float32)), gpu(gradients(3, (1, 300_000), torch.float32))
     expected = [mf.resolve(g, mf.MGDA(), backend="cuda") for g in (a, b)]
