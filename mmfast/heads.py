@@ -75,6 +75,8 @@ def _gradients(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple
         delta = (delta.to(wide) * module.beta.to(wide)[head_of]).to(delta.dtype)
     flat = delta.reshape(-1, delta.shape[-1])
     wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        wants_y = wants_weight = wants_bias = True  # a trace does not know what functional_call has put in the parameters' place
     return (
         resolve(module, delta, weight, mask, head_of) if wants_y else None,
         flat.mT @ y.reshape(-1, y.shape[-1]) if wants_weight else None,
