@@ -132,10 +132,10 @@ def _fork(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
     _check_tensors(y, mask, plan)
     if torch.compiler.is_exporting():
         return tuple(y.view_as(y) for _ in range(plan.k))
-    check_traceable(plan.resolver, plan.k)
     if transforms.active():  # whether there is something to differentiate shows further below
         return _TransformedFork.apply(y, mask, plan)
     if y.requires_grad and torch.is_grad_enabled():
+        check_traceable(plan.resolver, plan.k)
         return transforms.apply(_Fork, y, mask, plan)
     return tuple(y.view_as(y) for _ in range(plan.k))
 
@@ -162,8 +162,8 @@ def fork(
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was computed.
-        RuntimeError: in the backward pass, where create_graph=True asks to differentiate through it; under torch.compile, for a rule
-            that keeps state and has none yet.
+        RuntimeError: in the backward pass, where create_graph=True or a second derivative of torch.func asks to differentiate through it; under
+            torch.compile, for a rule that keeps state and has none yet; under vmap, for a rule that keeps state or draws.
 
     Example:
         >>> y = torch.tensor([1.0, 1.0], requires_grad=True)

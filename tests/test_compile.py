@@ -319,6 +319,12 @@ def test_compiled_autograd_of_a_compiled_forward_pass_is_refused(x):
             whole(make(mf.MGDA()))(x)
 
 
+def test_a_forward_pass_alone_needs_no_state(x):
+    model = Model(mf.GradVac(), per="sample").requires_grad_(False)
+    with config.patch(compiled_autograd=True):
+        assert all(torch.equal(a, b) for a, b in zip(whole(model)(x), model(x), strict=True))
+
+
 def test_state_that_a_compiled_pass_cannot_create_is_refused():
     resolver, y = mf.GradVac(), torch.ones(3, requires_grad=True)
     compiled = torch.compile(lambda y: mf.fork(y, 2, resolver), fullgraph=True, backend="eager")

@@ -39,7 +39,7 @@ class Opaque(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: Callable[..., tuple[Tensor, ...]], what: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(call: Callable[..., Tensor], what: str, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
         return call(*tensors)
 
     @staticmethod
