@@ -130,7 +130,7 @@ def check_traceable(resolver: Resolver, k: int) -> None:
 
 def _fork(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
     _check_tensors(y, mask, plan)
-    if torch.compiler.is_exporting():
+    if transforms.exporting():
         return tuple(y.view_as(y) for _ in range(plan.k))
     if transforms.active():  # whether there is something to differentiate shows further below
         return _TransformedFork.apply(y, mask, plan)

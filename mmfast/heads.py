@@ -194,7 +194,7 @@ class LinearHeads(Impartial):
         if torch.is_autocast_enabled(y.device.type):
             dtype = torch.get_autocast_dtype(y.device.type)
             y, weight, bias = y.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if torch.compiler.is_exporting():
+        if transforms.exporting():
             return F.linear(y, weight, bias)
         if transforms.active():
             return _TransformedHeads.apply(y, weight, bias, mask, self)

@@ -19,6 +19,11 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
 
 
+def exporting() -> bool:
+    """Whether torch.export is at work; torch.compiler.is_exporting() says so under torch.compile, too, before torch 2.13."""
+    return torch.compiler._is_exporting_flag
+
+
 def no_second_derivative(what: str) -> RuntimeError:
     return RuntimeError(
         f"the resolved gradient of {what} has no gradient of its own, but this backward pass was asked to be differentiable "
