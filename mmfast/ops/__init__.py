@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import cast
+from importlib import import_module
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from mmfast.ops import contract, direct, native, reference
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
 
-BACKENDS = ("auto", "cpu", "cuda", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+TRITON_ROWS = 64  # most gradients that the Triton kernels take; more run in plain torch
 
 
 def backends() -> dict[str, tuple[bool, str]]:
@@ -21,29 +23,52 @@ def backends() -> dict[str, tuple[bool, str]]:
     >>> mf.backends()["reference"]
     (True, 'plain torch, any device')
     """
-    no_cuda = native.why_no_cuda()
+    no_cuda, no_triton = native.why_no_cuda(), why_no_triton()
     slower = f"; small calls take longer than they could: {direct.missing_reason}" if direct.missing_reason else ""
     return {
         "cuda": (no_cuda is None, no_cuda or "compiled; only where backend='cuda' asks for it, for no GPU has run it yet"),
+        "triton": (no_triton is None, no_triton or "portable kernels; only where backend='triton' asks for them, for no GPU has run them yet"),
         "cpu": (native.available, f"compiled, {native.cpu_isa()}{slower}" if native.available else str(native.missing_reason)),
         "reference": (True, "plain torch, any device"),
     }
 
 
-def uses_compiled(device: torch.device, backend: str) -> bool:
-    """Whether the compiled operators serve tensors on the device; raises where a backend asked for by name cannot."""
+def why_no_triton() -> str | None:
+    """Why the Triton kernels can't run here, or None when they can."""
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed; torch for Linux and a GPU brings it, else: pip install triton"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"triton is {triton.__version__}, expected 3.6 or later; pip install --upgrade triton"
+    return _triton().why_not()
+
+
+def _triton() -> Any:
+    """The Triton kernels, imported when they are asked for."""
+    return import_module("mmfast.triton.ops")
+
+
+def serving(device: torch.device, backend: str, k: int) -> str:
+    """Which backend serves k gradients on the device: "cpu", "cuda", "triton" or "reference"; raises where one asked for by name cannot."""
     if backend == "auto":
-        return native.available and device.type == "cpu"
+        return "cpu" if native.available and device.type == "cpu" else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "reference":
-        return False
-    reason = native.missing_reason if backend == "cpu" else native.why_no_cuda()
+        return backend
+    reason = {"cpu": lambda: native.missing_reason, "cuda": native.why_no_cuda, "triton": why_no_triton}[backend]()
     if reason:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    if device.type != backend:
-        raise ValueError(f"backend {backend!r} needs tensors on {backend.upper()}, they are on {device}")
-    return True
+    wanted = _triton().DEVICES if backend == "triton" else (backend,)
+    if device.type not in wanted:
+        raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(wanted).upper()}, they are on {device}")
+    return "reference" if backend == "triton" and k > TRITON_ROWS else backend
+
+
+def _kernels(served: str) -> Any:
+    """The module with the kernels' operators, or None for plain torch."""
+    return None if served == "reference" else _triton() if served == "triton" else native
 
 
 def _restrict(mask: Tensor | None, missing: Sequence[int], k: int) -> Tensor | None:
@@ -61,7 +86,8 @@ def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = N
         per: "batch" takes each gradient as one vector; "sample" one Gramian per entry of the leading dimension;
             "batch_sum" the Gramian of the gradients summed over the leading dimension.
         mask: bool [K], or [B, K] for a mask per sample; False entries count as zero and are not read.
-        backend: "auto", "cpu" or "cuda" (compiled), or "reference" (plain torch). "auto" is "cpu" on the CPU, "reference" elsewhere.
+        backend: "auto", "cpu" or "cuda" (compiled), "triton" (GPUs; more than 64 gradients run in plain torch), or "reference" (plain torch).
+            "auto" is "cpu" on the CPU, "reference" elsewhere.
 
     Returns:
         float64 [K, K], or [B, K, K] per sample, freshly allocated. Products are summed in single precision over at most 4096
@@ -78,12 +104,14 @@ def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = N
     """
     code, k = contract.per_code(per), len(grads)
     contract.check_count(k)
-    if torch.compiler.is_compiling() or not isinstance(grads[0], Tensor) or not uses_compiled(grads[0].device, backend):
+    first, kernels = grads[0], native
+    if backend != "auto" or not native.available or torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cpu:
         contract.check(grads, per, mask, k)
-        if not uses_compiled(grads[0].device, backend):
+        kernels = _kernels(serving(first.device, backend, k))
+        if kernels is None:
             return reference.gram(grads, mask, per)
     try:
-        return native.gram(grads, [], mask, code)
+        return kernels.gram(grads, [], mask, code)
     except (RuntimeError, TypeError):
         contract.check(grads, per, mask, k)  # says what is wrong in words for people, where it knows
         raise
@@ -113,9 +141,8 @@ def combine(grads: Sequence[Tensor], w: Tensor, per: str = "batch", *, backend: 
     if not isinstance(w, Tensor) or tuple(w.shape) != expected:
         raise ValueError(f"w is {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}, expected a tensor of shape {expected}")
     w = w.to(dtype=torch.float64, device=grads[0].device).contiguous()
-    if not uses_compiled(grads[0].device, backend):
-        return reference.combine(grads, None, w, per)
-    return native.combine(grads, [], None, w, code)
+    kernels = _kernels(serving(grads[0].device, backend, k))
+    return reference.combine(grads, None, w, per) if kernels is None else kernels.combine(grads, [], None, w, code)
 
 
 # How exact the Gramian is that a resolver written in Python sees: one inside another must not take rounding for a direction.
@@ -260,13 +287,14 @@ def solve(G: Tensor, resolver: Resolver, mask: Tensor | None, preserve_norm: boo
         w = _ask(resolver, G, there, precision)
         return w if not preserve_norm else reference.preserve_norm(G, there, w, precision)
     states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain, G.device)
-    if uses_compiled(G.device, backend):
-        steps, params = _steps(chain)
-        state = _joined(states)
-        w = native.weights(G, mask, steps, params, state, rng, preserve_norm, precision)
-        _keep(states, state)
-    else:
-        w = reference.weights(G, mask, chain, states, rng, preserve_norm, precision)
+    served = serving(G.device, backend, k)
+    if served in ("triton", "reference"):
+        plain = _triton() if served == "triton" else reference
+        return plain.weights(G, mask, chain, states, rng, preserve_norm, precision)
+    steps, params = _steps(chain)
+    state = _joined(states)
+    w = native.weights(G, mask, steps, params, state, rng, preserve_norm, precision)
+    _keep(states, state)
     return w
 
 
@@ -338,22 +366,23 @@ def _resolve(
 ) -> tuple[Tensor, Tensor | None]:
     code = contract.per_code(per)
     first = grads[0] if grads else None
-    use_native = native.available and backend == "auto" and isinstance(first, Tensor) and first.is_cpu
-    if not use_native or torch.compiler.is_compiling():  # else the compiled operator checks, and only what it refuses is looked at here
+    served = "cpu" if native.available and backend == "auto" and isinstance(first, Tensor) and first.is_cpu else ""
+    if not served or torch.compiler.is_compiling():  # else the compiled operator checks, and only what it refuses is looked at here
         contract.check(grads, per, mask, k)
-        use_native = uses_compiled(grads[0].device, backend)
+        served = serving(grads[0].device, backend, k)
     first = grads[0]
     chain = resolver.chain()
     if chain is None:
         resolver.check(k)
-        if code or not use_native or not isinstance(resolver, ElementwiseRule):
+        if code or not isinstance(resolver, ElementwiseRule):
             contract.check(grads, per, mask, k)
-        return _resolve_general(grads, resolver, k, missing, per, mask, preserve_norm, use_native)
+        return _resolve_general(grads, resolver, k, missing, per, mask, preserve_norm, _kernels(served))
     problems = (first.shape[0],) if code == 1 and first.dim() else ()
     states, rng = _states(chain, problems, k, first.device), _stream(chain, first.device)
     with_gram = with_info or preserve_norm or chain[0].needs_gram or any(rule.needs_gram for rule in chain)
-    if not use_native:
-        return reference.resolve(grads, missing, mask, chain, states, rng, per, preserve_norm, with_gram)
+    if served in ("triton", "reference"):
+        plain = _triton() if served == "triton" else reference
+        return plain.resolve(grads, missing, mask, chain, states, rng, per, preserve_norm, with_gram)
     steps, params = _steps(chain)
     state = _joined(states)
     try:
@@ -373,18 +402,18 @@ def _resolve_general(
     per: str,
     mask: Tensor | None,
     preserve_norm: bool,
-    use_native: bool,
+    kernels: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Resolvers that are not chains of built-in rules: elementwise ones, and a user's own between the compiled passes."""
+    """Resolvers that are not chains of built-in rules: elementwise ones, and a user's own between the kernels' passes."""
     if isinstance(resolver, ElementwiseRule):
         if per == "sample":
             mask = _present_samples(grads, missing, mask, k)
-        out = _elementwise(grads, resolver, missing, mask, k, use_native)
+        out = _elementwise(grads, resolver, missing, mask, k, kernels)
         return reference.with_norm(out, grads, _restrict(mask, missing, k), per) if preserve_norm else out, None
     code = contract.per_code(per)
     present = _restrict(mask, missing, k)
-    if use_native:
-        G = native.gram(grads, missing, mask, code)
+    if kernels is not None:
+        G = kernels.gram(grads, missing, mask, code)
     else:
         G = reference.spread(reference.gram(grads, present, per), missing, k)
     row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
@@ -399,8 +428,8 @@ def _resolve_general(
     if preserve_norm:
         w = reference.preserve_norm(G, row_mask, w, precision)
     w = w.contiguous()
-    if use_native:
-        out = native.combine(grads, missing, mask, w, code)
+    if kernels is not None:
+        out = kernels.combine(grads, missing, mask, w, code)
     else:
         kept = [i for i in range(k) if i not in missing]
         out = reference.combine(grads, present, w[..., kept] if missing else w, per)
@@ -408,11 +437,11 @@ def _resolve_general(
 
 
 def _elementwise(
-    grads: Sequence[Tensor], rule: ElementwiseRule, missing: tuple[int, ...], mask: Tensor | None, k: int, use_native: bool
+    grads: Sequence[Tensor], rule: ElementwiseRule, missing: tuple[int, ...], mask: Tensor | None, k: int, kernels: Any
 ) -> Tensor:
-    if use_native:
+    if kernels is not None:
         try:
-            return rule.native(grads, missing, mask)
+            return rule.fused(kernels, grads, missing, mask)
         except (RuntimeError, TypeError):
             contract.check(grads, "batch", mask, k)
             raise

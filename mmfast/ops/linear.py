@@ -28,7 +28,7 @@ def heads(
         if found is not None:
             return found
     chain = resolver.chain()
-    if chain is None or not ops.uses_compiled(delta.device, backend):
+    if chain is None or ops.serving(delta.device, backend, k) not in ("cpu", "cuda"):
 
         def solve(G: Tensor, row_mask: Tensor | None, precision: float) -> Tensor:
             return ops.solve(G, resolver, row_mask, preserve_norm, precision, backend)

@@ -1,7 +1,7 @@
 """Rules that decide element by element and so need the gradients themselves: GradDrop, TrimmedMean. Mirrors csrc/cpu/elementwise.h."""
 
 from collections.abc import Sequence
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ class ElementwiseRule(Resolver):
         """Plain torch: the result for gradients [..., N] of one shape; mask [K] or [B, K] bool or None. The compiled operator's reference."""
         raise NotImplementedError
 
-    def native(self, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
-        """The same through the compiled operator, which also moves the random stream on."""
+    def fused(self, kernels: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
+        """The same through the operator of `kernels`, mmfast.ops.native or mmfast.triton.ops, which also moves the random stream on."""
         raise NotImplementedError
 
     def advance(self) -> None:
@@ -81,13 +81,11 @@ class GradDrop(ElementwiseRule):
             kept = kept + torch.where(row > 0, positive, negative) * row
         return (kept + 0 * size).to(grads[0].dtype).view(grads[0].shape)
 
-    def native(self, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
-        from mmfast.ops import native
-
+    def fused(self, kernels: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
         rng = cast(Tensor, self._buffers["rng"])
         if rng.device != grads[0].device:
             self.rng = rng = rng.to(grads[0].device)
-        return native.graddrop(grads, missing, mask, self.leak, rng)
+        return kernels.graddrop(grads, missing, mask, self.leak, rng)
 
     def advance(self) -> None:
         advance(self.rng)
@@ -129,10 +127,8 @@ class TrimmedMean(ElementwiseRule):
         mean = torch.where(kept, ordered, 0).sum(0) / (count - 2 * trim).clamp(min=1)
         return (mean + (0 * x).sum(0)).to(grads[0].dtype).view(grads[0].shape)
 
-    def native(self, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
-        from mmfast.ops import native
-
-        return native.trimmed_mean(grads, missing, mask, self.trim)
+    def fused(self, kernels: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
+        return kernels.trimmed_mean(grads, missing, mask, self.trim)
 
     def extra_repr(self) -> str:
         return f"trim={self.trim}"
