@@ -1,4 +1,4 @@
-"""Times the CUDA operators over rule x K x N x dtype, L2 warm and cold, beside torch and TorchJD: python -m benchmarks.gpu FILE.csv.
+"""Times the CUDA and Triton operators over rule x K x N x dtype, L2 warm and cold, beside torch and TorchJD: python -m benchmarks.gpu FILE.csv.
 
 Every line is written at once. A line is: what, its median and the shares of what the device can do, measured in the same run. "cold" is the time of the GPU, which
 is busy clearing its cache while the call is prepared; "warm" starts from an idle GPU and has the preparation in it.
@@ -24,7 +24,7 @@ from mmfast.ops import native
 
 SIZES = [(k, n) for n in (4096, 65536, 1 << 20, 1 << 24) for k in (2, 3, 5, 8, 16, 50) if k * n <= 1 << 27]
 DTYPES = (torch.float32, torch.bfloat16)
-BUDGET = 100.0  # seconds for all
+BUDGET = 85.0  # seconds for all
 FIELDS = ["what", "k", "n", "dtype", "l2", "median_us", "p20_us", "p80_us", "bytes", "percent_of_copy_rate", "ratio_to_ours", "error"]
 
 
@@ -60,6 +60,11 @@ def calls(k: int, n: int, dtype: torch.dtype) -> tuple[dict[str, tuple[Callable[
         "combine": (lambda: ops.combine(grads, w, backend="cuda"), (k + 1) * n * e),
         "torch gram": (lambda: J @ J.T, k * n * e),
     }
+    if ops.backends()["triton"][0]:
+        found |= {
+            "gram, Triton": (lambda: ops.gram(grads, backend="triton"), k * n * e),
+            "combine, Triton": (lambda: ops.combine(grads, w, backend="triton"), (k + 1) * n * e),
+        }
     for rule in (mf.MGDA(), mf.UPGrad(), mf.PCGrad().cuda(), mf.CAGrad(c=0.5), mf.IMTLG()):
         name = type(rule).__name__
         found[f"resolve {name}"] = (lambda rule=rule: mf.resolve(grads, rule, backend="cuda"), (k + 1) * n * e)  # type: ignore[misc]
@@ -74,6 +79,8 @@ def calls(k: int, n: int, dtype: torch.dtype) -> tuple[dict[str, tuple[Callable[
     for path, size in (("two_pass", (2 * k + 1) * n * e), ("persistent", (k + 1) * n * e), ("cluster", (k + 1) * n * e)):
         found[f"resolve MGDA, {path}"] = (lambda path=path: forced(path, "1"), size)  # type: ignore[misc]
     found["resolve MGDA, two_pass, one after the other"] = (lambda: forced("two_pass", "0"), (2 * k + 1) * n * e)
+    if ops.backends()["triton"][0]:
+        found["resolve MGDA, Triton"] = (lambda: mf.resolve(grads, mf.MGDA(), backend="triton"), (2 * k + 1) * n * e)
     found["resolve MGDA, plain torch"] = (lambda: mf.resolve(grads, mf.MGDA(), backend="reference"), (2 * k + 1) * n * e)
     if k == 5 and dtype == torch.float32:  # each shape is compiled anew
         found["resolve MGDA, torch.compile without a solver"] = (lambda: by_norms(J), (2 * k + 1) * n * e)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds in place with the Python that holds torch, checks every CUDA kernel on the GPU, times them; eight minutes at most.
 #   benchmarks/gpu.sh [folder for the results]      PYTHON=python3 by default; WHEELS=folder of wheels to install from, without a network
-# Results are written as they come, so what was cut off is there up to the cut: build.log, tests.log, sanitizer.log, gpu.csv.
+# Results are written as they come, so what was cut off is there up to the cut: build.log, tests.log, triton.log, sanitizer.log, gpu.csv.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -18,7 +18,7 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 
 echo "== build"
-if ! MMFAST_BUILD=cuda timeout 180 "$python" setup.py --quiet build_ext --inplace >"$out/build.log" 2>&1; then
+if ! MMFAST_BUILD=cuda timeout 150 "$python" setup.py --quiet build_ext --inplace >"$out/build.log" 2>&1; then
   tail -20 "$out/build.log"
   echo "the build failed, see $out/build.log"
   exit 1
@@ -31,15 +31,17 @@ fi
 
 status=0
 echo "== tests"
-PYTHONPATH=tests timeout 120 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_heads.py tests/test_cuda_build.py 2>&1 |
+PYTHONPATH=tests timeout 100 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_heads.py tests/test_cuda_build.py 2>&1 |
   tee "$out/tests.log" | tail -15 || status=1
+PYTHONPATH=tests timeout 60 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_triton_gpu.py 2>&1 |
+  tee "$out/triton.log" | tail -15 || status=1
 echo "== benchmark"
-timeout 120 "$python" -m benchmarks.gpu "$out/gpu.csv" || status=1
+timeout 105 "$python" -m benchmarks.gpu "$out/gpu.csv" || status=1
 echo "== compute-sanitizer"
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer >/dev/null; then
     # without torch's cache every tensor is an allocation of its own, and what is written behind it shows
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=tests timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=tests timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q \
       -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_heads.py \
       -k "unaligned or elementwise or (rules and (MGDA or UPGrad)) or (both_paths and 3-dtype2) or (operator_on_a_gpu and dtype2)" 2>&1 |
       tee -a "$out/sanitizer.log" | tail -3

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.ops import contract, native
+from mmfast.ops.choice import TRITON_ROWS
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
 
@@ -19,7 +20,7 @@ class Explanation:
     """What `explain` found; printed, a line for each.
 
     Attributes:
-        backend: "cpu", "cuda" or "reference".
+        backend: "cpu", "cuda", "triton" or "reference".
         why: what it is, or why not another.
         path: the kernels, in words.
         launches: of the kernels of a chain of rules on a GPU; None elsewhere.
@@ -64,9 +65,11 @@ def _bandwidth(device: torch.device) -> float | None:
     return 2 * clock * width / 8e6 if clock and width else None  # kHz and bits; two transfers a clock
 
 
-def _why(backend: str, device: torch.device) -> str:
+def _why(backend: str, asked: str, device: torch.device) -> str:
     if backend != "reference":
         return ops.backends()[backend][1]
+    if asked == "triton":
+        return f"plain torch; the Triton kernels take at most {TRITON_ROWS} gradients"
     if device.type == "cuda":
         return "plain torch; " + (native.why_no_cuda() or "the compiled CUDA kernels run where backend='cuda' asks for them")
     if device.type == "cpu":
@@ -139,13 +142,12 @@ def explain(
     first = there[0]
     device, n, size = first.device, first.numel(), first.element_size()
     bytes_ = len(there) * n * size
-    compiled = ops.uses_compiled(device, backend)
-    found = device.type if compiled else "reference"
+    found = ops.serving(device, backend, k)
     read: int | None = 2 * bytes_
     written: int | None = n * size
     launches: int | None = None
     chain = resolver.chain()
-    if not compiled:
+    if found == "reference":
         path, read, written = "Gramian, weights and sum in plain torch", None, None
     elif isinstance(resolver, ElementwiseRule):
         path = "element by element; rows of zeros are looked for first where the rule counts them"
@@ -155,10 +157,12 @@ def explain(
         path = f"{_first(chain)}, weights, weighted sum; the second read backwards, from the caches what they hold"
         if per == "sample":
             path, read = "sample by sample", bytes_ if bytes_ <= CACHED * first.shape[0] else read
+    elif found == "triton":
+        path = f"{_first(chain)}, weights in plain torch, weighted sum; the second read backwards, from the caches what they hold"
     else:
         path, read, written, launches = _cuda(first, len(there), k, chain, per, mask)
     bandwidth = bandwidth or _bandwidth(device)
     floor = bytes_ + n * size
     return Explanation(
-        found, _why(found, device), path, launches, read, written, floor, floor / bandwidth / 1e3 if bandwidth else None, bandwidth
+        found, _why(found, backend, device), path, launches, read, written, floor, floor / bandwidth / 1e3 if bandwidth else None, bandwidth
     )

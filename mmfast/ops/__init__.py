@@ -2,73 +2,16 @@
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from importlib import import_module
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mmfast.ops import contract, direct, native, reference
+from mmfast.ops.choice import backends as backends
+from mmfast.ops.choice import kernels_of, serving
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
-
-BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
-TRITON_ROWS = 64  # most gradients that the Triton kernels take; more run in plain torch
-
-
-def backends() -> dict[str, tuple[bool, str]]:
-    """Each backend with whether it can be used here, and what it is or why it can't.
-
-    >>> import mmfast as mf
-    >>> mf.backends()["reference"]
-    (True, 'plain torch, any device')
-    """
-    no_cuda, no_triton = native.why_no_cuda(), why_no_triton()
-    slower = f"; small calls take longer than they could: {direct.missing_reason}" if direct.missing_reason else ""
-    return {
-        "cuda": (no_cuda is None, no_cuda or "compiled; only where backend='cuda' asks for it, for no GPU has run it yet"),
-        "triton": (no_triton is None, no_triton or "portable kernels; only where backend='triton' asks for them, for no GPU has run them yet"),
-        "cpu": (native.available, f"compiled, {native.cpu_isa()}{slower}" if native.available else str(native.missing_reason)),
-        "reference": (True, "plain torch, any device"),
-    }
-
-
-def why_no_triton() -> str | None:
-    """Why the Triton kernels can't run here, or None when they can."""
-    try:
-        import triton
-    except ImportError:
-        return "triton is not installed; torch for Linux and a GPU brings it, else: pip install triton"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
-        return f"triton is {triton.__version__}, expected 3.6 or later; pip install --upgrade triton"
-    return _triton().why_not()
-
-
-def _triton() -> Any:
-    """The Triton kernels, imported when they are asked for."""
-    return import_module("mmfast.triton.ops")
-
-
-def serving(device: torch.device, backend: str, k: int) -> str:
-    """Which backend serves k gradients on the device: "cpu", "cuda", "triton" or "reference"; raises where one asked for by name cannot."""
-    if backend == "auto":
-        return "cpu" if native.available and device.type == "cpu" else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "reference":
-        return backend
-    reason = {"cpu": lambda: native.missing_reason, "cuda": native.why_no_cuda, "triton": why_no_triton}[backend]()
-    if reason:
-        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    wanted = _triton().DEVICES if backend == "triton" else (backend,)
-    if device.type not in wanted:
-        raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(wanted).upper()}, they are on {device}")
-    return "reference" if backend == "triton" and k > TRITON_ROWS else backend
-
-
-def _kernels(served: str) -> Any:
-    """The module with the kernels' operators, or None for plain torch."""
-    return None if served == "reference" else _triton() if served == "triton" else native
 
 
 def _restrict(mask: Tensor | None, missing: Sequence[int], k: int) -> Tensor | None:
@@ -107,7 +50,7 @@ def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = N
     first, kernels = grads[0], native
     if backend != "auto" or not native.available or torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cpu:
         contract.check(grads, per, mask, k)
-        kernels = _kernels(serving(first.device, backend, k))
+        kernels = kernels_of(serving(first.device, backend, k))
         if kernels is None:
             return reference.gram(grads, mask, per)
     try:
@@ -141,7 +84,7 @@ def combine(grads: Sequence[Tensor], w: Tensor, per: str = "batch", *, backend: 
     if not isinstance(w, Tensor) or tuple(w.shape) != expected:
         raise ValueError(f"w is {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}, expected a tensor of shape {expected}")
     w = w.to(dtype=torch.float64, device=grads[0].device).contiguous()
-    kernels = _kernels(serving(grads[0].device, backend, k))
+    kernels = kernels_of(serving(grads[0].device, backend, k))
     return reference.combine(grads, None, w, per) if kernels is None else kernels.combine(grads, [], None, w, code)
 
 
@@ -289,7 +232,7 @@ def solve(G: Tensor, resolver: Resolver, mask: Tensor | None, preserve_norm: boo
     states, rng = _states(chain, tuple(problems), k, G.device), _stream(chain, G.device)
     served = serving(G.device, backend, k)
     if served in ("triton", "reference"):
-        plain = _triton() if served == "triton" else reference
+        plain = kernels_of(served) or reference
         return plain.weights(G, mask, chain, states, rng, preserve_norm, precision)
     steps, params = _steps(chain)
     state = _joined(states)
@@ -376,12 +319,12 @@ def _resolve(
         resolver.check(k)
         if code or not isinstance(resolver, ElementwiseRule):
             contract.check(grads, per, mask, k)
-        return _resolve_general(grads, resolver, k, missing, per, mask, preserve_norm, _kernels(served))
+        return _resolve_general(grads, resolver, k, missing, per, mask, preserve_norm, kernels_of(served))
     problems = (first.shape[0],) if code == 1 and first.dim() else ()
     states, rng = _states(chain, problems, k, first.device), _stream(chain, first.device)
     with_gram = with_info or preserve_norm or chain[0].needs_gram or any(rule.needs_gram for rule in chain)
     if served in ("triton", "reference"):
-        plain = _triton() if served == "triton" else reference
+        plain = kernels_of(served) or reference
         return plain.resolve(grads, missing, mask, chain, states, rng, per, preserve_norm, with_gram)
     steps, params = _steps(chain)
     state = _joined(states)

@@ -1,12 +1,13 @@
-"""The second pass: sum_i w_i g_i, rows in order, from the end, for what the first pass read last is still in the caches."""
+"""The second pass: sum_i w_i g_i, from the end, for what the first pass read last is still in the caches."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.triton.rows import WIDTH, Rows, current, here, mask_of, pointer, warps
+from mmfast.triton.rows import WIDTH, Rows, current, here, kernel, mask_of, pointer, pointers, warps
 
+FEW = tl.constexpr(16)  # rows that are added in order; more are added in a tree
 PROGRAMS = 4096  # that share the tiles: a few for every place on a GPU
 
 
@@ -17,7 +18,20 @@ def _weighted(
 ):  # fmt: skip
     """The sum at elements first + lane, the first `left` of them where not WHOLE."""
     total = tl.zeros_like(lane).to(ACC)
-    for i in tl.static_range(K):
+    if K > FEW:
+        row = tl.arange(0, K)
+        there = here(mask, row, bits, mask_at, k, MASK)
+        weight = tl.load(w + w_at + row, mask=there, other=0.0)
+        if SKIP:
+            there = there & (weight != 0)
+        p = pointers(packed, row, K, DTYPE) + first
+        if ALIGNED:
+            p = tl.multiple_of(p, 16)
+        wanted = there[:, None] & (lane >= 0)[None, :]
+        if not WHOLE:
+            wanted = wanted & (lane < left)[None, :]
+        total = tl.sum(weight.to(ACC)[:, None] * tl.load(p[:, None] + lane[None, :], mask=wanted, other=0).to(ACC), axis=0)
+    for i in tl.static_range(K if K <= FEW else 0):
         row = tl.full([1], i, tl.int32)
         there = here(mask, row, bits, mask_at, k, MASK)
         weight = tl.load(w + w_at + row, mask=there, other=0.0)
@@ -33,7 +47,7 @@ def _weighted(
     return total.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["bits", "size", "tiles", "segments", "mask_stride", "w_stride", "k"])
+@kernel
 def combine_kernel(
     packed, mask, w, out, bits: tl.int64, size: tl.int64, tiles: tl.int64, segments: tl.int64, mask_stride: tl.int64, w_stride: tl.int64,
     k: tl.int32, ACC: tl.constexpr, K: tl.constexpr, MASK: tl.constexpr, SKIP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -68,13 +82,15 @@ def combine(rows: Rows, mask: Tensor | None, w: Tensor, per_sample: bool, skip: 
     apart = per_sample or (mask is not None and mask.dim() == 2)
     segments, size = (rows.batch, rows.inner) if apart else (1, rows.batch * rows.inner)
     flat, stride, which = mask_of(mask, rows, True)
-    block = 1024 if size > 256 else 256
+    block = 256 if size <= 256 else 1024
+    if rows.k > FEW.value:
+        block = 32768 // max(4, first.element_size()) // len(rows.packed)  # a tile of 64 registers a thread
     tiles = triton.cdiv(size, block)
     aligned = rows.aligned and (segments == 1 or size * first.element_size() % 16 == 0)
     with current(first.device):
         combine_kernel[(min(segments * tiles, PROGRAMS),)](
             rows.packed, flat, w, out, rows.bits, size, tiles, segments, stride, rows.k if per_sample else 0, rows.k,
             ACC=tl.float64 if first.dtype == torch.float64 else tl.float32, K=len(rows.packed), MASK=which, SKIP=skip, ALIGNED=aligned,
-            BLOCK=block, num_warps=warps(WIDTH if block == 1024 else 32, first.device), enable_fp_fusion=False,
+            BLOCK=block, num_warps=warps(32 if size <= 256 and rows.k <= FEW.value else WIDTH, first.device), enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -5,12 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.triton.rows import WIDTH, Rows, current, here, mask_of, pointer, pointers, warps
+from mmfast.triton.rows import WIDTH, Rows, current, here, kernel, mask_of, pointer, pointers, sample_of, warps
 
+FEW = tl.constexpr(8)  # rows that have code of their own
 SLOTS = 1024  # programs that look for numbers in a problem
 
 
-@triton.jit(do_not_specialize=["bits", "n", "per_problem", "mask_stride", "inner", "k", "each"])
+@kernel
 def presence_kernel(
     packed, mask, found, bits: tl.int64, n: tl.int64, inner: tl.int64, mask_stride: tl.int64, per_problem: tl.int64, each: tl.int64,
     k: tl.int32, DTYPE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -27,7 +28,7 @@ def presence_kernel(
     while (first < stop) & (tl.max(open.to(tl.int32), axis=0) > 0):
         wanted = open[:, None] & (first + lane < stop)[None, :]
         if MASK == 2:
-            sample = (first + lane) // inner * k
+            sample = sample_of(first, lane, inner) * k
             wanted = wanted & (tl.load(mask + sample[None, :] + row[:, None], mask=wanted, other=0) != 0)
         x = tl.load((at + first)[:, None] + lane[None, :], mask=wanted, other=0)
         hit = tl.max((x != 0).to(tl.int32), axis=1) > 0
@@ -66,7 +67,7 @@ def _divided(a, b):
 
 
 @triton.jit
-def _row_at(packed, mask, i: tl.constexpr, bits, e, n, inner, mask_stride, k, DTYPE: tl.constexpr, ACC: tl.constexpr, MASK: tl.constexpr):
+def _row(packed, mask, i: tl.constexpr, bits, e, n, inner, mask_stride, k, DTYPE: tl.constexpr, ACC: tl.constexpr, MASK: tl.constexpr):
     """Row i at the elements e of all; zero where it is hidden."""
     wanted = here(mask, tl.full([1], i, tl.int32), bits, 0, k, 0) & (e < n)
     if MASK != 0:
@@ -74,7 +75,17 @@ def _row_at(packed, mask, i: tl.constexpr, bits, e, n, inner, mask_stride, k, DT
     return tl.load(pointer(packed[i], DTYPE) + e, mask=wanted, other=0).to(ACC)
 
 
-@triton.jit(do_not_specialize=["bits", "n", "inner", "mask_stride", "k"])
+@triton.jit
+def _tile(packed, mask, bits, e, n, inner, mask_stride, k, DTYPE: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, MASK: tl.constexpr):
+    """All rows at the elements e; zero where they are hidden."""
+    row = tl.arange(0, K)
+    wanted = here(mask, row, bits, 0, k, 0)[:, None] & (e < n)[None, :]
+    if MASK != 0:
+        wanted = wanted & (tl.load(mask + (e // inner * mask_stride)[None, :] + row[:, None], mask=wanted, other=0) != 0)
+    return tl.load(pointers(packed, row, K, DTYPE)[:, None] + e[None, :], mask=wanted, other=0).to(ACC)
+
+
+@kernel
 def graddrop_kernel(
     packed, mask, leak, rng, out, bits: tl.int64, n: tl.int64, inner: tl.int64, mask_stride: tl.int64, k: tl.int32, ACC: tl.constexpr,
     K: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -87,26 +98,36 @@ def graddrop_kernel(
     step = tl.zeros_like(low)
     words = tl.philox(seed, low, high, step, step + (counter & 0xFFFFFFFF).to(tl.uint32))
     let_through = tl.load(leak).to(ACC)
+    row = tl.arange(0, K if K > FEW else 1)
     for word in tl.static_range(4):
         e = place // 16 * 64 + place % 16 + 16 * word
         total = tl.zeros([BLOCK], ACC)
         size = tl.zeros([BLOCK], ACC)
-        for i in tl.static_range(K):
-            x = _row_at(packed, mask, i, bits, e, n, inner, mask_stride, k, DTYPE, ACC, MASK)
-            total += x
-            size += tl.abs(x)
+        if K > FEW:
+            x = _tile(packed, mask, bits, e, n, inner, mask_stride, k, DTYPE, ACC, K, MASK)
+            for i in range(K):
+                one = tl.sum(tl.where(row[:, None] == i, x, 0.0), axis=0)
+                total += one
+                size += tl.abs(one)
+        for i in tl.static_range(K if K <= FEW else 0):
+            one = _row(packed, mask, i, bits, e, n, inner, mask_stride, k, DTYPE, ACC, MASK)
+            total += one
+            size += tl.abs(one)
         purity = 0.5 * (1 + _divided(total, size))
         u = (((words[word] >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07).to(ACC)
         positive = tl.where(purity > u, tl.full([BLOCK], 1, ACC), let_through)
         negative = tl.where(purity < u, tl.full([BLOCK], 1, ACC), let_through)
         kept = tl.zeros([BLOCK], ACC)
-        for i in tl.static_range(K):
-            x = _row_at(packed, mask, i, bits, e, n, inner, mask_stride, k, DTYPE, ACC, MASK)
-            kept += tl.where(x > 0, positive, negative) * x
+        if K > FEW:
+            x = _tile(packed, mask, bits, e, n, inner, mask_stride, k, DTYPE, ACC, K, MASK)
+            kept = tl.sum(tl.where(x > 0, positive[None, :], negative[None, :]) * x, axis=0)
+        for i in tl.static_range(K if K <= FEW else 0):
+            one = _row(packed, mask, i, bits, e, n, inner, mask_stride, k, DTYPE, ACC, MASK)
+            kept += tl.where(one > 0, positive, negative) * one
         tl.store(out + e, (kept + 0 * size).to(DTYPE), mask=e < n)  # a non-finite element stays one
 
 
-@triton.jit(do_not_specialize=["bits", "n", "inner", "mask_stride", "trim", "k"])
+@kernel
 def trimmed_kernel(
     packed, mask, found, out, bits: tl.int64, n: tl.int64, inner: tl.int64, mask_stride: tl.int64, trim: tl.int32, k: tl.int32,
     ACC: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -122,7 +143,7 @@ def trimmed_kernel(
         wanted = wanted & (tl.load(mask + (e // inner * mask_stride)[None, :] + row[:, None], mask=wanted, other=0) != 0)
     x = tl.load(pointers(packed, row, K, DTYPE)[:, None] + e[None, :], mask=wanted, other=0).to(ACC)
     rank = tl.zeros([R, BLOCK], tl.int32)
-    for j in range(0, K):
+    for j in range(K):
         one = row == j
         y = tl.sum(tl.where(one[:, None], x, 0.0), axis=0)[None, :]
         counts = tl.sum((one[:, None] & wanted).to(tl.int32), axis=0)[None, :] > 0
@@ -142,9 +163,10 @@ def graddrop(rows: Rows, mask: Tensor | None, leak: Tensor, rng: Tensor) -> Tens
     if n:
         flat, stride, which = mask_of(mask, rows, True)
         with current(first.device):
-            graddrop_kernel[(triton.cdiv(n, 1024),)](
+            block = 256 if rows.k <= FEW.value else 32
+            graddrop_kernel[(triton.cdiv(n, 4 * block),)](
                 rows.packed, flat, leak, rng, out, rows.bits, n, rows.inner, stride, rows.k,
-                ACC=tl.float64 if first.dtype == torch.float64 else tl.float32, K=len(rows.packed), MASK=which, BLOCK=256,
+                ACC=tl.float64 if first.dtype == torch.float64 else tl.float32, K=len(rows.packed), MASK=which, BLOCK=block,
                 num_warps=warps(WIDTH, first.device), enable_fp_fusion=False,
             )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.triton.rows import WIDTH, Rows, current, here, mask_of, pointer, pointers, warps
+from mmfast.triton.rows import WIDTH, Rows, current, here, kernel, mask_of, pointer, pointers, sample_of, warps
 
 CHUNK = tl.constexpr(4096)
 FEW = 8  # rows whose pairs have registers of their own; more are a product of matrices
@@ -30,7 +30,9 @@ def _read(
             p = tl.multiple_of(p, 16)
         wanted = here(mask, tl.full([1, 1], i, tl.int32), bits, mask_at, k, MASK)
         if MASK == 2:
-            wanted = wanted & (offset >= 0) & (tl.load(mask + (first + offset) // inner * k + i, mask=first + offset < end, other=0) != 0)
+            wanted = (
+                wanted & (offset >= 0) & (tl.load(mask + sample_of(first, offset, inner) * k + i, mask=first + offset < end, other=0) != 0)
+            )
         if not WHOLE:
             wanted = wanted & (first + offset < end)
         xs = xs + (tl.load(p + offset, mask=wanted, other=0).to(ACC),)
@@ -62,7 +64,7 @@ def _widen(total, sums, P: tl.constexpr):
     return new
 
 
-@triton.jit(do_not_specialize=["bits", "n", "inner", "mask_stride", "per_problem", "each", "k"])
+@kernel
 def few_kernel(
     packed, mask, slots, bits: tl.int64, n: tl.int64, inner: tl.int64, mask_stride: tl.int64, per_problem: tl.int64, each: tl.int64,
     k: tl.int32, DTYPE: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, MASK: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
@@ -113,14 +115,14 @@ def _tile(
         p = tl.multiple_of(p, 16)
     wanted = there[:, None] & (lane >= 0)[None, :]
     if MASK == 2:
-        sample = (first + lane) // inner * k
+        sample = sample_of(first, lane, inner) * k
         wanted = wanted & (tl.load(mask + sample[None, :] + row[:, None], mask=wanted & (first + lane < end)[None, :], other=0) != 0)
     if not WHOLE:
         wanted = wanted & (first + lane < end)[None, :]
     return tl.load(p[:, None] + lane[None, :], mask=wanted, other=0).to(ACC)
 
 
-@triton.jit(do_not_specialize=["bits", "n", "inner", "mask_stride", "per_problem", "each", "k"])
+@kernel
 def many_kernel(
     packed, mask, slots, bits: tl.int64, n: tl.int64, inner: tl.int64, mask_stride: tl.int64, per_problem: tl.int64, each: tl.int64,
     k: tl.int32, DTYPE: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, MASK: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -156,7 +158,7 @@ def many_kernel(
     tl.store(slots + slot * k * k + row[:, None] * k + row[None, :], tl.where(both, total, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["per_problem", "entries"])
+@kernel
 def fold_kernel(slots, G, per_problem: tl.int64, entries: tl.int64, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """The slots of a problem: lane l adds up the slots l, l + LANES, ... in order, then the lanes meet in a tree."""
     problem = tl.program_id(0).to(tl.int64)
@@ -171,7 +173,7 @@ def fold_kernel(slots, G, per_problem: tl.int64, entries: tl.int64, BLOCK: tl.co
     tl.store(G + problem * entries + entry, tl.sum(total, axis=0), mask=entry < entries)
 
 
-@triton.jit(do_not_specialize=["bits", "batch", "inner", "mask_stride", "k"])
+@kernel
 def sums_kernel(
     packed, mask, sums, bits: tl.int64, batch: tl.int64, inner: tl.int64, mask_stride: tl.int64, k: tl.int32, DTYPE: tl.constexpr,
     K: tl.constexpr, R: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -184,16 +186,16 @@ def sums_kernel(
     total = tl.zeros([R, BLOCK], tl.float64)
     b = first * 0
     while b < batch:
-        for u in tl.static_range(4):  # so many reads on their way
+        for u in tl.static_range(2):  # so many reads on their way
             wanted = inside & (here(mask, row, bits, (b + u) * mask_stride, k, MASK) & (row * 0 + b + u < batch))[:, None]
             total += tl.load((at + ((b + u) * inner + first))[:, None] + lane[None, :], mask=wanted, other=0).to(tl.float64)
-        b += 4
+        b += 2
     tl.store(sums + row[:, None] * inner + first + lane[None, :], total.to(sums.dtype.element_ty), mask=inside)
 
 
 def elements_each(k: int, size: int) -> int:
-    """Elements of a row that a thread reads at once: 16 bytes, and twice that where few rows leave registers."""
-    return max(16 // size, 2) * (2 if k <= 4 and size >= 4 else 1)
+    """Elements of a row that a thread reads at once: few rows leave registers for more."""
+    return (4 if size == 8 else 8) if k <= 4 else 2 if size == 8 else 4
 
 
 def slots_of(n: int, k: int) -> tuple[int, int]:
@@ -241,12 +243,12 @@ def gram(rows: Rows, mask: Tensor | None, per_sample: bool) -> Tensor:
         if rows.k <= FEW:
             lanes = WIDTH if n > 1024 else 32
             few_kernel[grid](
-                rows.packed, flat, slots, *numbers, **kinds, LANES=lanes, E=elements_each(rows.k, size),
+                rows.packed, flat, slots, *numbers, **kinds, LANES=lanes, E=2 if which == 2 else elements_each(rows.k, size),
                 num_warps=warps(lanes, first.device), enable_fp_fusion=True,
             )  # fmt: skip
         else:
             many_kernel[grid](
-                rows.packed, flat, slots, *numbers, **kinds, BLOCK=block_of(places, size),
+                rows.packed, flat, slots, *numbers, **kinds, BLOCK=block_of(size),
                 num_warps=warps(2 * WIDTH if places == 64 else WIDTH, first.device), enable_fp_fusion=True,
             )  # fmt: skip
         if per_problem > 1:
@@ -257,6 +259,6 @@ def gram(rows: Rows, mask: Tensor | None, per_sample: bool) -> Tensor:
     return G
 
 
-def block_of(places: int, size: int) -> int:
+def block_of(size: int) -> int:
     """Elements of each row in a step of `many_kernel`."""
-    return 32 if size == 8 or places == 64 else 64
+    return 32 if size == 8 else 64

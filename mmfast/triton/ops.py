@@ -59,7 +59,13 @@ def _like_one(grads: list[Tensor], *rest: object) -> Tensor:
 
 # torch.compile can't follow a launch that reads addresses: it sees these, plain calls go past the dispatcher
 _OPERATORS = {}
-for _function, _fake in ((_gram, _squares), (_presence, _squares), (_combine, _like_one), (_graddrop, _like_one), (_trimmed_mean, _like_one)):
+for _function, _fake in (
+    (_gram, _squares),
+    (_presence, _squares),
+    (_combine, _like_one),
+    (_graddrop, _like_one),
+    (_trimmed_mean, _like_one),
+):
     _OPERATORS[_function] = torch.library.custom_op(f"mmfast::triton{_function.__name__}", _function, mutates_args=())
     _OPERATORS[_function].register_fake(_fake)
 

@@ -1,8 +1,9 @@
 """K gradients as one argument of a kernel: their addresses, which of them are there, and what every launch needs to know."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 WIDTH = 128  # threads of a program: the lanes of a sum, so that they do not depend on the device
-INTERPRETED = not isinstance(triton.jit(lambda: None), triton.JITFunction)  # TRITON_INTERPRET=1 when this was imported
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """`triton.jit` that asks of an argument its type alone: one kernel serves all addresses and sizes, and what it must know is a constant."""
+    plain = [name for name, argument in signature(function).parameters.items() if argument.annotation is not tl.constexpr]
+    return triton.jit(do_not_specialize=plain)(function)
 
 
 class Rows(NamedTuple):
@@ -104,3 +110,15 @@ def here(mask, row, bits, mask_at, k, MASK: tl.constexpr):
     if MASK == 1:
         found = found & (tl.load(mask + mask_at + row, mask=row < k, other=0) != 0)
     return found
+
+
+@triton.jit
+def sample_of(first, offset, inner):
+    """The sample of the elements first + offset, offset < 4096: one long division for all of them, each has a short one."""
+    sample = first // inner
+    rest = first - sample * inner
+    near = (tl.minimum(rest, 4096).to(tl.int32) + offset) // tl.minimum(inner, 4096).to(tl.int32)
+    return sample + tl.where(inner + 0 * offset >= 4096, (rest + offset >= inner).to(tl.int32), near)
+
+
+INTERPRETED = not isinstance(here, triton.JITFunction)  # TRITON_INTERPRET was 1 when this was imported

@@ -1,0 +1,52 @@
+"""The Triton backend: its kernels under the interpreter, and what it says where it cannot run."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run(*arguments, **environment):
+    """Python in a process of its own, where TRITON_INTERPRET is what `environment` says."""
+    full = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    full["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=Path(__file__).parent.parent, env=full, check=False, capture_output=True, text=True
+    )
+
+
+@installed
+def test_the_kernels_interpreted():
+    """tests/triton_interpreted.py, which can be run by itself: TRITON_INTERPRET=1 pytest tests/triton_interpreted.py."""
+    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_interpreted.py", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def test_the_package_neither_imports_nor_needs_triton():
+    done = run("-c", "import sys, mmfast; assert 'triton' not in sys.modules and 'mmfast.triton' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+    done = run(
+        "-c",
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, mmfast as mf\n"
+        "ok, why = mf.backends()['triton']; assert not ok and 'not installed' in why\n"
+        "try: mf.gram([torch.ones(3)], backend='triton')\n"
+        "except RuntimeError as error: assert 'pip install triton' in str(error)\n"
+        "else: raise SystemExit(1)\n",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@installed
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without a GPU")
+def test_without_a_gpu_it_says_so():
+    code = "import torch, mmfast as mf\nassert not mf.backends()['triton'][0]\nmf.gram([torch.ones(3)], backend='triton')"
+    done = run("-c", code)
+    assert done.returncode == 1 and "sees no GPU" in done.stderr and "TRITON_INTERPRET" in done.stderr
+    assert run("-c", code.replace("assert not", "assert"), TRITON_INTERPRET="1").returncode == 0

@@ -1,0 +1,104 @@
+"""The Triton kernels on a GPU: as plain torch has it, the same bits on every run, nothing that waits for the device."""
+
+import copy
+
+import pytest
+import torch
+
+import mmfast as mf
+from mmfast import ops
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or torch.xpu.is_available()) or not mf.backends()["triton"][0], reason="no GPU to test, or no Triton"
+)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def gradients(k, shape, dtype):
+    device = torch.accelerator.current_accelerator()
+    return [torch.randn(shape).mul(10.0 ** float(torch.randint(-1, 2, ()))).to(dtype).to(device) for _ in range(k)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 9, 17, 64])
+def test_gram_and_combine(k, dtype):
+    for shape in [(1, 1), (3, 255), (1, 4097), (7, 5000), (2, 70001), (1, 5_000_000 // k)]:
+        grads = gradients(k, shape, dtype)
+        mask = torch.rand(shape[0], k, device=grads[0].device) < 0.7
+        for per in ("batch", "sample", "batch_sum"):
+            for m in (None, mask, mask[0]):
+                G = ops.gram(grads, per, mask=m, backend="triton")
+                exact = ops.gram([g.double() for g in grads], per, mask=m, backend="reference")
+                size = exact.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(1e-30)
+                scale = size.unsqueeze(-1) * size.unsqueeze(-2)
+                limit = 1e-13 if dtype == torch.float64 else 3e-3 if per == "batch_sum" and dtype.itemsize == 2 else 2e-6
+                assert ((G - exact).abs() / scale).max() < limit, (shape, per)
+                assert torch.equal(G, ops.gram(grads, per, mask=m, backend="triton"))
+            w = torch.randn((shape[0], k) if per == "sample" else (k,), dtype=torch.float64, device=grads[0].device)
+            out, expected = (ops.combine(grads, w, per, backend=backend) for backend in ("triton", "reference"))
+            bound = sum(g.double().abs() for g in grads).max().item() * w.abs().max().item() * torch.finfo(dtype).eps * 4
+            torch.testing.assert_close(out, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unaligned_and_strided_gradients(dtype):
+    pool = torch.stack(gradients(3, (2, 5001), dtype))
+    for cut in (
+        lambda t: t[:, 1:],
+        lambda t: t[:, ::2],
+        lambda t: t.T,
+        lambda t: t[:1].expand(2, 5001),
+        lambda t: t[:, :0],
+        lambda t: t[0, 3:],
+    ):
+        grads = [cut(t) for t in pool]
+        assert torch.equal(ops.gram(grads, backend="triton"), ops.gram([g.clone().contiguous() for g in grads], backend="triton"))
+
+
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+@pytest.mark.parametrize("make", [mf.MGDA, mf.UPGrad, mf.PCGrad, mf.GradVac, mf.Mean, mf.Random, mf.GradDrop, lambda: mf.TrimmedMean(1)])
+def test_resolve_as_plain_torch_has_it(make, per):
+    for norm, mask in ((False, None), (True, torch.tensor([True, False, True, True, True]).to(torch.accelerator.current_accelerator()))):
+        grads = gradients(4, (6, 700), torch.float32)
+        one = make().to(grads[0].device)
+        two = copy.deepcopy(one)
+        for _ in range(2):
+            ours = mf.resolve([*grads, None], one, per, mask, preserve_norm=norm, backend="triton")
+            theirs = mf.resolve([*grads, None], two, per, mask, preserve_norm=norm, backend="reference")
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_graddrop_has_the_bits_of_plain_torch():
+    for k in (2, 5, 12):
+        grads = gradients(k, (3, 10_007), torch.float32)
+        one = mf.GradDrop(0.25).to(grads[0].device)
+        two = copy.deepcopy(one)
+        kept, expected = mf.resolve(grads, one, backend="triton"), mf.resolve(grads, two, backend="reference")
+        torch.testing.assert_close(kept, expected, rtol=1e-5, atol=1e-6) if k > 8 else None
+        assert k > 8 or torch.equal(kept, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks torch.cuda who waits")
+def test_nothing_waits_for_the_device():
+    grads = gradients(3, (4, 9000), torch.float32)
+    rules = [mf.MGDA(), mf.Mean(), mf.GradDrop().cuda(), mf.TrimmedMean(1)]
+    for mode in ("default", "error"):  # compiled at first
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for per in ("batch", "sample", "batch_sum"):
+                for rule in rules:
+                    if per != "sample" or rule in rules[:2]:
+                        mf.resolve(grads, rule, per, backend="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_more_than_two_to_the_31_elements():
+    n, device = 2**31 + 17, torch.accelerator.current_accelerator()
+    if device.type != "cuda" or torch.cuda.mem_get_info()[0] < 5 * n:
+        pytest.skip("too little memory")
+    g = torch.zeros(n, dtype=torch.float16, device=device)
+    g[-1] = 3
+    assert ops.gram([g], backend="triton").item() == 9
+    out = ops.combine([g], torch.tensor([2.0], device=device), backend="triton")
+    assert out[-1] == 6 and not out[:-1].any()

@@ -1,0 +1,142 @@
+"""What a GPU would compile of the Triton kernels, found without one: python tests/triton_variants.py TARGET prints a line of JSON for each kernel.
+
+Launches are recorded instead of run; the compiler's own binder then says what it would specialise on for the target, and compiles that.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from mmfast.triton import combine, elementwise, gram, rows
+
+TARGETS = {
+    "cuda:80": GPUTarget("cuda", 80, 32),
+    "cuda:90": GPUTarget("cuda", 90, 32),
+    "cuda:100": GPUTarget("cuda", 100, 32),
+    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Recorder:
+    """Stands in for the launch of every kernel."""
+
+    def __init__(self, target):
+        self.backend, self.target, self.found = make_backend(target), target, {}
+        triton.JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: self.launch(kernel, args, kwargs)
+        rows._threads_of_a_warp = lambda device: target.warp_size
+
+    def launch(self, kernel, args, kwargs):
+        binder = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        bound, specialization, options = binder(*args, **kwargs)
+        key = (kernel.__name__, str(specialization), str(options))
+        if key not in self.found:
+            options, signature, constants, attributes = kernel._pack_args(self.backend, kwargs, bound, specialization, options)
+            self.found[key] = (ASTSource(kernel, signature, constants, attributes), options.__dict__)
+
+    def compile(self, title):
+        for (name, *_), (source, options) in self.found.items():
+            line = {"kernel": f"{name} {title}", **figures(triton.compile(source, target=self.target, options=options), options)}
+            print(json.dumps(line), flush=True)
+        self.found.clear()
+
+
+def figures(compiled, options):
+    """Registers, bytes of spills and of shared memory, and the widest load, by what the assembler says."""
+    if "ptx" not in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.{name}: +(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
+        widest = 16 if "load_dwordx4" in text else 0
+    else:
+        text = compiled.asm["ptx"]
+        spilled, registers = ptxas(text, options)
+        widest = 16 if re.search(r"ld\.global\.(v4\.b32|v2\.b64)|cp\.async\.cg", text) else 0
+    return {"registers": registers, "spills": spilled, "shared": compiled.metadata.shared, "widest_load": widest}
+
+
+def ptxas(text, options):
+    """(bytes of spills, registers) of a program in PTX."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    arch = re.search(r"\.target (\w+)", text)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(text)
+        flags = [] if options["enable_fp_fusion"] else ["--fmad=false"]
+        if triton.__version__ >= "3.9":
+            flags.append("--regAllocOptLevel=2")  # as the compiler itself has it
+        command = [get_ptxas(int(re.search(r"\d+", arch)[0])).path, "-v", *flags, f"--gpu-name={arch}", str(path), "-o", os.devnull]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
+    return int(stores) + int(loads), int(re.search(r"Used (\d+) registers", said)[1])
+
+
+def gradients(k, n, dtype, batch=1):
+    return rows.rows_of([torch.zeros(batch, n, dtype=dtype) for _ in range(k)])
+
+
+def every_kernel(recorder, all_sizes):
+    """The kernels of the smallest and largest rows that each form takes."""
+    few = [(3, torch.float32), (8, torch.float32), (8, torch.bfloat16)]
+    few += [
+        (1, torch.float32),
+        (2, torch.bfloat16),
+        (4, torch.float32),
+        (8, torch.float64),
+        (16, torch.float32),
+        (32, torch.float64),
+    ] * all_sizes
+    few += [(64, torch.float32), (64, torch.bfloat16), (64, torch.float64)] * all_sizes
+    for k, dtype in few:
+        g = gradients(k, 8192, dtype)
+        name = f"K={k} {str(dtype).removeprefix('torch.')}"
+        w = torch.zeros(k, dtype=torch.float64)
+        gram.gram(g, None, False)
+        combine.combine(g, None, w, False, True)
+        recorder.compile(name)
+    for k, dtype in [(3, torch.float32)] + [(8, torch.float32), (64, torch.bfloat16)] * all_sizes:
+        g = gradients(k, 1000, dtype, 4)
+        name = f"K={k} {str(dtype).removeprefix('torch.')} masked"
+        mask = torch.zeros(4, k, dtype=torch.bool)
+        gram.gram(g, mask, False)
+        gram.gram(g, mask, True)
+        gram.batch_sums(g, mask)
+        combine.combine(g, mask, torch.zeros(k, dtype=torch.float64), False, True)
+        elementwise.graddrop(g, mask, torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
+        elementwise.trimmed_mean(g, mask, 1)
+        recorder.compile(name)
+
+
+def alignments(recorder):
+    """How many kernels three rows compile over all alignments, lengths and masks of theirs."""
+    pool = torch.zeros(3, 9000)
+    for first, second, third, n in product(range(5), range(5), range(5), (1040, 4097, 8192)):
+        g = rows.rows_of([pool[0, first : first + n], pool[1, second : second + n], pool[2, third : third + n]])
+        gram.gram(g, None, False)
+        combine.combine(g, None, torch.zeros(4, dtype=torch.float64)[n % 2 :][:3], False, True)
+    missing = rows.rows_of([pool[0], pool[1]], (1,))
+    gram.gram(missing, None, False)
+    counts = {}
+    for name, *_ in recorder.found:
+        counts[name] = counts.get(name, 0) + 1
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    target = sys.argv[1]
+    if target == "alignments":
+        alignments(Recorder(TARGETS["cuda:90"]))
+        alignments(Recorder(TARGETS["hip:gfx942"]))
+    else:
+        every_kernel(Recorder(TARGETS[target]), target in ("cuda:90", "hip:gfx942"))
