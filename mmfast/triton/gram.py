@@ -243,7 +243,7 @@ def gram(rows: Rows, mask: Tensor | None, per_sample: bool) -> Tensor:
         if rows.k <= FEW:
             lanes = WIDTH if n > 1024 else 32
             few_kernel[grid](
-                rows.packed, flat, slots, *numbers, **kinds, LANES=lanes, E=2 if which == 2 else elements_each(rows.k, size),
+                rows.packed, flat, slots, *numbers, **kinds, LANES=lanes, E=(2 if rows.k <= 4 else 1) if which == 2 else elements_each(rows.k, size),
                 num_warps=warps(lanes, first.device), enable_fp_fusion=True,
             )  # fmt: skip
         else:
