@@ -1,6 +1,5 @@
 """Which backend serves a call: what can be used here and why not, what "auto" takes, what a name asks for."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -44,7 +43,9 @@ def why_no_triton() -> str | None:
 
 def triton_kernels() -> Any:
     """The Triton kernels, imported when they are asked for."""
-    return import_module("mmfast.triton.ops")
+    from mmfast.triton import ops
+
+    return ops
 
 
 def serving(device: torch.device, backend: str, k: int) -> str:

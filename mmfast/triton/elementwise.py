@@ -163,7 +163,7 @@ def graddrop(rows: Rows, mask: Tensor | None, leak: Tensor, rng: Tensor) -> Tens
     if n:
         flat, stride, which = mask_of(mask, rows, True)
         with current(first.device):
-            block = 256 if rows.k <= FEW.value else 32
+            block = 256 if rows.k <= FEW.value else 16
             graddrop_kernel[(triton.cdiv(n, 4 * block),)](
                 rows.packed, flat, leak, rng, out, rows.bits, n, rows.inner, stride, rows.k,
                 ACC=tl.float64 if first.dtype == torch.float64 else tl.float32, K=len(rows.packed), MASK=which, BLOCK=block,
