@@ -1,0 +1,50 @@
+"""UPGrad and DualProj in Triton; mirrors mmfast/resolvers/cone.py. params: the precision, then K preferences or nothing."""
+
+import triton
+import triton.language as tl
+
+from mmfast.triton.nonnegative import nonnegative
+from mmfast.triton.problem import column, cosines, load, pick, store, times
+
+
+@triton.jit
+def preference(params_ptr, active, idx, K, GIVEN: tl.constexpr):
+    if GIVEN:
+        pref = tl.load(params_ptr + 1 + idx, mask=idx < K, other=0.0)
+    else:
+        pref = 1.0 / tl.maximum(tl.sum(active.to(tl.int32), axis=0), 1).to(tl.float64)
+    return tl.where(active, pref, 0.0)
+
+
+@triton.jit
+def upgrad(
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    GIVEN: tl.constexpr,
+):  # fmt: skip
+    """The sum of the projections of the rows, one after the other."""
+    idx = tl.arange(0, P)
+    G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
+    norm, C = cosines(G, active, idx)
+    u = preference(params_ptr, active, idx, K, GIVEN) * norm
+    total = u
+    for i in range(K):
+        at = idx == i
+        q = tl.where(at, 0.0, column(C, at))
+        share = pick(u, at)
+        if (tl.min(q, axis=0) < 0.0) & (share > 0.0):
+            total += share * nonnegative(C, q, active & ~at, 1.0, idx, K)  # projecting g_i never needs more of g_i itself
+    store(w_ptr, total / norm, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
+
+
+@triton.jit
+def dualproj(
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    GIVEN: tl.constexpr,
+):  # fmt: skip
+    """The projection of the weighted sum."""
+    idx = tl.arange(0, P)
+    G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
+    norm, C = cosines(G, active, idx)
+    u = preference(params_ptr, active, idx, K, GIVEN) * norm
+    x = nonnegative(C, tl.where(active, times(C, u), 0.0), active, tl.sum(u, axis=0), idx, K)
+    store(w_ptr, (u + x) / norm, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)

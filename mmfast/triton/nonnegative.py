@@ -1,0 +1,103 @@
+"""min 1/2 x'Cx + q'x over x >= 0, for a positive semidefinite C with a unit diagonal and q in its range: exact, in finitely many steps.
+
+The active-set method of csrc/solvers/nnls.h on a table in place of a factor: T is C after exchanging (sweeping) the rows of the set,
+with -C_SS^-1 in the set, C_NS C_SS^-1 beside it, and the Schur complement outside. A row joins or leaves by one update of rank 1. Slacks come
+from C itself and the table only corrects x, so that its rounding does not stay in the result; where it has gathered too much, it is made anew.
+"""
+
+import triton
+import triton.language as tl
+
+from mmfast.triton.problem import column, pick, times
+
+
+@triton.jit
+def exchange(T, at, c, pivot):
+    """The table after the row where `at`, with column c, joins the set (pivot > 0) or leaves it (pivot < 0)."""
+    share = c / tl.abs(pivot)
+    out = T - c[:, None] * (c / pivot)[None, :]
+    out = tl.where(at[None, :], share[:, None], out)
+    out = tl.where(at[:, None], share[None, :], out)
+    return tl.where(at[:, None] & at[None, :], -1.0 / pivot, out)
+
+
+@triton.jit
+def table(C, inside, idx, K):
+    """The table of a set, made anew."""
+    T = C
+    for k in range(K):
+        at = (idx == k) & inside
+        if tl.sum(at.to(tl.int32), axis=0) > 0:
+            c = column(T, at)
+            T = exchange(T, at, c, tl.maximum(pick(c, at), 1e-15))
+    return T
+
+
+@triton.jit
+def nonnegative(C, q, free, reach, idx, K):
+    """x [P], zero where not free; reach is the size of the sums that q is made of."""
+    x = q * 0.0
+    T = C
+    inside = free & (idx < 0)  # the set
+    left_out = ~free  # rows that cannot join: not free, or rounding alone would take them in
+    entering = tl.full((), -1, tl.int32)  # the row whose x is being raised
+    stale = tl.full((), 0, tl.int32)  # whether a row left the table since it was made
+    going = tl.full((), 1, tl.int32)
+    for_ever = 8 * K + 32
+    while going > 0:
+        going += 1
+        slack = q + times(C, x)
+        moved = tl.where(inside, x + times(T, tl.where(inside, slack, 0.0)), x)
+        if tl.min(tl.where(inside, moved, 1.0), axis=0) > 0.0:
+            x = moved
+            slack = q + times(C, x)
+        size = reach + tl.sum(x, axis=0)
+        unsettled = tl.max(tl.where(inside, tl.abs(slack), 0.0), axis=0) > 1e-12 * size
+        if unsettled & (stale > 0):
+            T = table(C, inside, idx, K)
+            stale = stale * 0
+        else:
+            candidates = tl.where(inside | left_out, float("inf"), slack)
+            found = tl.argmin(candidates, axis=0)
+            violated = tl.min(candidates, axis=0) < -1e-13 * size
+            at = idx == tl.where(entering >= 0, entering, found)
+            if violated | (entering >= 0):
+                c = column(T, at)
+                pivot, lack = pick(c, at), pick(slack, at)
+                z = tl.where(inside, c, 0.0)
+                weights = 1.0 + tl.sum(tl.abs(z), axis=0)
+                falls = z > 1e-12 * weights  # less is rounding and never reaches zero
+                until = tl.where(falls, x / tl.where(falls, z, 1.0), float("inf"))
+                partial, first = tl.min(until, axis=0), tl.argmin(until, axis=0)
+                independent = pivot > 1e-15 * weights * weights
+                full = tl.where(independent, tl.maximum(-lack, 0.0) / tl.where(independent, pivot, 1.0), float("inf"))
+                # near-opposite members amplify the rounding of a row dependent on them
+                noise = (full == float("inf")) & ((lack >= -1e-10 * size) | (partial == float("inf")))
+                if noise:
+                    left_out = left_out | at
+                    entering = entering * 0 - 1
+                else:
+                    step = tl.minimum(full, partial)
+                    x = tl.where(at, x + step, tl.where(inside, tl.maximum(x - step * z, 0.0), x))
+                    if full <= partial:
+                        inside = inside | at
+                        T = exchange(T, at, c, pivot)
+                        entering = entering * 0 - 1
+                    else:
+                        entering = tl.where(entering >= 0, entering, found)
+                        out = idx == first
+                        x = tl.where(out, 0.0, x)
+                        inside = inside & ~out
+                        leaving = column(T, out)
+                        depth = pick(leaving, out)
+                        if (depth < -0.5) & (depth > -1e4):
+                            T = exchange(T, out, leaving, depth)
+                            stale = stale * 0 + 1
+                        else:  # it was nearly dependent: the update would lose too many digits
+                            T = table(C, inside, idx, K)
+                            stale = stale * 0
+            else:
+                going = going * 0
+        if going > for_ever:
+            going = going * 0
+    return x
