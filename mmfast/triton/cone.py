@@ -32,7 +32,9 @@ def upgrad(
         q = tl.where(at, 0.0, column(C, at))
         share = pick(u, at)
         if (tl.min(q, axis=0) < 0.0) & (share > 0.0):
-            total += share * nonnegative(C, q, active & ~at, 1.0, idx, K)  # projecting g_i never needs more of g_i itself
+            free = active & ~at  # projecting g_i never needs more of g_i itself
+            x, _, _ = nonnegative(C, q, free & (q < 0.0), free, 1.0, idx, K)
+            total += share * x
     store(w_ptr, total / norm, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
 
 
@@ -46,5 +48,6 @@ def dualproj(
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     norm, C = cosines(G, active, idx)
     u = preference(params_ptr, active, idx, K, GIVEN) * norm
-    x = nonnegative(C, tl.where(active, times(C, u), 0.0), active, tl.sum(u, axis=0), idx, K)
+    q = tl.where(active, times(C, u), 0.0)
+    x, _, _ = nonnegative(C, q, q < 0.0, active, tl.sum(u, axis=0), idx, K)
     store(w_ptr, (u + x) / norm, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)

@@ -20,7 +20,8 @@ def shortest(G, active, idx, K):
     size = tl.sqrt(squares + tl.where(active, lift, 0.0))
     one = tl.where(idx[:, None] == idx[None, :], 1.0, 0.0)
     C = tl.where(pair & (idx[:, None] != idx[None, :]), (G + lift) / (size[:, None] * size[None, :]), one)
-    x = nonnegative(C, tl.where(active, -lift / size, 0.0), active, 0.0, idx, K) / size
+    x, _, _ = nonnegative(C, tl.where(active, -lift / size, 0.0), active, active, 0.0, idx, K)
+    x = x / size
     return x / tl.sum(x, axis=0)
 
 

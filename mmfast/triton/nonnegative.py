@@ -22,23 +22,41 @@ def exchange(T, at, c, pivot):
 
 
 @triton.jit
-def table(C, inside, idx, K):
-    """The table of a set, made anew."""
+def table(C, inside, idx, K, least):
+    """(the table of a set made anew, the set): rows whose pivot is less than `least` are dependent and taken out of it."""
     T = C
     for k in range(K):
         at = (idx == k) & inside
-        if tl.sum(at.to(tl.int32), axis=0) > 0:
+        if tl.max(tl.where(at, 1, 0), axis=0) > 0:
             c = column(T, at)
-            T = exchange(T, at, c, tl.maximum(pick(c, at), 1e-15))
-    return T
+            pivot = pick(c, at)
+            if pivot > least:
+                T = exchange(T, at, c, tl.maximum(pivot, 1e-15))
+            else:
+                inside = inside & ~at
+    return T, inside
 
 
 @triton.jit
-def nonnegative(C, q, free, reach, idx, K):
-    """x [P], zero where not free; reach is the size of the sums that q is made of."""
+def inverse_times(T, inside, r):
+    """C_SS^-1 r_S from the table, zero outside the set."""
+    return tl.where(inside, -times(T, tl.where(inside, r, 0.0)), 0.0)
+
+
+@triton.jit
+def nonnegative(C, q, inside, free, reach, idx, K):
+    """(x [P], its table, its set), x zero where not free; `inside` guesses the set, reach is the size of the sums that q is made of."""
+    # from the guess all leave at once whose x would be negative, until none is: most problems end here
     x = q * 0.0
-    T = C
-    inside = free & (idx < 0)  # the set
+    T, inside = table(C, inside, idx, K, 1e-10)
+    guessing = tl.full((), 1, tl.int32)
+    while guessing > 0:
+        x = inverse_times(T, inside, -q)
+        negative = inside & ~(x > 0.0)
+        guessing = tl.max(tl.where(negative, 1, 0), axis=0)
+        if guessing > 0:
+            T, inside = table(C, inside & ~negative, idx, K, 1e-10)
+
     left_out = ~free  # rows that cannot join: not free, or rounding alone would take them in
     entering = tl.full((), -1, tl.int32)  # the row whose x is being raised
     stale = tl.full((), 0, tl.int32)  # whether a row left the table since it was made
@@ -47,14 +65,14 @@ def nonnegative(C, q, free, reach, idx, K):
     while going > 0:
         going += 1
         slack = q + times(C, x)
-        moved = tl.where(inside, x + times(T, tl.where(inside, slack, 0.0)), x)
+        moved = tl.where(inside, x - inverse_times(T, inside, slack), x)
         if tl.min(tl.where(inside, moved, 1.0), axis=0) > 0.0:
             x = moved
             slack = q + times(C, x)
         size = reach + tl.sum(x, axis=0)
         unsettled = tl.max(tl.where(inside, tl.abs(slack), 0.0), axis=0) > 1e-12 * size
         if unsettled & (stale > 0):
-            T = table(C, inside, idx, K)
+            T, inside = table(C, inside, idx, K, -1.0)
             stale = stale * 0
         else:
             candidates = tl.where(inside | left_out, float("inf"), slack)
@@ -94,10 +112,10 @@ def nonnegative(C, q, free, reach, idx, K):
                             T = exchange(T, out, leaving, depth)
                             stale = stale * 0 + 1
                         else:  # it was nearly dependent: the update would lose too many digits
-                            T = table(C, inside, idx, K)
+                            T, inside = table(C, inside, idx, K, -1.0)
                             stale = stale * 0
             else:
                 going = going * 0
         if going > for_ever:
             going = going * 0
-    return x
+    return x, T, inside
