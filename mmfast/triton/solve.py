@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmfast.resolvers import MGDA, Constant, DualProj, Mean, PCGrad, Random, Sum, UPGrad
+from mmfast.resolvers import MGDA, CAGrad, Constant, DualProj, Mean, PCGrad, Random, Sum, UPGrad
 from mmfast.resolvers.base import Rule
 from mmfast.resolvers.philox import advance
 from mmfast.triton import cone, minnorm, projection, simple
@@ -27,6 +27,8 @@ def _kernel(rule: Rule) -> tuple[Any, dict[str, bool]] | None:
         return projection.pcgrad, {"FIXED": not rule.random}
     if isinstance(rule, MGDA):
         return minnorm.mgda, {"UNIT": rule.normalize == "l2"}
+    if isinstance(rule, CAGrad):
+        return minnorm.cagrad, {}
     if kind in (UPGrad, DualProj):
         return cone.upgrad if kind is UPGrad else cone.dualproj, {"GIVEN": bool(rule.params())}
     return None
@@ -78,6 +80,7 @@ def solve(
             HAS_MASK=mask is not None,
             PRESERVE_NORM=preserve_norm,
             num_warps=1 if size <= 16 else size // 8,
+            enable_fp_fusion=False,  # as the other backends round; what is the default depends on Triton's version
             **variant,
         )
     if rng is not None:
