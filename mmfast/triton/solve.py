@@ -8,10 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from mmfast.resolvers import MGDA, CAGrad, Constant, DualProj, Mean, PCGrad, Random, Sum, UPGrad
+from mmfast.resolvers import (
+    IMTLG, MGDA, AlignedMTL, CAGrad, ConFIG, Constant, DualProj, FairGrad, Mean, NashMTL, PCGrad, Random, Sum, UPGrad
+)
 from mmfast.resolvers.base import Rule
 from mmfast.resolvers.philox import advance
-from mmfast.triton import cone, minnorm, projection, simple
+from mmfast.triton import alignment, bargaining, cone, minnorm, projection, simple
 
 MAX_ROWS = 64  # of a tile that registers hold
 
@@ -31,6 +33,12 @@ def _kernel(rule: Rule) -> tuple[Any, dict[str, bool]] | None:
         return minnorm.cagrad, {}
     if kind in (UPGrad, DualProj):
         return cone.upgrad if kind is UPGrad else cone.dualproj, {"GIVEN": bool(rule.params())}
+    if kind is IMTLG:
+        return alignment.imtlg, {}
+    if kind in (ConFIG, AlignedMTL):
+        return alignment.config if kind is ConFIG else alignment.aligned, {"GIVEN": len(rule.params()) > 1}
+    if kind in (NashMTL, FairGrad):
+        return bargaining.nash if kind is NashMTL else bargaining.fair, {}
     return None
 
 
