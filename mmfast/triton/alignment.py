@@ -36,7 +36,7 @@ def multiples(G, pref, active, precision, idx, K):
     return norm, x / norm, cosine, square
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def imtlg(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def tracked(norm, active, kind):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def config(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -89,7 +89,7 @@ def config(
     store(w_ptr, w, G, active, rows, precision, K, P, PRESERVE_NORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def aligned(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,

@@ -49,7 +49,7 @@ def bargain(G, active, alpha, idx, K):
     return x / norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def nash(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def nash(
     store(w_ptr, w * factor, G, active, rows, precision, K, P, PRESERVE_NORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def fair(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip

@@ -16,7 +16,7 @@ def preference(params_ptr, active, idx, K, GIVEN: tl.constexpr):
     return tl.where(active, pref, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def upgrad(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -33,12 +33,12 @@ def upgrad(
         share = pick(u, at)
         if (tl.min(q, axis=0) < 0.0) & (share > 0.0):
             free = active & ~at  # projecting g_i never needs more of g_i itself
-            x, _, _ = nonnegative(C, q, free & (q < 0.0), free, 1.0, 1e-10, idx, K)
+            x, _T, _set = nonnegative(C, q, free & (q < 0.0), free, 1.0, 1e-10, idx, K)
             total += share * x
     store(w_ptr, total / norm, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def dualproj(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -49,5 +49,5 @@ def dualproj(
     norm, C = cosines(G, active, idx)
     u = preference(params_ptr, active, idx, K, GIVEN) * norm
     q = tl.where(active, times(C, u), 0.0)
-    x, _, _ = nonnegative(C, q, q < 0.0, active, tl.sum(u, axis=0), 1e-10, idx, K)
+    x, _T, _set = nonnegative(C, q, q < 0.0, active, tl.sum(u, axis=0), 1e-10, idx, K)
     store(w_ptr, (u + x) / norm, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)

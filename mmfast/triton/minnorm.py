@@ -20,7 +20,7 @@ def shortest(G, active, idx, K):
     size = tl.sqrt(squares + tl.where(active, lift, 0.0))
     one = tl.where(idx[:, None] == idx[None, :], 1.0, 0.0)
     C = tl.where(pair & (idx[:, None] != idx[None, :]), (G + lift) / (size[:, None] * size[None, :]), one)
-    x, _, _ = nonnegative(C, tl.where(active, -lift / size, 0.0), active, active, 0.0, 2e-13, idx, K)
+    x, _T, _set = nonnegative(C, tl.where(active, -lift / size, 0.0), active, active, 0.0, 2e-13, idx, K)
     x = x / size
     return x / tl.sum(x, axis=0)
 
@@ -39,7 +39,7 @@ def share(w, G, idx, K):
     return tl.sum(tl.where(group, w[None, :], 0.0), axis=1) / tl.sum(group.to(tl.int32), axis=1).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def mgda(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     UNIT: tl.constexpr,
@@ -132,7 +132,7 @@ def ball(C, b, a, active, c, idx, K):
     return z * tl.minimum(c / tl.sqrt(tl.where(square > 0.0, square, c * c)), 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def cagrad(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip

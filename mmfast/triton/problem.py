@@ -43,9 +43,7 @@ def load(G_ptr, mask_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexp
     idx = tl.arange(0, P)
     problem = tl.program_id(0).to(tl.int64)
     inside = idx < K
-    raw = tl.load(
-        G_ptr + problem * K * K + idx[:, None] * K + idx[None, :], mask=inside[:, None] & inside[None, :], other=0.0
-    )
+    raw = tl.load(G_ptr + problem * K * K + idx[:, None] * K + idx[None, :], mask=inside[:, None] & inside[None, :], other=0.0)
     squares = diagonal(raw, idx)
     rows = squares != 0.0
     if HAS_MASK:

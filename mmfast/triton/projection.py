@@ -7,7 +7,7 @@ from mmfast.triton.problem import diagonal, load, store
 from mmfast.triton.random import bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def pcgrad(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     FIXED: tl.constexpr,
@@ -37,9 +37,7 @@ def pcgrad(
         t = tl.where(product < 0.0, -product / tl.where(taken, square, 1.0), 0.0)
         c += tl.where(met, t[:, None], 0.0)
         j = tl.where(taken, last & 255, 0)
-        row = tl.load(
-            G_ptr + (problem * K + j[:, None]) * K + idx[None, :], mask=taken[:, None] & active[None, :], other=0.0
-        )
+        row = tl.load(G_ptr + (problem * K + j[:, None]) * K + idx[None, :], mask=taken[:, None] & active[None, :], other=0.0)
         products += t[:, None] * (half * row * half)
     w = tl.sum(tl.where(active[:, None], c, 0.0), axis=0)
     if tl.load(params_ptr + 1) != 0.0:

@@ -7,7 +7,7 @@ from mmfast.triton.problem import load, store
 from mmfast.triton.random import uniform
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def fixed(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     MEAN: tl.constexpr, CONSTANT: tl.constexpr,
@@ -23,7 +23,7 @@ def fixed(
     store(w_ptr, w, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "mask_stride"])
 def random(
     G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip

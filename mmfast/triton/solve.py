@@ -9,7 +9,20 @@ import triton
 from torch import Tensor
 
 from mmfast.resolvers import (
-    IMTLG, MGDA, AlignedMTL, CAGrad, ConFIG, Constant, DualProj, FairGrad, Mean, NashMTL, PCGrad, Random, Sum, UPGrad
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    Constant,
+    DualProj,
+    FairGrad,
+    Mean,
+    NashMTL,
+    PCGrad,
+    Random,
+    Sum,
+    UPGrad,
 )
 from mmfast.resolvers.base import Rule
 from mmfast.resolvers.philox import advance
