@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import inverse_times, table
-from mmfast.triton.problem import cosines, load, store, times
+from mmfast.triton.problem import cosines, load, number, store, times
 from mmfast.triton.spectrum import eigh, kept
 
 
@@ -54,7 +54,7 @@ def imtlg(
 @triton.jit
 def tracked(norm, active, kind):
     """The mean of the norms that ConFIG follows: 1 least, 2 largest, 3 harmonic, 4 arithmetic, 5 geometric."""
-    count = tl.maximum(tl.sum(active.to(tl.int32), axis=0), 1).to(tl.float64)
+    count = number(active)
     out = tl.min(tl.where(active, norm, float("inf")), axis=0)
     if kind == 2.0:
         out = tl.max(tl.where(active, norm, 0.0), axis=0)
@@ -101,7 +101,7 @@ def aligned(
     if GIVEN:
         pref = tl.where(active, tl.load(params_ptr + 2 + idx, mask=idx < K, other=0.0), 0.0)
     else:
-        pref = tl.where(active, 1.0 / tl.maximum(tl.sum(active.to(tl.int32), axis=0), 1).to(tl.float64), 0.0)
+        pref = tl.where(active, 1.0 / number(active), 0.0)
     values, V = eigh(G, idx, K)
     keep = kept(values, active, precision)
     count = tl.sum(keep.to(tl.int32), axis=0)

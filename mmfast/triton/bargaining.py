@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import inverse_times, table
-from mmfast.triton.problem import cosines, load, store, times
+from mmfast.triton.problem import cosines, load, number, store, times
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def bargain(G, active, alpha, idx, K):
     own = tl.where(active, m, 0.0)
     alone = tl.sum(own * own, axis=0)
     together = tl.maximum(tl.sum(own * times(C, own), axis=0), 1e-6 * alone)
-    start = power(tl.where(alone > 0.0, alone / together, 1.0), alpha / (1.0 + alpha))
+    start = power(tl.where(alone > 0.0, alone, 1.0) / tl.where(alone > 0.0, together, 1.0), alpha / (1.0 + alpha))
     x = tl.where(active, start * m, 1.0)
     last = alone * 0.0 + 1.0
     step = tl.full((), 0, tl.int32)
@@ -73,7 +73,7 @@ def fair(
     idx = tl.arange(0, P)
     G, active, rows, half = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     precision, alpha = tl.load(params_ptr), tl.load(params_ptr + 1)
-    w = tl.where(active, 1.0, 0.0) / tl.maximum(tl.sum(active.to(tl.int32), axis=0), 1).to(tl.float64)
+    w = tl.where(active, 1.0, 0.0) / number(active)
     if alpha > 0.0:
         w = bargain(G, active, alpha, idx, K) * power(half, 2.0 * alpha / (1.0 + alpha))
     store(w_ptr, w, G, active, rows, precision, K, P, PRESERVE_NORM)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import nonnegative
-from mmfast.triton.problem import column, cosines, load, pick, store, times
+from mmfast.triton.problem import column, cosines, load, number, pick, store, times
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def preference(params_ptr, active, idx, K, GIVEN: tl.constexpr):
     if GIVEN:
         pref = tl.load(params_ptr + 1 + idx, mask=idx < K, other=0.0)
     else:
-        pref = 1.0 / tl.maximum(tl.sum(active.to(tl.int32), axis=0), 1).to(tl.float64)
+        pref = 1.0 / number(active)
     return tl.where(active, pref, 0.0)
 
 

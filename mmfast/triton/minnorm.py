@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import inverse_times, nonnegative
-from mmfast.triton.problem import column, cosines, diagonal, load, store, times
+from mmfast.triton.problem import column, cosines, diagonal, load, number, store, times
 
 
 @triton.jit
@@ -22,7 +22,8 @@ def shortest(G, active, idx, K):
     C = tl.where(pair & (idx[:, None] != idx[None, :]), (G + lift) / (size[:, None] * size[None, :]), one)
     x, _T, _set = nonnegative(C, tl.where(active, -lift / size, 0.0), active, active, 0.0, 2e-13, idx, K)
     x = x / size
-    return x / tl.sum(x, axis=0)
+    total = tl.sum(x, axis=0)
+    return x / tl.where(total > 0.0, total, 1.0)
 
 
 @triton.jit
@@ -140,7 +141,7 @@ def cagrad(
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     c, rescale = tl.load(params_ptr + 1), tl.load(params_ptr + 2)
     shrink = 1.0 / tl.where(rescale == 1.0, 1.0 + c * c, tl.where(rescale == 2.0, 1.0 + c, 1.0))
-    count = tl.maximum(tl.sum(active.to(tl.int32), axis=0), 1).to(tl.float64)
+    count = number(active)
     even = tl.where(active, 1.0 / count, 0.0)
     norm, C = cosines(G, active, idx)
     slope = times(G, even)

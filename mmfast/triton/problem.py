@@ -32,6 +32,12 @@ def diagonal(T, idx):
 
 
 @triton.jit
+def number(at):
+    """How many places `at` holds, float64; at least 1, to be divided by."""
+    return tl.maximum(tl.sum(at.to(tl.int32), axis=0), 1).to(tl.float64)
+
+
+@triton.jit
 def power_of_two(exponent):
     """2^exponent in float64, for an int64 exponent of a normal number."""
     return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)

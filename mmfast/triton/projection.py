@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mmfast.triton.problem import diagonal, load, store
+from mmfast.triton.problem import diagonal, load, number, store
 from mmfast.triton.random import bits
 
 
@@ -41,5 +41,5 @@ def pcgrad(
         products += t[:, None] * (half * row * half)
     w = tl.sum(tl.where(active[:, None], c, 0.0), axis=0)
     if tl.load(params_ptr + 1) != 0.0:
-        w = w / tl.maximum(tl.sum(active.to(tl.int32), axis=0), 1).to(tl.float64)
+        w = w / number(active)
     store(w_ptr, w, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)

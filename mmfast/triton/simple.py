@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mmfast.triton.problem import load, store
+from mmfast.triton.problem import load, number, store
 from mmfast.triton.random import uniform
 
 
@@ -17,7 +17,7 @@ def fixed(
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     w = tl.where(active, 1.0, 0.0).to(tl.float64)
     if MEAN:
-        w = w / tl.sum(w, axis=0)
+        w = w / number(active)
     if CONSTANT:
         w = tl.load(params_ptr + 1 + idx, mask=idx < K, other=0.0)
     store(w_ptr, w, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
@@ -32,4 +32,5 @@ def random(
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     u, v = uniform(rng_ptr, 2 * idx), uniform(rng_ptr, 2 * idx + 1)
     e = tl.where(active, tl.exp(tl.sqrt(-2.0 * tl.log(u)) * tl.cos(6.283185307179586 * v)), 0.0)
-    store(w_ptr, e / tl.sum(e, axis=0), G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
+    total = tl.sum(e, axis=0)
+    store(w_ptr, e / tl.where(total > 0.0, total, 1.0), G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)

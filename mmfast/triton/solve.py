@@ -1,6 +1,6 @@
 """From Gramians to weights in one launch: a program of Triton for each problem, float64, without synchronisation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -8,51 +8,35 @@ import torch
 import triton
 from torch import Tensor
 
-from mmfast.resolvers import (
-    IMTLG,
-    MGDA,
-    AlignedMTL,
-    CAGrad,
-    ConFIG,
-    Constant,
-    DualProj,
-    FairGrad,
-    Mean,
-    NashMTL,
-    PCGrad,
-    Random,
-    Sum,
-    UPGrad,
-)
+from mmfast import resolvers
 from mmfast.resolvers.base import Rule
 from mmfast.resolvers.philox import advance
 from mmfast.triton import alignment, bargaining, cone, minnorm, projection, simple
 
 MAX_ROWS = 64  # of a tile that registers hold
 
+# the kernel of each rule, and which form of it a rule takes: what is known when it is compiled
+KERNELS: dict[type[Rule], tuple[Any, Callable[[Any], dict[str, bool]]]] = {
+    resolvers.Sum: (simple.fixed, lambda rule: {"MEAN": False, "CONSTANT": False}),
+    resolvers.Mean: (simple.fixed, lambda rule: {"MEAN": True, "CONSTANT": False}),
+    resolvers.Constant: (simple.fixed, lambda rule: {"MEAN": False, "CONSTANT": True}),
+    resolvers.Random: (simple.random, lambda rule: {}),
+    resolvers.PCGrad: (projection.pcgrad, lambda rule: {"FIXED": not rule.random}),
+    resolvers.MGDA: (minnorm.mgda, lambda rule: {"UNIT": rule.normalize == "l2"}),
+    resolvers.CAGrad: (minnorm.cagrad, lambda rule: {}),
+    resolvers.UPGrad: (cone.upgrad, lambda rule: {"GIVEN": rule.pref is not None}),
+    resolvers.DualProj: (cone.dualproj, lambda rule: {"GIVEN": rule.pref is not None}),
+    resolvers.NashMTL: (bargaining.nash, lambda rule: {}),
+    resolvers.FairGrad: (bargaining.fair, lambda rule: {}),
+    resolvers.IMTLG: (alignment.imtlg, lambda rule: {}),
+    resolvers.AlignedMTL: (alignment.aligned, lambda rule: {"GIVEN": rule.pref is not None}),
+    resolvers.ConFIG: (alignment.config, lambda rule: {"GIVEN": rule.pref is not None}),
+}
 
-def _kernel(rule: Rule) -> tuple[Any, dict[str, bool]] | None:
-    """The kernel of a rule and its variant, or None."""
-    kind = type(rule)
-    if kind in (Sum, Mean, Constant):
-        return simple.fixed, {"MEAN": kind is Mean, "CONSTANT": kind is Constant}
-    if kind is Random:
-        return simple.random, {}
-    if isinstance(rule, PCGrad):
-        return projection.pcgrad, {"FIXED": not rule.random}
-    if isinstance(rule, MGDA):
-        return minnorm.mgda, {"UNIT": rule.normalize == "l2"}
-    if isinstance(rule, CAGrad):
-        return minnorm.cagrad, {}
-    if kind in (UPGrad, DualProj):
-        return cone.upgrad if kind is UPGrad else cone.dualproj, {"GIVEN": bool(rule.params())}
-    if kind is IMTLG:
-        return alignment.imtlg, {}
-    if kind in (ConFIG, AlignedMTL):
-        return alignment.config if kind is ConFIG else alignment.aligned, {"GIVEN": len(rule.params()) > 1}
-    if kind in (NashMTL, FairGrad):
-        return bargaining.nash if kind is NashMTL else bargaining.fair, {}
-    return None
+
+def launch_options(size: int) -> dict[str, Any]:
+    """Warps that keep a tile of so many rows in registers; products and sums rounded apart, whatever Triton's version has for default."""
+    return {"num_warps": 1 if size <= 16 else size // 8, "enable_fp_fusion": False}
 
 
 @lru_cache(maxsize=64)
@@ -81,10 +65,10 @@ def solve(
         float64 [..., K], fresh; NaN for a Gramian with a number that is not finite. Deterministic.
     """
     k = G.shape[-1]
-    found = _kernel(chain[0]) if len(chain) == 1 and k <= MAX_ROWS else None
+    found = KERNELS.get(type(chain[0])) if len(chain) == 1 and k <= MAX_ROWS else None
     if found is None:
         return None
-    kernel, variant = found
+    kernel, form = found
     w = torch.empty(G.shape[:-1], dtype=torch.float64, device=G.device)
     problems = w.numel() // k
     if problems:
@@ -100,9 +84,8 @@ def solve(
             P=size,
             HAS_MASK=mask is not None,
             PRESERVE_NORM=preserve_norm,
-            num_warps=1 if size <= 16 else size // 8,
-            enable_fp_fusion=False,  # as the other backends round; what is the default depends on Triton's version
-            **variant,
+            **form(chain[0]),
+            **launch_options(size),
         )
     if rng is not None:
         advance(rng)

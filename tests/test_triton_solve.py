@@ -1,0 +1,244 @@
+"""The solvers in Triton against the rules' own conditions and the plain-torch forms: by Triton's interpreter where there is no GPU."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from problems import gramian, kinds
+from rule_table import RULES
+from test_minnorm import hard, randn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, and its functions with it
+pytest.importorskip("triton")
+
+from mmfast import ops, resolvers
+from mmfast.ops import reference
+from mmfast.triton import solve as solvers
+
+NAMES = [name for name, row in RULES.items() if type(row.make(row.min_k)) in solvers.KERNELS]
+EIGENVALUES = {"IMTLG", "AlignedMTL", "AlignedMTL(median)", "AlignedMTL(rmse)", "ConFIG", "ConFIG(geometric)"}
+EPS = torch.finfo(torch.float64).eps
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """What a kernel leaves unwritten shows as NaN."""
+    monkeypatch.setattr(solvers.torch, "empty", lambda *args, **kwargs: torch.full(*args, torch.nan, **kwargs))
+
+
+def solve(rule, G, mask=None, norm=False, precision=EPS):
+    mask = None if mask is None else mask.to(DEVICE)
+    rng = None if rule.rng is None else rule.rng.to(DEVICE)
+    w = solvers.solve(G.to(DEVICE), mask, [rule], [None], rng, norm, precision)
+    if rng is not None:
+        rule.rng = rng.cpu()
+    return None if w is None else w.cpu()
+
+
+def plain(rule, G, mask=None, norm=False):
+    return reference.weights(G, mask, [rule], [None], rule.rng, norm)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("name", NAMES)
+def test_optimality(name, k):
+    """The rule's own conditions, for every kind of Gramian at some scale."""
+    row = RULES[name]
+    if row.residual is None or (k > 5 and name not in ("PCGrad fixed", "MGDA", "CAGrad", "DualProj")):  # the interpreter is slow
+        return
+    scales = (1e-20, 1e-3, 1.0, 1e30)
+    cases = [(kind, G * scales[i % 4]) for i, (kind, G) in enumerate(kinds(k))]
+    for (kind, G), w in zip(cases, solve(row.make(k), torch.stack([G for _, G in cases])), strict=True):
+        assert row.residual(G, w) <= row.tolerance, kind
+        if row.nonconflicting:
+            size = G.diagonal().sqrt()
+            assert ((G @ w) >= -row.tolerance * size * (w.abs() * size).sum() - 1e-300).all(), kind
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_agrees_with_reference(name, norm):
+    """Weights and random stream, call after call, with missing rows; a row is the same alone, in a batch, and padded."""
+    for k in (1, 3, 4, 7):
+        ours = RULES[name].make(k)
+        theirs = copy.deepcopy(ours)
+        G = torch.stack([gramian(k, seed=s) for s in range(4)]).view(2, 2, k, k)
+        G[1, 1] *= 1e-300
+        mask = torch.rand(2, 2, k) < 0.75
+        for m in (None, mask, mask[0, 0]):
+            w, expected = solve(ours, G, m, norm), plain(theirs, G, m, norm)
+            torch.testing.assert_close(w, expected, rtol=1e-7, atol=1e-9)
+            assert w.shape == (2, 2, k)
+            if ours.rng is not None:
+                assert torch.equal(ours.rng, theirs.rng)
+            else:
+                assert torch.equal(solve(ours, G[1, 0], m if m is None or m.dim() == 1 else m[1, 0], norm), w[1, 0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_rows_are_left_out(name):
+    """A masked row and an all-zero row both vanish from the problem, whatever they held."""
+    k = 5
+    G, mask = gramian(k), torch.ones(k, dtype=torch.bool)
+    mask[1] = False
+    poisoned, zeroed = G.clone(), G.clone()
+    poisoned[1], poisoned[:, 1] = torch.nan, torch.inf
+    zeroed[1], zeroed[:, 1] = 0, 0
+    base = RULES[name].make(k)
+    a, b = solve(copy.deepcopy(base), poisoned, mask), solve(copy.deepcopy(base), zeroed)
+    assert a[1] == 0 and a.isfinite().all() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_non_finite_and_empty(name):
+    """A number that is not finite spoils its own problem; nothing there means weights of zero; no problems, no weights."""
+    k = 3
+    G = torch.stack([gramian(k) for _ in range(5)])
+    G[0, 0, 1] = G[0, 1, 0] = torch.nan
+    G[1, 0, 1] = G[1, 1, 0] = torch.inf
+    G[2, 2, 2] = torch.nan
+    G[3] = 0
+    for norm in (False, True):
+        rule = RULES[name].make(k)
+        w = solve(rule, G, norm=norm)
+        assert w[:3].isnan().all() and (w[3] == 0).all() and w[4].isfinite().all()
+        mask = torch.tensor([True, True, False])
+        w = solve(rule, G, mask, norm)
+        assert (w[:, 2] == 0).all() and w[:2, :2].isnan().all() and w[2].isfinite().all()
+        assert (solve(rule, G[4], torch.zeros(k, dtype=torch.bool), norm) == 0).all()
+        assert solve(rule, G[:0], norm=norm).shape == (0, k)
+
+
+def test_extreme_scales():
+    """Down to subnormal numbers, up to where a sum of squares overflows: then there is no number to work with."""
+    G = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=torch.float64)
+    scales = [2.0**-1060, 2.0**-1022, 2.0**-511, 2.0**511, 2.0**1021]
+    w = solve(resolvers.MGDA(), torch.stack([G * s for s in scales]))
+    torch.testing.assert_close(w, solve(resolvers.MGDA(), G).expand(5, 2), rtol=1e-12, atol=0)
+    assert solve(resolvers.MGDA(), G * 2.0**1022).isnan().all()
+
+
+@pytest.mark.parametrize("k", [4, 7])
+def test_hard_gramians(k):
+    """Dependence at every distance that float64 can and cannot resolve, and ties."""
+    cases = [(name, J @ J.mT) for name, J in hard(k)]
+    G = torch.stack([G for _, G in cases])
+    for rule, table, tolerance in (
+        (resolvers.MGDA(), "MGDA", 1e-12),
+        (resolvers.DualProj(), "DualProj", 1e-12),
+        (resolvers.CAGrad(0.5), "CAGrad", 1e-8),
+        (resolvers.UPGrad(), "UPGrad", 1e-8),
+    ):
+        for (name, problem), w in zip(cases, solve(rule, G), strict=True):
+            assert RULES[table].residual(problem, w) <= tolerance, (table, name)
+
+
+def test_many_small_problems():
+    """Random signs and scales meet many orders in which rows enter and leave."""
+    J = randn(60, 6, 3) * (3 * randn(60, 6, 1, seed=1)).exp()
+    G = J @ J.mT
+    for name, tolerance in (("MGDA", 1e-12), ("CAGrad", 1e-10), ("DualProj", 1e-12)):
+        for i, w in enumerate(solve(RULES[name].make(6), G)):
+            assert RULES[name].residual(G[i], w) <= tolerance, (name, i)
+
+
+def test_rounded_gramian():
+    """A rank-deficient Gramian rounded to float32 is no longer positive semidefinite: the weights stay tame, the direction useful."""
+    for k in (4, 12):
+        J = torch.randn(k, k // 2, dtype=torch.float64)
+        G = J @ J.mT
+        size = G.diagonal().sqrt()
+        for rule in (resolvers.UPGrad(), resolvers.DualProj(), resolvers.MGDA(), resolvers.CAGrad()):
+            w = solve(rule, G.float().double(), precision=reference.precision_of(torch.float32))
+            assert w.isfinite().all() and w.abs().max() <= 1e4
+            if not isinstance(rule, resolvers.CAGrad):
+                assert ((G @ w) >= -1e-6 * size * (w * size).sum()).all()
+        for rule in (resolvers.IMTLG(), resolvers.ConFIG(), resolvers.AlignedMTL()) if k == 4 else ():
+            ours, theirs = (
+                f(rule, G.float().double(), precision=reference.precision_of(torch.float32)) for f in (solve, _plain_of_precision)
+            )
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def _plain_of_precision(rule, G, precision):
+    return reference.weights(G, None, [rule], [None], None, False, precision)
+
+
+def test_copies_share_equally():
+    G = torch.full((5, 5), 7.0, dtype=torch.float64)
+    even = torch.full((5,), 0.2, dtype=torch.float64)
+    torch.testing.assert_close(solve(resolvers.MGDA(), G), even, rtol=1e-12, atol=0)
+    torch.testing.assert_close(solve(resolvers.CAGrad(0.5), G), 1.5 * even, rtol=1e-9, atol=0)
+
+
+def test_hyper_parameters():
+    """Those that the table of rules leaves at their defaults, not representable in single precision."""
+    G, k = gramian(4), 4
+    pref = [0.1, 0.2, 0.3, 0.4]
+    for rule in (
+        resolvers.Constant([0.1, -0.7, 1e-9, 3.3]),
+        resolvers.UPGrad(pref),
+        resolvers.DualProj(pref),
+        resolvers.AlignedMTL(pref=pref),
+        *(resolvers.ConFIG(pref, length) for length in ("projection", "min", "max", "harmonic", "arithmetic", "geometric")),
+        resolvers.CAGrad(0.1, 1),
+        resolvers.CAGrad(0.0),
+        resolvers.NashMTL(0.7),
+        resolvers.FairGrad(0.0),
+        resolvers.FairGrad(0.7),
+        resolvers.PCGrad("mean", "fixed"),
+    ):
+        mask = torch.tensor([True, True, False, True])
+        for m in (None, mask):
+            torch.testing.assert_close(
+                solve(rule, G, m), plain(rule, G, m), rtol=1e-9, atol=1e-12, msg=lambda text, rule=rule: f"{rule} {text}"
+            )
+    assert k == len(pref)
+
+
+def test_what_has_no_kernel():
+    """More rows than a tile holds, chains, rules with state, a user's own form of a rule: nothing was done, no stream moved."""
+
+    class Own(resolvers.PCGrad):
+        def rows(self, p):
+            return super().rows(p)
+
+    for k, rule in ((65, resolvers.PCGrad()), (3, resolvers.GradVac()), (3, resolvers.PCD()), (3, Own())):
+        before = None if rule.rng is None else rule.rng.clone()
+        states = ops._states([rule], (), k, torch.device("cpu"))
+        assert solvers.solve(gramian(k), None, [rule], states, rule.rng, False, EPS) is None
+        assert before is None or torch.equal(rule.rng, before)
+    assert solvers.solve(gramian(3), None, [resolvers.Sum(), resolvers.Sum()], [None, None], None, False, EPS) is None
+
+
+_COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mmfast.triton.solve import KERNELS, launch_options
+
+backend, arch, lanes = sys.argv[1], sys.argv[2], int(sys.argv[3])
+target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, lanes)
+types = dict(G_ptr="*fp64", mask_ptr="*u8", rng_ptr="*i64", params_ptr="*fp64", w_ptr="*fp64", K="i32", mask_stride="i32")
+for kernel in dict.fromkeys(kernel for kernel, _ in KERNELS.values()):
+    for size in (4, 16):
+        fixed = {name: True for name in kernel.arg_names if name not in types} | {"P": size}
+        source = ASTSource(kernel, types | dict.fromkeys(fixed, "constexpr"), {(kernel.arg_names.index(n),): v for n, v in fixed.items()})
+        asm = triton.compile(source, target=target, options=launch_options(size)).asm
+        assert asm.get("cubin") or asm.get("hsaco"), (kernel, size)
+"""
+
+
+@pytest.mark.parametrize("target", [("cuda", "90", "32"), ("hip", "gfx942", "64")], ids=lambda target: target[0])
+def test_compiles_ahead_of_time(target):
+    """Every kernel, for GPUs that are not here; the interpreter checks no types."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", _COMPILE, *target], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
