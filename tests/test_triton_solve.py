@@ -21,7 +21,8 @@ from mmfast.ops import reference
 from mmfast.triton import solve as solvers
 
 NAMES = [name for name, row in RULES.items() if type(row.make(row.min_k)) in solvers.KERNELS]
-EIGENVALUES = {"IMTLG", "AlignedMTL", "AlignedMTL(median)", "AlignedMTL(rmse)", "ConFIG", "ConFIG(geometric)"}
+FORMS = ["Sum", "Mean", "Constant", "Random", "PCGrad", "PCGrad fixed", "MGDA", "MGDA l2", "CAGrad"]
+FORMS += ["UPGrad", "DualProj", "NashMTL", "FairGrad(0.5)", "IMTLG", "AlignedMTL", "ConFIG"]  # of every kernel
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -44,13 +45,16 @@ def plain(rule, G, mask=None, norm=False):
     return reference.weights(G, mask, [rule], [None], rule.rng, norm)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 16])
-@pytest.mark.parametrize("name", NAMES)
+# the interpreter takes some 10 ms for each round of a solver: the larger problems are for the rules in exact steps
+SIZES = [(name, 3) for name in NAMES if name not in ("CAGrad c=0.1", "CAGrad c=1", "FairGrad")]
+SIZES += [(name, k) for name in ("PCGrad fixed", "MGDA", "CAGrad", "UPGrad", "DualProj", "IMTLG", "NashMTL") for k in (1, 2, 5)]
+SIZES += [(name, k) for name in ("PCGrad fixed", "MGDA", "DualProj") for k in (8, 16)]
+
+
+@pytest.mark.parametrize(("name", "k"), [(name, k) for name, k in SIZES if RULES[name].residual])
 def test_optimality(name, k):
     """The rule's own conditions, for every kind of Gramian at some scale."""
     row = RULES[name]
-    if row.residual is None or (k > 5 and name not in ("PCGrad fixed", "MGDA", "CAGrad", "DualProj")):  # the interpreter is slow
-        return
     scales = (1e-20, 1e-3, 1.0, 1e30)
     cases = [(kind, G * scales[i % 4]) for i, (kind, G) in enumerate(kinds(k))]
     for (kind, G), w in zip(cases, solve(row.make(k), torch.stack([G for _, G in cases])), strict=True):
@@ -60,27 +64,28 @@ def test_optimality(name, k):
             assert ((G @ w) >= -row.tolerance * size * (w.abs() * size).sum() - 1e-300).all(), kind
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("name", NAMES)
-def test_agrees_with_reference(name, norm):
-    """Weights and random stream, call after call, with missing rows; a row is the same alone, in a batch, and padded."""
-    for k in (1, 3, 4, 7):
+@pytest.mark.parametrize("name", FORMS)
+def test_agrees_with_reference(name):
+    """Weights and random stream, call after call, with missing rows, with and without the norm; a problem is the same alone."""
+    for k, masked, norm in ((1, 0, True), (4, 0, False), (4, 1, True), (4, 2, False)):
         ours = RULES[name].make(k)
         theirs = copy.deepcopy(ours)
-        G = torch.stack([gramian(k, seed=s) for s in range(4)]).view(2, 2, k, k)
-        G[1, 1] *= 1e-300
-        mask = torch.rand(2, 2, k) < 0.75
-        for m in (None, mask, mask[0, 0]):
-            w, expected = solve(ours, G, m, norm), plain(theirs, G, m, norm)
-            torch.testing.assert_close(w, expected, rtol=1e-7, atol=1e-9)
-            assert w.shape == (2, 2, k)
-            if ours.rng is not None:
-                assert torch.equal(ours.rng, theirs.rng)
-            else:
-                assert torch.equal(solve(ours, G[1, 0], m if m is None or m.dim() == 1 else m[1, 0], norm), w[1, 0])
+        G = torch.stack([gramian(k, seed=s) for s in range(2)]).unsqueeze(1)
+        G[1] *= 1e-300
+        mask = (None, torch.tensor([[[True, True, False, True]], [[False, True, True, True]]]), torch.tensor([False, True, True, True]))[
+            masked
+        ]
+        w, expected = solve(ours, G, mask, norm), plain(theirs, G, mask, norm)
+        assert w.shape == (2, 1, k)
+        torch.testing.assert_close(w, expected, rtol=1e-7, atol=0)
+        if ours.rng is not None:
+            assert torch.equal(ours.rng, theirs.rng)
+            torch.testing.assert_close(solve(ours, G, mask, norm), plain(theirs, G, mask, norm), rtol=1e-7, atol=0)
+        elif masked == 1:
+            assert torch.equal(solve(ours, G[1, 0], mask[1, 0], norm), w[1, 0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FORMS)
 def test_missing_rows_are_left_out(name):
     """A masked row and an all-zero row both vanish from the problem, whatever they held."""
     k = 5
@@ -94,7 +99,7 @@ def test_missing_rows_are_left_out(name):
     assert a[1] == 0 and a.isfinite().all() and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FORMS)
 def test_non_finite_and_empty(name):
     """A number that is not finite spoils its own problem; nothing there means weights of zero; no problems, no weights."""
     k = 3
@@ -103,17 +108,16 @@ def test_non_finite_and_empty(name):
     G[1, 0, 1] = G[1, 1, 0] = torch.inf
     G[2, 2, 2] = torch.nan
     G[3] = 0
-    for norm in (False, True):
-        rule = RULES[name].make(k)
-        w = solve(rule, G, norm=norm)
-        assert w[:3].isnan().all() and (w[3] == 0).all() and w[4].isfinite().all()
-        mask = torch.tensor([True, True, False])
-        w = solve(rule, G, mask, norm)
-        assert (w[:, 2] == 0).all() and w[:2, :2].isnan().all() and w[2].isfinite().all()
-        assert (solve(rule, G[4], torch.zeros(k, dtype=torch.bool), norm) == 0).all()
-        assert solve(rule, G[:0], norm=norm).shape == (0, k)
+    rule = RULES[name].make(k)
+    w = solve(rule, G, norm=True)
+    assert w[:3].isnan().all() and (w[3] == 0).all() and w[4].isfinite().all()
+    w = solve(rule, G[1:3], torch.tensor([True, True, False]))
+    assert (w[:, 2] == 0).all() and w[0, :2].isnan().all() and w[1].isfinite().all()
+    assert (solve(rule, G[4], torch.zeros(k, dtype=torch.bool)) == 0).all()
+    assert solve(rule, G[:0]).shape == (0, k)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # numpy's, of the interpreter
 def test_extreme_scales():
     """Down to subnormal numbers, up to where a sum of squares overflows: then there is no number to work with."""
     G = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=torch.float64)
@@ -123,50 +127,33 @@ def test_extreme_scales():
     assert solve(resolvers.MGDA(), G * 2.0**1022).isnan().all()
 
 
-@pytest.mark.parametrize("k", [4, 7])
-def test_hard_gramians(k):
-    """Dependence at every distance that float64 can and cannot resolve, and ties."""
-    cases = [(name, J @ J.mT) for name, J in hard(k)]
-    G = torch.stack([G for _, G in cases])
-    for rule, table, tolerance in (
-        (resolvers.MGDA(), "MGDA", 1e-12),
-        (resolvers.DualProj(), "DualProj", 1e-12),
-        (resolvers.CAGrad(0.5), "CAGrad", 1e-8),
-        (resolvers.UPGrad(), "UPGrad", 1e-8),
-    ):
-        for (name, problem), w in zip(cases, solve(rule, G), strict=True):
-            assert RULES[table].residual(problem, w) <= tolerance, (table, name)
-
-
-def test_many_small_problems():
-    """Random signs and scales meet many orders in which rows enter and leave."""
-    J = randn(60, 6, 3) * (3 * randn(60, 6, 1, seed=1)).exp()
-    G = J @ J.mT
-    for name, tolerance in (("MGDA", 1e-12), ("CAGrad", 1e-10), ("DualProj", 1e-12)):
-        for i, w in enumerate(solve(RULES[name].make(6), G)):
-            assert RULES[name].residual(G[i], w) <= tolerance, (name, i)
+@pytest.mark.parametrize(
+    ("name", "tolerance", "step"), [("MGDA", 1e-12, 1), ("DualProj", 1e-12, 1), ("CAGrad", 1e-8, 4), ("UPGrad", 1e-8, 4)]
+)
+def test_hard_gramians(name, tolerance, step):
+    """Dependence at every distance that float64 can and cannot resolve, and ties; then random signs and scales."""
+    J = [J for _, J in hard(4)][::step] + list(randn(40 // step, 4, 3) * (3 * randn(40 // step, 4, 1, seed=1)).exp())
+    G = torch.stack([j @ j.mT for j in J])
+    for i, w in enumerate(solve(RULES[name].make(4), G)):
+        assert RULES[name].residual(G[i], w) <= tolerance, i
 
 
 def test_rounded_gramian():
     """A rank-deficient Gramian rounded to float32 is no longer positive semidefinite: the weights stay tame, the direction useful."""
-    for k in (4, 12):
+    single = reference.precision_of(torch.float32)
+    for rule, k in ((resolvers.UPGrad(), 4), (resolvers.DualProj(), 12), (resolvers.MGDA(), 12), (resolvers.CAGrad(), 4)):
         J = torch.randn(k, k // 2, dtype=torch.float64)
         G = J @ J.mT
         size = G.diagonal().sqrt()
-        for rule in (resolvers.UPGrad(), resolvers.DualProj(), resolvers.MGDA(), resolvers.CAGrad()):
-            w = solve(rule, G.float().double(), precision=reference.precision_of(torch.float32))
-            assert w.isfinite().all() and w.abs().max() <= 1e4
-            if not isinstance(rule, resolvers.CAGrad):
-                assert ((G @ w) >= -1e-6 * size * (w * size).sum()).all()
-        for rule in (resolvers.IMTLG(), resolvers.ConFIG(), resolvers.AlignedMTL()) if k == 4 else ():
-            ours, theirs = (
-                f(rule, G.float().double(), precision=reference.precision_of(torch.float32)) for f in (solve, _plain_of_precision)
-            )
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
-def _plain_of_precision(rule, G, precision):
-    return reference.weights(G, None, [rule], [None], None, False, precision)
+        w = solve(rule, G.float().double(), precision=single)
+        assert w.isfinite().all() and w.abs().max() <= 1e4
+        if not isinstance(rule, resolvers.CAGrad):
+            assert ((G @ w) >= -1e-6 * size * (w * size).sum()).all()
+    J = torch.randn(4, 2, dtype=torch.float64)
+    G = (J @ J.mT).float().double()
+    for rule in (resolvers.IMTLG(), resolvers.ConFIG(), resolvers.AlignedMTL()):
+        expected = reference.weights(G, None, [rule], [None], None, False, single)
+        torch.testing.assert_close(solve(rule, G, precision=single), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_copies_share_equally():
@@ -178,7 +165,7 @@ def test_copies_share_equally():
 
 def test_hyper_parameters():
     """Those that the table of rules leaves at their defaults, not representable in single precision."""
-    G, k = gramian(4), 4
+    G, mask = gramian(4), torch.tensor([True, True, False, True])
     pref = [0.1, 0.2, 0.3, 0.4]
     for rule in (
         resolvers.Constant([0.1, -0.7, 1e-9, 3.3]),
@@ -193,12 +180,7 @@ def test_hyper_parameters():
         resolvers.FairGrad(0.7),
         resolvers.PCGrad("mean", "fixed"),
     ):
-        mask = torch.tensor([True, True, False, True])
-        for m in (None, mask):
-            torch.testing.assert_close(
-                solve(rule, G, m), plain(rule, G, m), rtol=1e-9, atol=1e-12, msg=lambda text, rule=rule: f"{rule} {text}"
-            )
-    assert k == len(pref)
+        torch.testing.assert_close(solve(rule, G, mask), plain(rule, G, mask), rtol=1e-9, atol=1e-12)
 
 
 def test_what_has_no_kernel():
@@ -225,10 +207,10 @@ from mmfast.triton.solve import KERNELS, launch_options
 
 backend, arch, lanes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, lanes)
-types = dict(G_ptr="*fp64", mask_ptr="*u8", rng_ptr="*i64", params_ptr="*fp64", w_ptr="*fp64", K="i32", mask_stride="i32")
+types = dict(G_ptr="*fp64", mask_ptr="*u8", rng_ptr="*i64", params_ptr="*fp64", w_ptr="*fp64", mask_stride="i32")
 for kernel in dict.fromkeys(kernel for kernel, _ in KERNELS.values()):
     for size in (4, 16):
-        fixed = {name: True for name in kernel.arg_names if name not in types} | {"P": size}
+        fixed = {name: True for name in kernel.arg_names if name not in types} | {"K": size - 1, "P": size}
         source = ASTSource(kernel, types | dict.fromkeys(fixed, "constexpr"), {(kernel.arg_names.index(n),): v for n, v in fixed.items()})
         asm = triton.compile(source, target=target, options=launch_options(size)).asm
         assert asm.get("cubin") or asm.get("hsaco"), (kernel, size)

@@ -9,7 +9,7 @@ from mmfast.triton.spectrum import eigh, kept
 
 
 @triton.jit
-def multiples(G, pref, active, precision, idx, K):
+def multiples(G, pref, active, precision, idx, K: tl.constexpr):
     """(norms, a, cosines of sum_i a_i g_i to the rows times its length, its squared length) for a = D^-1 C^+ pref.
 
     The squared length is 0 where the rows admit no such direction.
@@ -36,9 +36,9 @@ def multiples(G, pref, active, precision, idx, K):
     return norm, x / norm, cosine, square
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def imtlg(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
@@ -67,9 +67,9 @@ def tracked(norm, active, kind):
     return out
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def config(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
     """params: the length model (0 is the projection), then K preferences or nothing."""
@@ -89,9 +89,9 @@ def config(
     store(w_ptr, w, G, active, rows, precision, K, P, PRESERVE_NORM)
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def aligned(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
     """params: the common squared norm among the eigenvalues (0 least, 1 lower median, 2 mean), then K preferences or nothing."""

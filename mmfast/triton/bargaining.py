@@ -13,13 +13,14 @@ def power(x, exponent):
 
 
 @triton.jit
-def bargain(G, active, alpha, idx, K):
+def bargain(G, active, alpha, idx, K: tl.constexpr):
     """w > 0 with G w = w^(-1/alpha)."""
     norm, C = cosines(G, active, idx)
     share = 1.0 / alpha
     m = power(norm, (1.0 - alpha) / (1.0 + alpha))
     flat = 10.0 * tl.maximum(alpha / (1.0 + alpha), 1.0 / (alpha * 0.0 + 3.0))  # the ceiling is 1e-10 to this power
-    ceiling = tl.max(tl.where(active, m, 0.0), axis=0) * tl.exp(2.302585092994046 * flat)
+    most = tl.max(tl.where(active, m, 0.0), axis=0)
+    ceiling = tl.where(most > 0.0, most, 1.0) * tl.exp(2.302585092994046 * flat)
     one = tl.where(idx[:, None] == idx[None, :], 1.0, 0.0)
     # the best multiple of what the rows would take alone
     own = tl.where(active, m, 0.0)
@@ -49,9 +50,9 @@ def bargain(G, active, alpha, idx, K):
     return x / norm
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def nash(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
     """params: the largest norm of the direction, 0 for none."""
     idx = tl.arange(0, P)
@@ -65,9 +66,9 @@ def nash(
     store(w_ptr, w * factor, G, active, rows, precision, K, P, PRESERVE_NORM)
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def fair(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
     """params: alpha; 0 is the mean."""
     idx = tl.arange(0, P)

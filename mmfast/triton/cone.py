@@ -8,7 +8,7 @@ from mmfast.triton.problem import column, cosines, load, number, pick, store, ti
 
 
 @triton.jit
-def preference(params_ptr, active, idx, K, GIVEN: tl.constexpr):
+def preference(params_ptr, active, idx, K: tl.constexpr, GIVEN: tl.constexpr):
     if GIVEN:
         pref = tl.load(params_ptr + 1 + idx, mask=idx < K, other=0.0)
     else:
@@ -16,9 +16,9 @@ def preference(params_ptr, active, idx, K, GIVEN: tl.constexpr):
     return tl.where(active, pref, 0.0)
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def upgrad(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
     """The sum of the projections of the rows, one after the other."""
@@ -38,9 +38,9 @@ def upgrad(
     store(w_ptr, total / norm, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def dualproj(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
     """The projection of the weighted sum."""

@@ -8,7 +8,7 @@ from mmfast.triton.problem import column, cosines, diagonal, load, number, store
 
 
 @triton.jit
-def shortest(G, active, idx, K):
+def shortest(G, active, idx, K: tl.constexpr):
     """The weights [P] of the shortest vector of the hull of the active rows.
 
     With a lift l > 0, min 1/2 x'(G + l 11')x - l 1'x over x >= 0 has x = s w, w the weights looked for and s = l / (l + w'Gw): on the
@@ -27,7 +27,7 @@ def shortest(G, active, idx, K):
 
 
 @triton.jit
-def share(w, G, idx, K):
+def share(w, G, idx, K: tl.constexpr):
     """Rows that no entry of G tells apart share their weight, so that copies are treated alike."""
     norm = tl.sqrt(diagonal(G, idx))
     alike = idx[:, None] * 0 == idx[None, :] * 0
@@ -40,9 +40,9 @@ def share(w, G, idx, K):
     return tl.sum(tl.where(group, w[None, :], 0.0), axis=1) / tl.sum(group.to(tl.int32), axis=1).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def mgda(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     idx = tl.arange(0, P)
@@ -56,7 +56,7 @@ def mgda(
 
 
 @triton.jit
-def ball(C, b, a, active, c, idx, K):
+def ball(C, b, a, active, c, idx, K: tl.constexpr):
     """z >= 0 with d = g0 + sum_i z_i u_i at the best place within c of the mean g0 of length 1, for unit rows u with cosines C and b_i = u_i'g0.
 
     Best is where min_i (u_i'd) / a_i is largest. The places for all radii are the solutions z(t) of min 1/2 z'(C + aa')z + (b - t a)'z
@@ -133,9 +133,9 @@ def ball(C, b, a, active, c, idx, K):
     return z * tl.minimum(c / tl.sqrt(tl.where(square > 0.0, square, c * c)), 1.0)
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def cagrad(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)

@@ -22,7 +22,7 @@ def exchange(T, at, c, pivot):
 
 
 @triton.jit
-def table(C, inside, idx, K, least):
+def table(C, inside, idx, K: tl.constexpr, least):
     """(the table of a set made anew, the set): rows whose pivot is less than `least` are dependent and taken out of it."""
     T = C
     for k in range(K):
@@ -44,7 +44,7 @@ def inverse_times(T, inside, r):
 
 
 @triton.jit
-def nonnegative(C, q, inside, free, reach, noise, idx, K):
+def nonnegative(C, q, inside, free, reach, noise, idx, K: tl.constexpr):
     """(x [P], its table, its set), x zero where not free; `inside` guesses the set, reach is the size of the sums that q is made of.
 
     A row dependent on the set whose slack is less than `noise` of the sums below zero stays out: near-opposite members amplify rounding.

@@ -44,7 +44,7 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def load(G_ptr, mask_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr):
+def load(G_ptr, mask_ptr, K: tl.constexpr, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr):
     """(G / scale, active, rows, half): rows are there, active where the problem is finite too; half is scale^(-1/2), a power of two."""
     idx = tl.arange(0, P)
     problem = tl.program_id(0).to(tl.int64)
@@ -61,7 +61,7 @@ def load(G_ptr, mask_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexp
 
     # the power of four that brings the trace into [1, 4); an exponent of a subnormal number is read off a larger one
     tiny = trace < 2.2250738585072014e-308
-    bits = tl.where(tiny, trace * 18014398509481984.0, trace).to(tl.int64, bitcast=True)
+    bits = tl.where(tiny, tl.where(tiny, trace, 0.0) * 18014398509481984.0, trace).to(tl.int64, bitcast=True)
     exponent = ((bits >> 52) & 2047) - 1023 - tl.where(tiny, 54, 0)
     half = power_of_two(tl.where(trace > 0.0, -((exponent - (exponent & 1)) // 2), 0))
     # twice, for the whole factor may not be a number where its halves are
@@ -70,7 +70,7 @@ def load(G_ptr, mask_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexp
 
 
 @triton.jit
-def store(w_ptr, w, G, active, rows, precision, K, P: tl.constexpr, PRESERVE_NORM: tl.constexpr):
+def store(w_ptr, w, G, active, rows, precision, K: tl.constexpr, P: tl.constexpr, PRESERVE_NORM: tl.constexpr):
     """Writes the weights w where active, 0 in missing rows, NaN in a problem that is not finite."""
     idx = tl.arange(0, P)
     w = tl.where(active, w, 0.0)

@@ -7,9 +7,9 @@ from mmfast.triton.problem import diagonal, load, number, store
 from mmfast.triton.random import bits
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def pcgrad(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     FIXED: tl.constexpr,
 ):  # fmt: skip
     idx = tl.arange(0, P)

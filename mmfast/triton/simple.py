@@ -7,9 +7,9 @@ from mmfast.triton.problem import load, number, store
 from mmfast.triton.random import uniform
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def fixed(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     MEAN: tl.constexpr, CONSTANT: tl.constexpr,
 ):  # fmt: skip
     """Weights that do not depend on the Gramian: 1, 1 / (number present), or K numbers given."""
@@ -23,9 +23,9 @@ def fixed(
     store(w_ptr, w, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
 
 
-@triton.jit(do_not_specialize=["K", "mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride"])
 def random(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, K, mask_stride, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
     """The softmax of standard normal draws (Box and Muller, from the uniforms 2 i and 2 i + 1)."""
     idx = tl.arange(0, P)

@@ -25,7 +25,7 @@ def rotate(A, V, p, q, tangent, apq, idx):
 
 
 @triton.jit
-def eigh(A, idx, K):
+def eigh(A, idx, K: tl.constexpr):
     """(eigenvalues [P], eigenvectors in the columns of [P, P]); a row decoupled from the rest keeps its place."""
     V = tl.where(idx[:, None] == idx[None, :], 1.0, 0.0).to(tl.float64)
     # two rows below the rounding of the largest are left alone: turning them against each other only undoes what was made zero
