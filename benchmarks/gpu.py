@@ -111,8 +111,10 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 
 def training_steps(line: Callable[..., None]) -> None:
     """A tabular VAE's step with LinearHeads, by the CUDA operators, against the same with one plain layer; each eager and as a CUDA graph."""
-    chosen = ops.uses_compiled
-    ops.uses_compiled = lambda device, backend: device.type == "cuda" or chosen(device, backend)  # as "auto" will, once a GPU has run it
+    chosen = ops.serving
+    ops.serving = lambda device, backend, k: (
+        "cuda" if device.type == "cuda" else chosen(device, backend, k)
+    )  # as "auto" once a GPU has run it
     try:
         for k in (5, 50):
             with torch.device("cuda"):
@@ -126,7 +128,7 @@ def training_steps(line: Callable[..., None]) -> None:
                      ratio_to_ours=median / ours)  # fmt: skip
                 print(f"training step K={k}, {name}: {median:.0f} us, ours takes {ours / median:.3f} of it")
     finally:
-        ops.uses_compiled = chosen
+        ops.serving = chosen
 
 
 def error(k: int, n: int, J: Tensor) -> float:

@@ -235,7 +235,7 @@ class Trained(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["block", "heads"])
 def test_a_captured_training_step_is_the_eager_one(kind, rule, monkeypatch):
     """The recipe of docs/compilers.md; parameters, state, random stream and record move on with every replay."""
-    monkeypatch.setattr(ops, "uses_compiled", lambda device, backend: True)
+    monkeypatch.setattr(ops, "serving", lambda device, backend, k: "cuda")
     model = Trained(kind, rule()).cuda()
     eager = copy.deepcopy(model)
     data = torch.randn(10, 16, 6, device="cuda")

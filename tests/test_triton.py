@@ -22,9 +22,10 @@ def run(*arguments, **environment):
 
 
 @installed
-def test_the_kernels_interpreted():
-    """tests/triton_interpreted.py, which can be run by itself: TRITON_INTERPRET=1 pytest tests/triton_interpreted.py."""
-    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_interpreted.py", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_solve_interpreted.py"])
+def test_the_kernels_interpreted(file):
+    """Each can be run by itself, too: TRITON_INTERPRET=1 pytest tests/triton_interpreted.py."""
+    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{file}", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 

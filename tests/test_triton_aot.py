@@ -10,18 +10,21 @@ import pytest
 
 pytest.importorskip("triton", "3.6", reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
+SPILLS = {("cuda:100", "few_kernel K=8 bfloat16"): 24}  # bytes: three registers, for a third program on a processor
 
 
-def ask(what, folder):
-    """The lines that tests/triton_variants.py prints; by itself, for here the kernels may be those of the interpreter."""
+def run(folder, *arguments):
+    """What Python prints, in a process of its own: in this one Triton may interpret its kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     environment["TRITON_CACHE_DIR"] = str(folder)
-    done = subprocess.run(
-        [sys.executable, "tests/triton_variants.py", what], cwd=ROOT, env=environment, check=False, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+def ask(what, folder, *sizes):
+    return [json.loads(line) for line in run(folder, "-W", "error", "tests/triton_variants.py", what, *sizes)]
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
@@ -32,7 +35,7 @@ def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
     assert names >= expected | ({"many_kernel"} if target in ("cuda:90", "hip:gfx942") else set())
     for line in found:
         print(line)
-        assert line["spills"] == 0 and line["registers"] <= 255, line
+        assert line["spills"] <= SPILLS.get((target, line["kernel"]), 0) and line["registers"] <= 255, line
         assert line["shared"] <= 49152, line
         if (
             line["kernel"].startswith(("few_kernel", "combine_kernel"))
@@ -46,3 +49,11 @@ def test_few_variants_whatever_the_alignment(tmp_path):
     """375 alignments and lengths of three rows, and one with a missing row: aligned or not is all that is compiled for."""
     for counts in ask("alignments", tmp_path):
         assert counts == {"few_kernel": 2, "combine_kernel": 2, "fold_kernel": 1}
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
+def test_every_solver_compiles(target, tmp_path):
+    """What the assembler spills is in docs/triton.md: nothing of four rows, most of sixteen for CAGrad."""
+    for line in ask(target, tmp_path, "4", *["16"] * (target == "cuda:90")):
+        print(line)
+        assert line["spills"] <= (0 if line["kernel"].endswith("P=4") else 2048), line

@@ -1,4 +1,4 @@
-"""What a GPU would compile of the Triton kernels, found without one: python tests/triton_variants.py TARGET prints a line of JSON for each kernel.
+"""What a GPU would compile of the Triton kernels, found without one: python tests/triton_variants.py TARGET [SIZE ...] prints a line of JSON for each kernel, or solver.
 
 Launches are recorded instead of run; the compiler's own binder then says what it would specialise on for the target, and compiles that.
 """
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from mmfast.triton import combine, elementwise, gram, rows
+from mmfast.triton import combine, elementwise, gram, rows, solve
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -118,6 +118,18 @@ def every_kernel(recorder, all_sizes):
         recorder.compile(name)
 
 
+def every_solver(target, sizes):
+    """The solvers of problems of size - 1 rows, with all that a caller can ask for."""
+    types = {"G_ptr": "*fp64", "mask_ptr": "*u8", "rng_ptr": "*i64", "params_ptr": "*fp64", "w_ptr": "*fp64", "mask_stride": "i32"}
+    for kernel in dict.fromkeys(kernel for kernel, _ in solve.KERNELS.values()):
+        for size in sizes:
+            fixed = {name: True for name in kernel.arg_names if name not in types} | {"K": size - 1, "P": size}
+            constants = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+            source, options = ASTSource(kernel, types | dict.fromkeys(fixed, "constexpr"), constants), solve.launch_options(size)
+            line = {"kernel": f"{kernel.__name__} P={size}", **figures(triton.compile(source, target=target, options=options), options)}
+            print(json.dumps(line), flush=True)
+
+
 def alignments(recorder):
     """How many kernels three rows compile over all alignments, lengths and masks of theirs."""
     pool = torch.zeros(3, 9000)
@@ -134,8 +146,10 @@ def alignments(recorder):
 
 
 if __name__ == "__main__":
-    target = sys.argv[1]
-    if target == "alignments":
+    target, solvers = sys.argv[1], sys.argv[2:]
+    if solvers:
+        every_solver(TARGETS[target], [int(size) for size in solvers])
+    elif target == "alignments":
         alignments(Recorder(TARGETS["cuda:90"]))
         alignments(Recorder(TARGETS["hip:gfx942"]))
     else:

@@ -62,7 +62,8 @@ def serving(device: torch.device, backend: str, k: int) -> str:
     wanted = triton_kernels().DEVICES if backend == "triton" else (backend,)
     if device.type not in wanted:
         raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(wanted).upper()}, they are on {device}")
-    return "reference" if backend == "triton" and k > TRITON_ROWS else backend
+    # what torch.func wraps has no address for a kernel of Triton
+    return "reference" if backend == "triton" and (k > TRITON_ROWS or torch._C._are_functorch_transforms_active()) else backend
 
 
 def kernels_of(served: str) -> Any:

@@ -1,4 +1,4 @@
-"""The operators through Triton's kernels, for at most 64 gradients, with the signatures of mmfast/ops/native.py; the weights are plain torch."""
+"""The operators through Triton's kernels, for at most 64 gradients, with the signatures of mmfast/ops/native.py."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,7 @@ from mmfast.resolvers.philox import advance
 from mmfast.triton import combine as combines
 from mmfast.triton import elementwise
 from mmfast.triton import gram as grams
+from mmfast.triton import solve as solvers
 from mmfast.triton.rows import INTERPRETED, rows_of
 
 SAMPLE, BATCH_SUM = contract.PER["sample"], contract.PER["batch_sum"]
@@ -106,8 +107,9 @@ def weights(
     preserve_norm: bool,
     precision: float,
 ) -> Tensor:
-    """Weights [..., K]; the states of the chain and its random stream advance in place. Here solvers in Triton have their place."""
-    return reference.weights(G, mask, chain, states, rng, preserve_norm, precision)
+    """Weights [..., K]; the states of the chain and its random stream advance in place. In one launch where the chain has a kernel."""
+    w = None if torch.compiler.is_compiling() else solvers.solve(G, mask, chain, states, rng, preserve_norm, precision)
+    return reference.weights(G, mask, chain, states, rng, preserve_norm, precision) if w is None else w  # torch.compile fuses these
 
 
 def resolve(
