@@ -17,7 +17,7 @@ demo: .venv/installed-demo .venv/built
 	$(BIN)/mmfast demo
 
 test: .venv/installed-dev .venv/built
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 bench: .venv/installed-dev .venv/built
 	$(BIN)/python -m benchmarks.bench

@@ -316,8 +316,8 @@ def test_errors_are_those_of_the_operators():
 
 def test_a_rule_of_ones_own_is_asked():
     class Tripled(mf.TrimmedMean):
-        def native(self, grads, missing, mask):
-            return 3 * super().native(grads, missing, mask)
+        def fused(self, kernels, grads, missing, mask):
+            return 3 * super().fused(kernels, grads, missing, mask)
 
     grads = gradients()
     assert torch.equal(mf.resolve(grads, Tripled(1)), 3 * mf.resolve(grads, mf.TrimmedMean(1)))

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", "3.6", reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
-SPILLS = {("cuda:100", "few_kernel K=8 bfloat16"): 24}  # bytes: three registers, for a third program on a processor
+SPILLS = {"cuda:100": 24}  # bytes, of gram: three registers, which its assembler gives for one more program on a processor
 
 
 def run(folder, *arguments):
@@ -35,7 +35,7 @@ def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
     assert names >= expected | ({"many_kernel"} if target in ("cuda:90", "hip:gfx942") else set())
     for line in found:
         print(line)
-        assert line["spills"] <= SPILLS.get((target, line["kernel"]), 0) and line["registers"] <= 255, line
+        assert line["spills"] <= (SPILLS.get(target, 0) if line["kernel"].startswith("few_kernel") else 0) and line["registers"] <= 255, line
         assert line["shared"] <= 49152, line
         if (
             line["kernel"].startswith(("few_kernel", "combine_kernel"))
