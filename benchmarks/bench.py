@@ -228,10 +228,10 @@ def compile_step(run: Run) -> None:
     if run.quick:
         return  # compiling alone takes longer than all the rest
     k = 13
-    for section, make in compiled.HEADS.items():
+    for section, (make, plain) in compiled.HEADS.items():
         for samples in [1, 20]:
             for name in [n for n in run.rules if n not in ELEMENTWISE] if len(run.rules) < len(TWELVE) else ["MGDA"]:
-                calls, error, right = compiled.steps(k, samples, lambda: make(k, RULES[name](k)))  # noqa: B023 - called at once
+                calls, error, right = compiled.steps(k, samples, make(k, RULES[name](k)), plain(k))
                 rows = {p: Row(section, name, k, samples, p, data_in=data_in(samples * 128 * 50 * 4)) for p in calls}
                 compare(run, rows, calls, right, error, 4)
                 print(_line(list(rows.values())), flush=True)

@@ -1,4 +1,4 @@
-"""The training step of tabular.py with its loss, and so its backward pass, compiled; the optimizer is eager on both sides."""
+"""The training step of tabular.py with its loss, and so its backward pass, compiled, against itself in eager mode and against the same compiled without a block."""
 
 import copy
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import mmfast as mf
-from benchmarks.tabular import HIDDEN, Fused, Step
+from benchmarks.tabular import HIDDEN, Fused, Loop, Step
 from benchmarks.timing import Call
 from mmfast.models.likelihoods import Normal
 
@@ -23,22 +23,26 @@ class Blocked(nn.Module):
         return Normal().log_prob(torch.stack(self.block(y), -2), x).sum(-1)
 
 
-# section -> heads of k branches
-HEADS: dict[str, Callable[[int, mf.Resolver], nn.Module]] = {
-    "compile": lambda k, resolver: Fused(mf.LinearHeads(HIDDEN, [2] * k, resolver), k),
-    "compile block": Blocked,
+# section -> heads of k branches, and the same without a block
+HEADS: dict[str, tuple[Callable[[int, mf.Resolver], nn.Module], Callable[[int], nn.Module]]] = {
+    "compile": (
+        lambda k, resolver: Fused(mf.LinearHeads(HIDDEN, [2] * k, resolver), k),
+        lambda k: Fused(nn.Linear(HIDDEN, 2 * k), k),
+    ),
+    "compile block": (Blocked, lambda k: Loop(k, lambda y: [y] * k)),
 }
 
 
-def steps(k: int, samples: int, heads: Callable[[], nn.Module]) -> tuple[dict[str, Call], float, bool]:
+def steps(k: int, samples: int, heads: nn.Module, plain: nn.Module) -> tuple[dict[str, Call], float, bool]:
     """(the calls by provider, largest error of a parameter's gradient relative to its norm, whether they may be timed)."""
-    eager = Step(k, samples, heads())
+    eager, without = Step(k, samples, heads), Step(k, samples, plain)
     ours = copy.deepcopy(eager)
     torch._dynamo.reset()
-    ours.loss = torch.compile(ours.loss, fullgraph=True)  # type: ignore[method-assign]
+    for step in (ours, without):
+        step.loss = torch.compile(step.loss, fullgraph=True)  # type: ignore[method-assign]
     noise, error = eager.noise(), 0.0
-    for step in (eager, ours):
+    for step in (eager, ours, without):  # which compiles
         step.loss(noise).backward()
     for a, b in zip(*(step.optimizer.param_groups[0]["params"] for step in (ours, eager)), strict=True):
         error = max(error, float((a.grad - b.grad).norm() / b.grad.norm()))
-    return {"ours": ours, "eager": eager}, error, error < 1e-3
+    return {"ours": ours, "eager": eager, "none": without}, error, error < 1e-3

@@ -35,7 +35,9 @@ def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
     assert names >= expected | ({"many_kernel"} if target in ("cuda:90", "hip:gfx942") else set())
     for line in found:
         print(line)
-        assert line["spills"] <= (SPILLS.get(target, 0) if line["kernel"].startswith("few_kernel") else 0) and line["registers"] <= 255, line
+        assert line["spills"] <= (SPILLS.get(target, 0) if line["kernel"].startswith("few_kernel") else 0) and line["registers"] <= 255, (
+            line
+        )
         assert line["shared"] <= 49152, line
         if (
             line["kernel"].startswith(("few_kernel", "combine_kernel"))
