@@ -33,7 +33,8 @@ status=0
 echo "== tests"
 PYTHONPATH=tests timeout 100 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_heads.py tests/test_cuda_build.py 2>&1 |
   tee "$out/tests.log" | tail -15 || status=1
-PYTHONPATH=tests timeout 60 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_triton_gpu.py 2>&1 |
+PYTHONPATH=tests timeout 60 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_triton_gpu.py tests/triton_solve_interpreted.py \
+  -k "not optimality and not hard and not hyper and not scales or (optimality and (UPGrad-3 or MGDA-5))" 2>&1 |
   tee "$out/triton.log" | tail -15 || status=1
 echo "== benchmark"
 timeout 105 "$python" -m benchmarks.gpu "$out/gpu.csv" || status=1

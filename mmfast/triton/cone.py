@@ -1,31 +1,32 @@
-"""UPGrad and DualProj in Triton; mirrors mmfast/resolvers/cone.py. params: the precision, then K preferences or nothing."""
+"""UPGrad and DualProj in Triton; mirrors mmfast/resolvers/cone.py. numbers: the precision, then K preferences or nothing."""
 
 import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import nonnegative
-from mmfast.triton.problem import column, cosines, load, number, pick, store, times
+from mmfast.triton.problem import column, cosines, load, number, parameter, parameters, pick, store, times
+from mmfast.triton.rows import kernel
 
 
 @triton.jit
-def preference(params_ptr, active, idx, K: tl.constexpr, GIVEN: tl.constexpr):
+def preference(numbers, active, idx, K: tl.constexpr, GIVEN: tl.constexpr):
     if GIVEN:
-        pref = tl.load(params_ptr + 1 + idx, mask=idx < K, other=0.0)
+        pref = parameters(numbers, 1, idx, K)
     else:
         pref = 1.0 / number(active)
     return tl.where(active, pref, 0.0)
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def upgrad(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
     """The sum of the projections of the rows, one after the other."""
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     norm, C = cosines(G, active, idx)
-    u = preference(params_ptr, active, idx, K, GIVEN) * norm
+    u = preference(numbers, active, idx, K, GIVEN) * norm
     total = u
     for i in range(K):
         at = idx == i
@@ -35,19 +36,19 @@ def upgrad(
             free = active & ~at  # projecting g_i never needs more of g_i itself
             x, _T, _set = nonnegative(C, q, free & (q < 0.0), free, 1.0, 1e-10, idx, K)
             total += share * x
-    store(w_ptr, total / norm, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
+    store(w_ptr, total / norm, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def dualproj(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
     """The projection of the weighted sum."""
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     norm, C = cosines(G, active, idx)
-    u = preference(params_ptr, active, idx, K, GIVEN) * norm
+    u = preference(numbers, active, idx, K, GIVEN) * norm
     q = tl.where(active, times(C, u), 0.0)
     x, _T, _set = nonnegative(C, q, q < 0.0, active, tl.sum(u, axis=0), 1e-10, idx, K)
-    store(w_ptr, (u + x) / norm, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
+    store(w_ptr, (u + x) / norm, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)

@@ -187,14 +187,18 @@ def sums_kernel(
     b = first * 0
     while b < batch:
         for u in tl.static_range(2):  # so many reads on their way
-            wanted = inside & (here(mask, row, bits, (b + u) * mask_stride, k, MASK) & (row * 0 + b + u < batch))[:, None]
+            wanted = (
+                inside & (here(mask, row, bits, tl.minimum(b + u, batch - 1) * mask_stride, k, MASK) & (row * 0 + b + u < batch))[:, None]
+            )
             total += tl.load((at + ((b + u) * inner + first))[:, None] + lane[None, :], mask=wanted, other=0).to(tl.float64)
         b += 2
     tl.store(sums + row[:, None] * inner + first + lane[None, :], total.to(sums.dtype.element_ty), mask=inside)
 
 
-def elements_each(k: int, size: int) -> int:
-    """Elements of a row that a thread reads at once: few rows leave registers for more."""
+def elements_each(k: int, size: int, aligned: bool) -> int:
+    """Elements of a row that a thread reads at once: few rows leave registers for more, and so do whole addresses."""
+    if not aligned:
+        return 2 if k <= 4 else 1
     return (4 if size == 8 else 8) if k <= 4 else 2 if size == 8 else 4
 
 
@@ -243,7 +247,7 @@ def gram(rows: Rows, mask: Tensor | None, per_sample: bool) -> Tensor:
         if rows.k <= FEW:
             lanes = WIDTH if n > 1024 else 32
             few_kernel[grid](
-                rows.packed, flat, slots, *numbers, **kinds, LANES=lanes, E=(2 if rows.k <= 4 else 1) if which == 2 else elements_each(rows.k, size),
+                rows.packed, flat, slots, *numbers, **kinds, LANES=lanes, E=(2 if rows.k <= 4 else 1) if which == 2 else elements_each(rows.k, size, aligned),
                 num_warps=warps(lanes, first.device), enable_fp_fusion=True,
             )  # fmt: skip
         else:

@@ -1,10 +1,11 @@
-"""MGDA and CAGrad in Triton; mirrors mmfast/resolvers/minnorm.py. params: the precision, then the rule's own."""
+"""MGDA and CAGrad in Triton; mirrors mmfast/resolvers/minnorm.py. numbers: the precision, then the rule's own."""
 
 import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import inverse_times, nonnegative
-from mmfast.triton.problem import column, cosines, diagonal, load, number, store, times
+from mmfast.triton.problem import column, cosines, diagonal, load, number, parameter, store, times
+from mmfast.triton.rows import kernel
 
 
 @triton.jit
@@ -40,9 +41,9 @@ def share(w, G, idx, K: tl.constexpr):
     return tl.sum(tl.where(group, w[None, :], 0.0), axis=1) / tl.sum(group.to(tl.int32), axis=1).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def mgda(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     idx = tl.arange(0, P)
@@ -52,7 +53,7 @@ def mgda(
         w = share(shortest(C, active, idx, K), G, idx, K) / norm * half
     else:
         w = share(shortest(G, active, idx, K), G, idx, K)
-    store(w_ptr, w, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
+    store(w_ptr, w, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)
 
 
 @triton.jit
@@ -133,13 +134,13 @@ def ball(C, b, a, active, c, idx, K: tl.constexpr):
     return z * tl.minimum(c / tl.sqrt(tl.where(square > 0.0, square, c * c)), 1.0)
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def cagrad(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
-    c, rescale = tl.load(params_ptr + 1), tl.load(params_ptr + 2)
+    c, rescale = parameter(numbers, 1), parameter(numbers, 2)
     shrink = 1.0 / tl.where(rescale == 1.0, 1.0 + c * c, tl.where(rescale == 2.0, 1.0 + c, 1.0))
     count = number(active)
     even = tl.where(active, 1.0 / count, 0.0)
@@ -154,4 +155,4 @@ def cagrad(
         a = tl.where(active, shortest_row / norm, 0.0)
         z = ball(C, tl.where(active, slope / norm / length, 0.0), a, active, c, idx, K)
         w += share(tl.where(active, z * length / norm, 0.0), G, idx, K)
-    store(w_ptr, shrink * w, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
+    store(w_ptr, shrink * w, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)

@@ -37,7 +37,7 @@ def _presence(grads: list[Tensor], missing: list[int], mask: Tensor | None, per:
 
 
 def _combine(grads: list[Tensor], missing: list[int], mask: Tensor | None, w: Tensor, per: int, skip: bool) -> Tensor:
-    return combines.combine(rows_of(grads, missing), mask, w.contiguous(), per == SAMPLE, skip)
+    return combines.combine(rows_of(grads, missing), mask, w.resolve_neg().contiguous(), per == SAMPLE, skip)
 
 
 def _graddrop(grads: list[Tensor], missing: list[int], mask: Tensor | None, leak: float, rng: Tensor) -> Tensor:
@@ -98,6 +98,9 @@ def trimmed_mean(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor |
     return _call(_trimmed_mean, grads, missing, mask, trim)
 
 
+has_solver = solvers.has_kernel
+
+
 def weights(
     G: Tensor,
     mask: Tensor | None,
@@ -108,8 +111,9 @@ def weights(
     precision: float,
 ) -> Tensor:
     """Weights [..., K]; the states of the chain and its random stream advance in place. In one launch where the chain has a kernel."""
-    w = None if torch.compiler.is_compiling() else solvers.solve(G, mask, chain, states, rng, preserve_norm, precision)
-    return reference.weights(G, mask, chain, states, rng, preserve_norm, precision) if w is None else w  # torch.compile fuses these
+    plain = not torch.compiler.is_compiling() and type(G) is Tensor and not G.is_neg()  # torch.compile makes few launches of the reference
+    w = solvers.solve(G, mask, chain, states, rng, preserve_norm, precision) if plain else None
+    return reference.weights(G, mask, chain, states, rng, preserve_norm, precision) if w is None else w
 
 
 def resolve(

@@ -9,6 +9,22 @@ import triton.language as tl
 
 
 @triton.jit
+def parameter(numbers, i: tl.constexpr):
+    """Number i of solve.packed()."""
+    high, low = numbers[2 * i].to(tl.int64) >> 1, numbers[2 * i + 1].to(tl.int64) >> 1
+    return ((high << 32) | (low & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def parameters(numbers, first: tl.constexpr, idx, K: tl.constexpr):
+    """K of them at the places of a vector."""
+    found = tl.zeros_like(idx).to(tl.float64)
+    for i in tl.static_range(K):
+        found = tl.where(idx == i, parameter(numbers, first + i), found)
+    return found
+
+
+@triton.jit
 def times(T, x):
     """T x for a symmetric tile."""
     return tl.sum(T * x[None, :], axis=1)

@@ -1,15 +1,15 @@
-"""PCGrad in Triton; mirrors mmfast/resolvers/projection.py. params: the precision, 1 for the mean in place of the sum, 1 for the fixed order."""
+"""PCGrad in Triton; mirrors mmfast/resolvers/projection.py. numbers: the precision, 1 for the mean in place of the sum, 1 for the fixed order."""
 
-import triton
 import triton.language as tl
 
-from mmfast.triton.problem import diagonal, load, number, store
+from mmfast.triton.problem import diagonal, load, number, parameter, store
 from mmfast.triton.random import bits
+from mmfast.triton.rows import kernel
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def pcgrad(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     FIXED: tl.constexpr,
 ):  # fmt: skip
     idx = tl.arange(0, P)
@@ -40,6 +40,6 @@ def pcgrad(
         row = tl.load(G_ptr + (problem * K + j[:, None]) * K + idx[None, :], mask=taken[:, None] & active[None, :], other=0.0)
         products += t[:, None] * (half * row * half)
     w = tl.sum(tl.where(active[:, None], c, 0.0), axis=0)
-    if tl.load(params_ptr + 1) != 0.0:
+    if parameter(numbers, 1) != 0.0:
         w = w / number(active)
-    store(w_ptr, w, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
+    store(w_ptr, w, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)

@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     """K places of one shape [batch, inner]; `held` keeps the memory of those that are there."""
 
     held: list[Tensor]
-    packed: tuple[int, ...]  # an odd number for each place: all integers alike to the compiler, whatever an address is divisible by
+    packed: tuple[int, ...]  # an odd number for each place, see `odd`
     bits: int  # bit i is set where place i holds a gradient: at most 64, ops.TRITON_ROWS
     k: int
     batch: int
@@ -46,16 +46,22 @@ def padded(k: int) -> int:
     return k if k <= 8 else triton.next_power_of_2(k)
 
 
+def odd(address: int) -> int:
+    """Twice an address plus one, as a signed number of 64 bits: all are alike to the compiler, whatever the address is divisible by."""
+    twice = (2 * address + 1) & (2**64 - 1)
+    return twice - 2**64 if twice >> 63 else twice  # addresses of some GPUs have the highest bits set
+
+
 def rows_of(grads: Sequence[Tensor], missing: Sequence[int] = ()) -> Rows:
     """The gradients at their places; one that is missing has its neighbour's address and is never read."""
-    held = [g.detach().contiguous() for g in grads]
+    held = [g.detach().resolve_neg().contiguous() for g in grads]
     first, k = held[0], len(held) + len(missing)
     batch = first.shape[0] if first.dim() else 1
     addresses = [g.data_ptr() for g in held]
     places = [i for i in range(k) if i not in missing]
-    packed = [2 * addresses[0] + 1] * padded(k)
+    packed = [odd(addresses[0])] * padded(k)
     for place, address in zip(places, addresses, strict=True):
-        packed[place] = 2 * address + 1
+        packed[place] = odd(address)
     bits = sum(1 << place for place in places)
     inner = first.numel() // max(batch, 1)
     return Rows(

@@ -1,15 +1,15 @@
-"""Sum, Mean, Constant, Random in Triton; mirrors mmfast/resolvers/simple.py. params: the precision, then the rule's own."""
+"""Sum, Mean, Constant, Random in Triton; mirrors mmfast/resolvers/simple.py. numbers: the precision, then the rule's own."""
 
-import triton
 import triton.language as tl
 
-from mmfast.triton.problem import load, number, store
+from mmfast.triton.problem import load, number, parameter, parameters, store
 from mmfast.triton.random import uniform
+from mmfast.triton.rows import kernel
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def fixed(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
     MEAN: tl.constexpr, CONSTANT: tl.constexpr,
 ):  # fmt: skip
     """Weights that do not depend on the Gramian: 1, 1 / (number present), or K numbers given."""
@@ -19,13 +19,13 @@ def fixed(
     if MEAN:
         w = w / number(active)
     if CONSTANT:
-        w = tl.load(params_ptr + 1 + idx, mask=idx < K, other=0.0)
-    store(w_ptr, w, G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
+        w = parameters(numbers, 1, idx, K)
+    store(w_ptr, w, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@kernel
 def random(
-    G_ptr, mask_ptr, rng_ptr, params_ptr, w_ptr, mask_stride, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
 ):  # fmt: skip
     """The softmax of standard normal draws (Box and Muller, from the uniforms 2 i and 2 i + 1)."""
     idx = tl.arange(0, P)
@@ -33,4 +33,4 @@ def random(
     u, v = uniform(rng_ptr, 2 * idx), uniform(rng_ptr, 2 * idx + 1)
     e = tl.where(active, tl.exp(tl.sqrt(-2.0 * tl.log(u)) * tl.cos(6.283185307179586 * v)), 0.0)
     total = tl.sum(e, axis=0)
-    store(w_ptr, e / tl.where(total > 0.0, total, 1.0), G, active, rows, tl.load(params_ptr), K, P, PRESERVE_NORM)
+    store(w_ptr, e / tl.where(total > 0.0, total, 1.0), G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)

@@ -1,7 +1,7 @@
 """From Gramians to weights in one launch: a program of Triton for each problem, float64, without synchronisation."""
 
+import struct
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from mmfast import resolvers
 from mmfast.resolvers.base import Rule
 from mmfast.resolvers.philox import advance
 from mmfast.triton import alignment, bargaining, cone, minnorm, projection, simple
+from mmfast.triton.rows import current
 
 MAX_ROWS = 64  # of a tile that registers hold
 
@@ -39,10 +40,18 @@ def launch_options(size: int) -> dict[str, Any]:
     return {"num_warps": 1 if size <= 16 else size // 8, "enable_fp_fusion": False}
 
 
-@lru_cache(maxsize=64)
-def _on_device(params: tuple[float, ...], device: torch.device) -> Tensor:
-    """Hyper-parameters where a kernel can read them in float64: its arguments would be rounded to float32."""
-    return torch.tensor(params, dtype=torch.float64, device=device)
+def packed(params: Sequence[float]) -> tuple[int, ...]:
+    """The bits of numbers as arguments of a kernel, 32 at a time: a float would be rounded to float32, and a tensor copied to the device.
+
+    Odd and beyond 32 bits, so that all are alike to the compiler.
+    """
+    bits = [int.from_bytes(struct.pack("<d", x), "little") for x in params]
+    return tuple((1 << 40) + 2 * half + 1 for x in bits for half in (x >> 32, x & 0xFFFFFFFF))
+
+
+def has_kernel(chain: Sequence[Rule], k: int) -> bool:
+    """Whether `solve` serves a chain of rules for k gradients."""
+    return len(chain) == 1 and type(chain[0]) in KERNELS and k <= MAX_ROWS
 
 
 def solve(
@@ -65,28 +74,28 @@ def solve(
         float64 [..., K], fresh; NaN for a Gramian with a number that is not finite. Deterministic.
     """
     k = G.shape[-1]
-    found = KERNELS.get(type(chain[0])) if len(chain) == 1 and k <= MAX_ROWS else None
-    if found is None:
+    if not has_kernel(chain, k):
         return None
-    kernel, form = found
+    kernel, form = KERNELS[type(chain[0])]
     w = torch.empty(G.shape[:-1], dtype=torch.float64, device=G.device)
     problems = w.numel() // k
     if problems:
         size = triton.next_power_of_2(k)
-        kernel[(problems,)](
-            G,
-            G if mask is None else mask.contiguous().view(torch.uint8),
-            G if rng is None else rng,
-            _on_device((precision, *chain[0].params()), G.device),
-            w,
-            0 if mask is None or mask.dim() == 1 else k,
-            K=k,
-            P=size,
-            HAS_MASK=mask is not None,
-            PRESERVE_NORM=preserve_norm,
-            **form(chain[0]),
-            **launch_options(size),
-        )
+        with current(G.device):
+            kernel[(problems,)](
+                G,
+                G if mask is None else mask.contiguous().view(torch.uint8),
+                G if rng is None else rng,
+                packed((precision, *chain[0].params())),
+                w,
+                0 if mask is None or mask.dim() == 1 else k,
+                K=k,
+                P=size,
+                HAS_MASK=mask is not None,
+                PRESERVE_NORM=preserve_norm,
+                **form(chain[0]),
+                **launch_options(size),
+            )
     if rng is not None:
         advance(rng)
     return w
