@@ -61,7 +61,7 @@ class _TransformedHeads(_LinearHeads):
 
 
 def _backward(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
-    if not torch.is_autocast_enabled(delta.device.type):
+    if not reference.autocasts(delta):
         return *_gradients(ctx, delta, resolve), None, None
     with torch.autocast(delta.device.type, enabled=False):  # a backward pass run inside autocast must not round the Gramian
         return *_gradients(ctx, delta, resolve), None, None
@@ -191,7 +191,7 @@ class LinearHeads(Impartial):
             contract.check_mask(mask, len(self.sizes), y.shape if y.dim() > 1 else torch.Size(), y.device)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(y.device.type):
+        if reference.autocasts(y):
             dtype = torch.get_autocast_dtype(y.device.type)
             y, weight, bias = y.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         if transforms.exporting():

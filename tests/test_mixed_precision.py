@@ -8,6 +8,8 @@ from rule_table import RULES
 from torch import nn
 
 import mmfast as mf
+from mmfast import ops
+from mmfast.ops import linear
 from mmfast.resolvers.elementwise import ElementwiseRule
 
 IN, H, SIZES, B, SCALE = 6, 8, (3, 1, 2, 4), 16, 2.0**10
@@ -64,6 +66,51 @@ def test_autocast_is_near_single_precision(kind, per, dtype, inside):
         torch.testing.assert_close(model.block.stats().weights, weights, rtol=40 * eps, atol=40 * eps)
         for name, g in expected.items():
             assert (found[name] - g).norm() <= 40 * eps * g.norm(), name
+
+
+def bits(per, dtype):
+    grads, mask = [g.to(dtype) for g in torch.randn(K, B, 5000)], torch.rand(B, K) < 0.7
+    delta, weight, head_of = torch.randn(B, 5).to(dtype), torch.randn(5, 7).to(dtype), torch.tensor([0, 0, 1, 2, 3])
+    return [
+        mf.gram(grads, per, mask=mask, backend="reference"),
+        *ops.resolve_info(grads, mf.UPGrad(), per, mask, preserve_norm=True, backend="reference"),
+        linear.heads(delta, weight, head_of, mf.MGDA(), K, per, None, True, "reference")[1],  # weights and Gramian
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_autocast_does_not_reach_plain_torch(per, dtype):
+    expected = bits(per, dtype)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = bits(per, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize("inside", [False, True])
+@kinds
+def test_autocast_does_not_reach_a_compiled_backward_pass_in_plain_torch(kind, inside, monkeypatch):
+    """What a graph on another device does: the Gramian of the branches' gradients, which autocast does round, is that of eager mode."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(ops, "serving", lambda *_: "reference")
+    eager, x = Model(kind, mf.UPGrad()), torch.randn(B, IN)
+    model = copy.deepcopy(eager)
+    expected = gradients(eager, x, torch.bfloat16)
+    step = torch.compile(lambda x: loss_of(model(x)), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(x)
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    one, two = eager.block.stats(), model.block.stats()
+    torch.testing.assert_close(two.gram, one.gram, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(two.weights, one.weights, rtol=1e-5, atol=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 SCALED = {name: row for name, row in RULES.items() if row.power is not None}

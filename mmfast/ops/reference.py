@@ -145,13 +145,26 @@ def _present(grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     return torch.where((mask.mT if mask.dim() == 2 else mask.unsqueeze(-1)).unsqueeze(-1), x, 0)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own precision: a Gramian that autocast has rounded is none."""
+    if not autocasts(a):
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def _products(x: Tensor) -> Tensor:
     """x @ x.mT of [..., K, N] in float64, by chunks."""
     n = x.shape[-1]
     whole = n - n % _CHUNK
     chunks = x[..., :whole].unflatten(-1, (-1, _CHUNK)).movedim(-2, 0)
     rest = x[..., whole:]
-    return (chunks @ chunks.mT).double().sum(0) + (rest @ rest.mT).double()
+    return _product(chunks, chunks.mT).double().sum(0) + _product(rest, rest.mT).double()
 
 
 def gram(grads: Sequence[Tensor], mask: Tensor | None, per: str) -> Tensor:
@@ -182,13 +195,13 @@ def heads_gram(delta: Tensor, weight: Tensor, head_of: Tensor, k: int, per: str)
     accumulator = wide(delta)
     d, w = delta.to(accumulator), weight.to(accumulator)
     members = (head_of.unsqueeze(1) == torch.arange(k, device=delta.device)).double()
-    products = (w @ w.mT).double()
+    products = _product(w, w.mT).double()
     if per == "sample":
         rows = d.flatten(1, -2) if d.dim() > 2 else d.unsqueeze(1)
         pieces = rows.split(max(1, _PIECE // (outputs * outputs)))
-        return torch.cat([_fold((part.mT @ part).double(), products, members, precision) for part in pieces])
+        return torch.cat([_fold(_product(part.mT, part).double(), products, members, precision) for part in pieces])
     rows = (d.sum(0) if per == "batch_sum" else d).reshape(-1, outputs)
-    return _fold((rows.mT @ rows).double(), products, members, precision)
+    return _fold(_product(rows.mT, rows).double(), products, members, precision)
 
 
 def heads(
