@@ -5,6 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from block_model import ByLength
+from rule_table import RULES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfast as mf
 from mmfast import ops
@@ -277,3 +280,32 @@ def test_a_checkpoint_from_before_the_first_step_loads():
     mf.resolve(make(3, 8), used)
     again.load_state_dict(used.state_dict())
     assert torch.equal(again.state, used.state)
+
+
+class HostCopies(TorchDispatchMode):
+    """Raises where a tensor is made from Python's data, or a number read from one: what waits for a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default):
+            raise AssertionError(f"{function} would wait for the device")
+        return function(*args, **(kwargs or {}))
+
+
+PREFERRING = [mf.UPGrad, mf.DualProj, mf.ConFIG, lambda pref: mf.AlignedMTL("rmse", pref)]
+MAKERS = {name: (row.make, max(4, row.min_k + 1)) for name, row in RULES.items()}  # one is missing
+MAKERS |= {f"pref {i}": (lambda k, make=make: make(pref=[i + 1.0 for i in range(k)]), 4) for i, make in enumerate(PREFERRING)}
+MAKERS |= {"TrimmedMean": (lambda k: TrimmedMean(1), 4), "GradDrop": (lambda k: GradDrop(0.1), 4), "own": (lambda k: ByLength(), 4)}
+
+
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_plain_torch_copies_nothing_from_the_host(name, per):
+    make_rule, k = MAKERS[name]
+    rule, grads = make_rule(k), make(k, (5, 7))
+    grads[1] = None
+    mf.resolve(grads, copy.deepcopy(rule), per, backend="reference")  # makes what is made once, as before a capture
+    for mask in (None, torch.rand(5, k) < 0.9):
+        expected = mf.resolve(grads, copy.deepcopy(rule), per, mask, preserve_norm=True)
+        with HostCopies():
+            found = mf.resolve(grads, copy.deepcopy(rule), per, mask, preserve_norm=True, backend="reference")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -16,9 +16,7 @@ from mmfast.resolvers.elementwise import ElementwiseRule
 
 def _restrict(mask: Tensor | None, missing: Sequence[int], k: int) -> Tensor | None:
     """The mask's columns of the gradients that are there."""
-    if mask is None or not missing:
-        return mask
-    return mask[..., [i for i in range(k) if i not in missing]]
+    return None if mask is None else reference.kept(mask, missing, k)
 
 
 def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -125,8 +123,7 @@ def _there(G: Tensor, mask: Tensor | None) -> Tensor:
 def _present_samples(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, k: int) -> Tensor:
     """Mask [B, K] of the samples that are neither masked nor all zero."""
     found = torch.stack([(g != 0).reshape(g.shape[0], g.numel() // max(g.shape[0], 1)).any(1) for g in grads], 1)
-    rows = found.new_zeros(found.shape[0], k)
-    rows[:, [i for i in range(k) if i not in missing]] = found
+    rows = reference.padded(found, missing, k)
     return rows if mask is None else rows & mask
 
 
@@ -361,9 +358,7 @@ def _resolve_general(
         G = reference.spread(reference.gram(grads, present, per), missing, k)
     row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
     if missing:
-        there = torch.ones(k, dtype=torch.bool, device=G.device)
-        for i in missing:
-            there[i] = False
+        there = reference.padded(torch.ones(len(grads), dtype=torch.bool, device=G.device), missing, k)
         row_mask = there if row_mask is None else row_mask & there
     row_mask = _there(G, row_mask)
     precision = reference.precision_of(grads[0].dtype)
@@ -374,8 +369,7 @@ def _resolve_general(
     if kernels is not None:
         out = kernels.combine(grads, missing, mask, w, code)
     else:
-        kept = [i for i in range(k) if i not in missing]
-        out = reference.combine(grads, present, w[..., kept] if missing else w, per)
+        out = reference.combine(grads, present, reference.kept(w, missing, k), per)
     return out, torch.cat([w, G.flatten(-2)], -1)
 
 

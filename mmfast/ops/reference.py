@@ -248,13 +248,22 @@ def combine(grads: Sequence[Tensor], mask: Tensor | None, w: Tensor, per: str) -
     return total.to(grads[0].dtype).view(grads[0].shape)
 
 
+def kept(x: Tensor, missing: Sequence[int], k: int) -> Tensor:
+    """The columns [..., K - missing] of x [..., K]; taken one by one, as a list for an index would be copied from the host."""
+    return torch.stack([x[..., i] for i in range(k) if i not in missing], -1) if missing else x
+
+
+def padded(x: Tensor, missing: Sequence[int], k: int, dim: int = -1) -> Tensor:
+    """x with zeros put in at the missing places of a dimension."""
+    if not missing:
+        return x
+    parts, zero = iter(x.unbind(dim)), torch.zeros_like(x.select(dim, 0))
+    return torch.stack([zero if i in missing else next(parts) for i in range(k)], dim)
+
+
 def spread(G: Tensor, missing: Sequence[int], k: int) -> Tensor:
     """G of the gradients that are there, with zero rows and columns put in at the missing places."""
-    if not missing:
-        return G
-    kept = [i for i in range(k) if i not in missing]
-    rows = G.new_zeros(*G.shape[:-2], k, G.shape[-1]).index_copy(-2, torch.tensor(kept, device=G.device), G)
-    return rows.new_zeros(*G.shape[:-2], k, k).index_copy(-1, torch.tensor(kept, device=G.device), rows)
+    return padded(padded(G, missing, k), missing, k, -2)
 
 
 def keep(states: Sequence[Tensor | None], after: Sequence[Tensor | None], rng: Tensor | None) -> None:
@@ -313,8 +322,7 @@ def resolve(
 ) -> tuple[Tensor, Tensor]:
     """The compiled `resolve` in plain torch: (result, weights | Gramian)."""
     k = len(grads) + len(missing)
-    kept = [i for i in range(k) if i not in missing]
-    present = mask[..., kept] if mask is not None and missing else mask
+    present = None if mask is None else kept(mask, missing, k)
     if with_gram or per == "batch_sum":  # there a row is missing when its batch sum is zero
         G = gram(grads, present, per)
     else:
@@ -323,4 +331,4 @@ def resolve(
     G = spread(G, missing, k)
     row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
     w = weights(G, row_mask, chain, states, rng, norm, precision_of(grads[0].dtype))
-    return combine(grads, present, w[..., kept], per), torch.cat([w, G.flatten(-2)], -1)
+    return combine(grads, present, kept(w, missing, k), per), torch.cat([w, G.flatten(-2)], -1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmfast.resolvers.base import Problem, Rule
+from mmfast.resolvers.base import Problem, Rule, numbers
 from mmfast.resolvers.linalg import cosines, eigh, kept
 
 SCALES = ("min", "median", "rmse")
@@ -90,7 +90,7 @@ class AlignedMTL(Rule):
             ascending = torch.where(keep, values, torch.inf).sort(-1).values
             place = torch.zeros_like(count) if self.scale == "min" else (count - 1).clamp(min=0) // 2
             sigma = ascending.gather(-1, place)
-        pref = 1 / p.count.unsqueeze(-1) if self.pref is None else p.G.new_tensor(self.pref)
+        pref = 1 / p.count.unsqueeze(-1) if self.pref is None else numbers(p.G, self.pref)
         x = V.mT @ torch.where(p.active, pref, 0).unsqueeze(-1)
         factor = torch.where(keep, (sigma / torch.where(keep, values, 1)).sqrt(), 0)
         return (V @ (factor.unsqueeze(-1) * x)).squeeze(-1)
@@ -119,7 +119,7 @@ class ConFIG(Rule):
         return [float(LENGTHS.index(self.length)), *(self.pref or ())]
 
     def rule(self, p: Problem) -> Tensor:
-        pref = torch.ones_like(p.G[..., 0]) if self.pref is None else p.G.new_tensor(self.pref).expand_as(p.G[..., 0])
+        pref = torch.ones_like(p.G[..., 0]) if self.pref is None else numbers(p.G, self.pref).expand_as(p.G[..., 0])
         norm, a, cosine, square = _multiples(p, pref)
         cosine = torch.where(p.active, cosine, 0)
         if self.length == "projection":

@@ -1,5 +1,6 @@
 """What a resolver is: a module from a K x K Gramian to K weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +29,11 @@ class Problem:
     def count(self) -> Tensor:
         """Number of active rows [B], float64."""
         return self.active.sum(-1).double()
+
+
+def numbers(G: Tensor, values: Sequence[float]) -> Tensor:
+    """values [K] as a tensor like G, by fills: a copy from the host would wait for the device, and end the capture of a CUDA graph."""
+    return torch.stack([G.new_full((), value) for value in values])
 
 
 class Resolver(nn.Module):

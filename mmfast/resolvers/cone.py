@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmfast.resolvers.base import Problem, Rule
+from mmfast.resolvers.base import Problem, Rule, numbers
 
 _ITERATIONS = 20  # 12 to 15 suffice on every kind of Gramian of the tests
 _RIDGE = 1e-13  # keeps a flat or unbounded minimum finite
@@ -87,7 +87,7 @@ class _Preferring(Rule):
 
     def preference(self, p: Problem) -> Tensor:
         """[B, K], zero for rows that do not take part."""
-        pref = 1 / p.count.unsqueeze(-1) if self.pref is None else p.G.new_tensor(self.pref)
+        pref = 1 / p.count.unsqueeze(-1) if self.pref is None else numbers(p.G, self.pref)
         return torch.where(p.active, pref, 0)
 
     def extra_repr(self) -> str:

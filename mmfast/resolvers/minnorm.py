@@ -121,7 +121,8 @@ def _share(G: Tensor, w: Tensor) -> Tensor:
     for l in range(G.shape[-1]):
         column = G[..., l]
         alike &= (column.unsqueeze(-1) - column.unsqueeze(-2)).abs() <= rounding.unsqueeze(-1) * norm[..., l].view(-1, 1, 1)
-    first = torch.nn.functional.one_hot(alike.int().argmax(-1), G.shape[-1]).to(G.dtype)  # [B, K, K]: row i belongs to group j
+    places = torch.arange(G.shape[-1], device=G.device)
+    first = (alike.int().argmax(-1, keepdim=True) == places).to(G.dtype)  # [B, K, K]: row i belongs to group j
     return _times(first, _times(first.mT, w) / first.sum(-2).clamp(min=1))
 
 

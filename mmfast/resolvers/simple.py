@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmfast.resolvers.base import Problem, Rule
+from mmfast.resolvers.base import Problem, Rule, numbers
 
 
 class Sum(Rule):
@@ -54,7 +54,7 @@ class Constant(Rule):
             raise ValueError(f"weights has {len(self.weights)} numbers, expected {k}, one per gradient")
 
     def rule(self, p: Problem) -> Tensor:
-        return p.G.new_tensor(self.weights).expand(p.G.shape[:-1])
+        return numbers(p.G, self.weights).expand(p.G.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}"
