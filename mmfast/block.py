@@ -132,6 +132,7 @@ def _fork(y: Tensor, mask: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
     _check_tensors(y, mask, plan)
     if transforms.exporting():
         return tuple(y.view_as(y) for _ in range(plan.k))
+    transforms.refuse_compiled_vmap(y)
     if transforms.active():  # whether there is something to differentiate shows further below
         return _TransformedFork.apply(y, mask, plan)
     if y.requires_grad and torch.is_grad_enabled():
@@ -210,6 +211,7 @@ class _TransformedScale(_Scale):
 def _scale_outputs(output: Any, beta: float, name: str) -> Any:
     """The output of a branch, tensors in tuples, lists and dicts included, with gradients multiplied by beta."""
     if isinstance(output, Tensor):
+        transforms.refuse_compiled_vmap(output)
         if transforms.active():
             return _TransformedScale.apply(output, beta)
         return transforms.apply(_Scale, output, beta) if output.requires_grad else output
@@ -383,6 +385,6 @@ class ImpartialityBlock(Impartial):
         branches = self.branches._modules
         aliases = _fork(y, mask, _Plan(len(branches), self.resolver, self.per, self.preserve_norm, self))
         outputs = {name: branch(alias, **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}  # type: ignore[misc]
-        if self._beta is not None:
+        if self._beta is not None and not transforms.exporting():
             outputs = {name: _scale_outputs(out, beta, name) for beta, (name, out) in zip(self._beta, outputs.items(), strict=True)}
         return outputs if isinstance(self.branches, nn.ModuleDict) else tuple(outputs.values())

@@ -91,6 +91,11 @@ def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor
     return out
 
 
+def _lowered(x: Tensor) -> Tensor:
+    """x as autocast gives it to nn.Linear, which leaves float64 alone."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+
+
 class LinearHeads(Impartial):
     """K linear branches on one tensor and the block that resolves their gradients, at about the cost of one linear layer.
 
@@ -192,10 +197,10 @@ class LinearHeads(Impartial):
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if reference.autocasts(y):
-            dtype = torch.get_autocast_dtype(y.device.type)
-            y, weight, bias = y.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            y, weight, bias = _lowered(y), _lowered(weight), None if bias is None else _lowered(bias)
         if transforms.exporting():
             return F.linear(y, weight, bias)
+        transforms.refuse_compiled_vmap(y)
         if transforms.active():
             return _TransformedHeads.apply(y, weight, bias, mask, self)
         if not (y.requires_grad and torch.is_grad_enabled()) and self.beta is None:

@@ -290,6 +290,38 @@ def test_vmap_inside_the_graph(dynamic):
 
 
 @pytest.mark.parametrize("make", [Model, Heads], ids=["block", "heads"])
+def test_a_block_in_a_compiled_vmap_is_refused(x, make):
+    """Not its plain sum. Without fullgraph the graph breaks there; without gradients there is nothing to lose."""
+    eager = make(mf.MGDA())
+    model = copy.deepcopy(eager)
+    every = lambda model: lambda x: torch.vmap(lambda x: total(model(x.unsqueeze(0))))(x)
+    with pytest.raises(RuntimeError, match="a block inside vmap can't be compiled"):
+        whole(every(model))(x)
+    with pytest.raises(RuntimeError, match="a block inside vmap can't be compiled"):
+        whole(torch.func.grad(lambda p, x: every(lambda x: torch.func.functional_call(model, p, x))(x).sum()))(
+            dict(model.named_parameters()), x
+        )
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(every(model))(x), every(eager)(x))
+    torch._dynamo.reset()
+    broken = torch.compile(every(model), backend="aot_eager")
+    same(gradients(model, x, (0,), lambda x: [broken(x).sum()]), gradients(eager, x, (0,), lambda x: [every(eager)(x).sum()]))
+
+
+class Times(nn.Module):
+    def forward(self, y, x):
+        return y * x
+
+
+def test_a_local_step_in_a_compiled_vmap_is_refused(x):
+    """Where the shared tensor itself is not mapped."""
+    block = mf.ImpartialityBlock([Times(), Times()], mf.MGDA(), local=[1.0, 2.0])
+    with pytest.raises(RuntimeError, match="a block inside vmap can't be compiled"):
+        whole(lambda y, x: torch.vmap(lambda x: sum(out.sum() for out in block(y, x=x)))(x).sum())(x[0], x)
+
+
+@pytest.mark.parametrize("make", [Model, Heads], ids=["block", "heads"])
 def test_double_backward_is_refused(x, make):
     x.requires_grad_()
     step = whole(lambda x: total(model(x)))

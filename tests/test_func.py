@@ -265,8 +265,9 @@ def test_copies_and_data_parallel(make):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
 @pytest.mark.parametrize("make", [*MODELS, lambda **k: Model(mf.PCGrad(), **k), lambda **k: Heads(mf.GradVac(), **k)])
 @pytest.mark.parametrize("strict", [False, True])
-def test_export_leaves_no_trace_of_the_block(make, strict):
-    model, x = make(local=None).eval(), torch.randn(B, 4, dtype=torch.float64)
+@pytest.mark.parametrize("local", [None, [1.0, 2.0, 3.0]])
+def test_export_leaves_no_trace_of_the_block(make, local, strict):
+    model, x = make(local=local).eval(), torch.randn(B, 4, dtype=torch.float64)
     program = torch.export.export(model, (x,), strict=strict)
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert calls and not [c for c in calls if "mmfast" in c or "autograd" in c or "set_grad" in c], calls

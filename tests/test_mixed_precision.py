@@ -113,6 +113,21 @@ def test_autocast_does_not_reach_a_compiled_backward_pass_in_plain_torch(kind, i
     torch._dynamo.reset()
 
 
+@kinds
+def test_autocast_leaves_double_precision_alone(kind):
+    """As it does in nn.Linear."""
+    model, x = Model(kind, mf.UPGrad()).double(), torch.randn(B, IN, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(out.dtype == torch.float64 for out in model(x))
+    expected, found = gradients(model, x), gradients(model, x, torch.bfloat16, inside=True)
+    assert all(torch.equal(found[name], g) for name, g in expected.items())
+
+
+def test_a_device_without_autocast():
+    heads = mf.LinearHeads(4, [1, 2], mf.MGDA()).to("meta")
+    assert [out.shape for out in heads(torch.randn(3, 4, device="meta"))] == [(3, 1), (3, 2)]
+
+
 SCALED = {name: row for name, row in RULES.items() if row.power is not None}
 
 

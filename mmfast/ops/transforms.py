@@ -21,7 +21,16 @@ def active() -> bool:
 
 def exporting() -> bool:
     """Whether torch.export is at work; torch.compiler.is_exporting() says so under torch.compile, too, before torch 2.13."""
-    return torch.compiler._is_exporting_flag
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def refuse_compiled_vmap(y: Tensor) -> None:
+    """Called where a block starts: in a traced vmap no tensor says that it wants a gradient, and the block would fall away."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and torch._C._functorch.is_batchedtensor(y):
+        raise RuntimeError(
+            "a block inside vmap can't be compiled: its gradients would be summed, not resolved; leave the vmap out of torch.compile "
+            "(without fullgraph=True the graph breaks here), or call it under torch.no_grad() where no gradient is wanted"
+        )
 
 
 def no_second_derivative(what: str) -> RuntimeError:
