@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.utils._pytree import tree_map
 
 import mmfast as mf
-from mmfast.ops import native
+from mmfast.ops import linear, native
 
 # torch.func itself uses what torch calls deprecated
 derived = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
@@ -143,6 +143,21 @@ def test_nested_vmap():
     assert torch.equal(torch.vmap(torch.vmap(call))(*g), expected)
 
 
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_vmap_over_nothing(per):
+    g, w = torch.randn(0, 3, 5, 4), torch.randn(*((0, 5, 3) if per == "sample" else (0, 3)))
+    infos = (0, 5) if per == "sample" else (0,)
+    assert torch.vmap(lambda g: mf.gram(list(g), per))(g).shape == (*infos, 3, 3)
+    assert torch.vmap(lambda g, w: mf.combine(list(g), w, per))(g, w).shape == (0, 5, 4)
+    for rule in (mf.MGDA(), mf.TrimmedMean(1)):
+        assert torch.vmap(lambda g, rule=rule: mf.resolve(list(g), rule, per))(g).shape == (0, 5, 4)
+    head_of = torch.tensor([0, 0, 1, 2])
+    for weight in (torch.randn(4, 7), torch.randn(0, 4, 7)):
+        call = lambda d, W: linear.heads(d, W, head_of, mf.MGDA(), 3, per, None, True)
+        out, info = torch.vmap(call, (0, None if weight.dim() == 2 else 0))(torch.randn(0, 5, 4), weight)
+        assert out.shape == (0, 5, 7) and info.shape == (*infos, 12)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", KEPT)
 def test_vmap_of_a_rule_that_keeps_something_is_refused(make, backend):
@@ -214,6 +229,37 @@ def test_ensembles(make, per):
     for i, model in enumerate(models):
         for name, expected in gradients(model, x).items():
             close(found[name][i], expected)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+@pytest.mark.parametrize("make", [Model, Heads], ids=["block", "heads"])
+def test_masks_of_mapped_models(make, per, rows):
+    """A mask of each problem, or one for all; samples may have further dimensions."""
+    model = make(mf.UPGrad(), per=per, local=[1.0, 2.0, 3.0])
+    params = dict(model.named_parameters())
+    one = lambda x, m: grad(lambda p: total(functional_call(model, p, (x, m))))(params)["shared.weight"]
+    for x in (torch.randn(4, B, 4, dtype=torch.float64), torch.randn(4, B, 2, 4, dtype=torch.float64)):
+        mask = torch.rand((4, K) if rows else (4, B, K)) < 0.6
+        close(torch.vmap(one)(x, mask), loop(one, x, mask))
+        close(torch.vmap(one, (0, None))(x, mask[0]), loop(lambda x, mask=mask: one(x, mask[0]), x))
+        close(torch.vmap(one, (None, 0))(x[0], mask), loop(lambda m, x=x: one(x[0], m), mask))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_a_mask_of_mapped_heads_hides_samples(per, backend):
+    delta, weight, head_of = (
+        torch.randn(2, 3, 5, 4, dtype=torch.float64),
+        torch.randn(4, 7, dtype=torch.float64),
+        torch.tensor([0, 0, 1, 2]),
+    )
+    mask = torch.rand(2, 5, 3) < 0.6
+    delta = torch.where(mask[..., head_of].unsqueeze(1), delta, torch.nan).movedim(1, 2)  # [2, 5, 3, 4]
+    call = lambda d, m: linear.heads(d, weight, head_of, mf.MGDA(), 3, per, m, True, backend)
+    for found, expected in zip(torch.vmap(call, (1, 2))(delta.movedim(0, 1), mask.movedim(0, 2)), loop(call, delta, mask), strict=True):
+        assert expected.isfinite().all()
+        close(found, expected)
 
 
 @derived

@@ -76,26 +76,22 @@ def _front(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 def _all_in_front(
     info: Any, in_dims: Sequence[Any], grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: int
-) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients [S, ...] and mask [S, K] for per="sample", or both with samples of all problems in one dimension where they were samples before."""
+) -> tuple[list[Tensor], Tensor | None, tuple[int, ...]]:
+    """Gradients [S, ...] and mask [S, K] for per="sample", or both with samples of all problems in one dimension where they were samples before;
+    and what that dimension was made of."""
     size = info.batch_size
     grads = [_front(g, dim, size) for g, dim in zip(grads, in_dims[0], strict=True)]
     mask = None if mask is None else _front(mask, in_dims[2], size)
     if per == _SAMPLE:
         if mask is not None and mask.dim() == 2:
             mask = mask.unsqueeze(1).expand(size, grads[0].shape[1], mask.shape[-1])
-        return [g.flatten(0, 1) for g in grads], None if mask is None else mask.flatten(0, 1)
+        return [g.flatten(0, 1) for g in grads], None if mask is None else mask.flatten(0, 1), tuple(grads[0].shape[:2])
     if mask is not None and mask.dim() == 3:  # samples of a row that count as zero
         kept = [i for i in range(mask.shape[-1]) if i not in missing]
         there = [mask[..., i].reshape(*mask.shape[:2], *[1] * (grads[0].dim() - 2)) for i in kept]
         grads = [torch.where(m, g, 0) for m, g in zip(there, grads, strict=True)]
         mask = mask.any(1)
-    return grads, mask
-
-
-def _apart(x: Tensor, size: int, per: int) -> Tensor:
-    """A result of all samples of all problems, [S, B, ...]."""
-    return x.unflatten(0, (size, x.shape[0] // max(size, 1))) if per == _SAMPLE else x
+    return grads, mask, (size,)
 
 
 def _gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: int) -> Tensor:
@@ -105,15 +101,15 @@ def _gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, 
 
 
 def map_gram(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, per: int) -> tuple[Tensor, int]:
-    grads, mask = _all_in_front(info, in_dims, grads, missing, mask, per)
-    return _apart(_gram(grads, missing, mask, per), info.batch_size, per), 0
+    grads, mask, problems = _all_in_front(info, in_dims, grads, missing, mask, per)
+    return _gram(grads, missing, mask, per).unflatten(0, problems), 0
 
 
 def map_combine(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, w: Tensor, per: int) -> tuple[Tensor, int]:
-    grads, mask = _all_in_front(info, in_dims, grads, missing, mask, per)
+    grads, mask, problems = _all_in_front(info, in_dims, grads, missing, mask, per)
     w = _front(w, in_dims[3], info.batch_size)
     w = w.flatten(0, 1) if per == _SAMPLE else w
-    return _apart(native.combine(grads, missing, mask, w.contiguous(), _SAMPLE), info.batch_size, per), 0
+    return native.combine(grads, missing, mask, w.contiguous(), _SAMPLE).unflatten(0, problems), 0
 
 
 def map_weights(
@@ -144,13 +140,14 @@ def map_resolve(
     with_gram: bool,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     contract.refuse_vmap(state, rng)
-    grads, mask = _all_in_front(info, in_dims, grads, missing, mask, per)
+    grads, mask, problems = _all_in_front(info, in_dims, grads, missing, mask, per)
     if per == _BATCH_SUM:
         G = _gram(grads, missing, mask, per)
+        mask = None if mask is None else mask.contiguous()
         w = native.weights(G, mask, steps, params, None, None, preserve_norm, reference.precision_of(grads[0].dtype))
         return (native.combine(grads, missing, mask, w, _SAMPLE), torch.cat([w, G.flatten(-2)], -1)), (0, 0)
     out, seen = native.resolve(grads, missing, mask, steps, params, None, None, _SAMPLE, preserve_norm, with_gram)
-    return (_apart(out, info.batch_size, per), _apart(seen, info.batch_size, per)), (0, 0)
+    return (out.unflatten(0, problems), seen.unflatten(0, problems)), (0, 0)
 
 
 def map_heads(
@@ -174,14 +171,23 @@ def map_heads(
     if per == _BATCH_SUM or in_dims[1] is not None:  # the kernel has no form for either
         delta, weight = _front(delta, in_dims[0], info.batch_size), _front(weight, in_dims[1], info.batch_size)
         masks = [None] * info.batch_size if mask is None else _front(mask, in_dims[3], info.batch_size)
+        if not info.batch_size:
+            samples = (delta.shape[1],) if per == _SAMPLE else ()
+            seen = delta.new_empty(0, *samples, k + k * k, dtype=torch.float64)
+            return (delta.new_empty(*delta.shape[:-1], weight.shape[-1]), seen), (0, 0)
         one = [
             native.heads(d, w, head_of, m, steps, params, None, None, k, per, preserve_norm)
             for d, w, m in zip(delta, weight, masks, strict=True)
         ]
         return (torch.stack([out for out, _ in one]), torch.stack([seen for _, seen in one])), (0, 0)
-    (delta,), mask = _all_in_front(info, ((in_dims[0],), None, in_dims[3]), [delta], [], mask, per)
+    if mask is not None and per == _BATCH and mask.dim() - (in_dims[3] is not None) == 2:  # samples of a branch that count as zero
+        delta, mask = _front(delta, in_dims[0], info.batch_size), _front(mask, in_dims[3], info.batch_size)
+        there = mask.index_select(-1, head_of)
+        delta = torch.where(there.view(*mask.shape[:2], *[1] * (delta.dim() - 3), there.shape[-1]), delta, 0)
+        mask, in_dims = mask.any(1), (0, None, None, 0)
+    (delta,), mask, problems = _all_in_front(info, ((in_dims[0],), None, in_dims[3]), [delta], [], mask, per)
     out, seen = native.heads(delta, weight, head_of, mask, steps, params, None, None, k, _SAMPLE, preserve_norm)
-    return (_apart(out, info.batch_size, per), _apart(seen, info.batch_size, per)), (0, 0)
+    return (out.unflatten(0, problems), seen.unflatten(0, problems)), (0, 0)
 
 
 def map_graddrop(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, leak: float, rng: Tensor) -> None:
@@ -190,6 +196,8 @@ def map_graddrop(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, l
 
 def map_trimmed_mean(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, trim: int) -> tuple[Tensor, int]:
     size = info.batch_size
+    if not size:
+        return torch.empty_like(_front(grads[0], in_dims[0][0], 0)), 0
     problems = zip(*(_front(g, dim, size) for g, dim in zip(grads, in_dims[0], strict=True)), strict=True)
     masks = [None] * size if mask is None else _front(mask, in_dims[2], size)
     return torch.stack([native.trimmed_mean(list(g), missing, m, trim) for g, m in zip(problems, masks, strict=True)]), 0
