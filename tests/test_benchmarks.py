@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mmfast as mf
-from benchmarks import naive, report, roofline
+from benchmarks import compiled, naive, report, roofline
 from benchmarks.machine import Quiet, environment
 from benchmarks.providers import MIN_K, PROVIDERS, RULES, TORCHJD, TWELVE, Data, error_of, gate, jacobian
 from benchmarks.rows import Row, read, write
@@ -226,3 +226,13 @@ def test_picture(tmp_path):
     assert (tmp_path / "run.png").stat().st_size > 10_000
     assert not plots.heat_map([], environment(), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_compiled_step_without_a_number_is_not_timed(broken, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda loss, **_: loss)
+    make, plain = compiled.HEADS["compile"]
+    heads = make(2, mf.MGDA())
+    if broken:
+        torch.nn.init.constant_(next(heads.parameters()), torch.nan)
+    assert compiled.steps(2, 1, heads, plain(2))[2] is not broken
