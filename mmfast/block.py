@@ -164,7 +164,7 @@ def fork(
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was computed.
         RuntimeError: in the backward pass, where create_graph=True or a second derivative of torch.func asks to differentiate through it; under
-            torch.compile, for a rule that keeps state and has none yet; under vmap, for a rule that keeps state or draws.
+            torch.compile, for a rule that keeps state and has none yet, and inside vmap; under vmap, for a rule that keeps state or draws.
 
     Example:
         >>> y = torch.tensor([1.0, 1.0], requires_grad=True)
