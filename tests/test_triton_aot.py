@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("triton", "3.6", reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
-SPILLS = {"cuda:100": 24}  # bytes, of gram: three registers, which its assembler gives for one more program on a processor
+SPILLS = {
+    "cuda:100": 24
+}  # bytes, of gram (with Triton 3.6 8 of combine): three registers, which its assembler gives for one more program on a processor
 
 
 def run(folder, *arguments):
@@ -35,9 +37,10 @@ def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
     assert names >= expected | ({"many_kernel"} if target in ("cuda:90", "hip:gfx942") else set())
     for line in found:
         print(line)
-        assert line["spills"] <= (SPILLS.get(target, 0) if line["kernel"].startswith("few_kernel") else 0) and line["registers"] <= 255, (
-            line
-        )
+        assert (
+            line["spills"] <= (SPILLS.get(target, 0) if line["kernel"].startswith(("few_kernel", "combine_kernel")) else 0)
+            and line["registers"] <= 255
+        ), line
         assert line["shared"] <= 49152, line
         if (
             line["kernel"].startswith(("few_kernel", "combine_kernel"))
@@ -59,4 +62,4 @@ def test_every_solver_compiles(target, tmp_path):
     """What the assembler spills is in docs/triton.md: nothing of four rows, most of sixteen for CAGrad."""
     for line in ask(target, tmp_path, "4", *["16"] * (target == "cuda:90")):
         print(line)
-        assert line["spills"] <= (0 if " K=4" in line["kernel"] else 2200), line
+        assert line["spills"] <= (0 if " K=4" in line["kernel"] else 2240), line
