@@ -356,7 +356,7 @@ def _resolve_general(
         G = kernels.gram(grads, missing, mask, code)
     else:
         G = reference.spread(reference.gram(grads, present, per), missing, k)
-    row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
+    row_mask = reference.problem_mask(mask, per)
     if missing:
         there = reference.padded(torch.ones(len(grads), dtype=torch.bool, device=G.device), missing, k)
         row_mask = there if row_mask is None else row_mask & there

@@ -145,6 +145,11 @@ def _present(grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     return torch.where((mask.mT if mask.dim() == 2 else mask.unsqueeze(-1)).unsqueeze(-1), x, 0)
 
 
+def problem_mask(mask: Tensor | None, per: str) -> Tensor | None:
+    """The rows of each problem: one problem has a row that any of its samples has."""
+    return mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
@@ -217,15 +222,13 @@ def heads(
 
     delta [..., O] is the gradient of the branches' outputs, weight [O, H]; head_of [O] names the branch of each output, ascending.
     """
-    row_mask = mask
     if mask is not None:  # what a missing row or sample holds is not read, not even a NaN
         columns = mask.index_select(-1, head_of)
         if mask.dim() == 2:
             columns = columns.view(mask.shape[0], *[1] * (delta.dim() - 2), head_of.shape[0])
-            row_mask = mask if per == "sample" else mask.any(0)
         delta = torch.where(columns, delta, 0)
     G = heads_gram(delta, weight, head_of, k, per)
-    w = solve(G, row_mask, precision_of(delta.dtype))
+    w = solve(G, problem_mask(mask, per), precision_of(delta.dtype))
     accumulator = wide(delta)
     scale = w.to(accumulator).index_select(-1, head_of)
     # of a branch that gets no weight nothing is read: one that sends nothing may have any weights
@@ -329,6 +332,5 @@ def resolve(
         x = _present(grads, present) != 0
         G = torch.diag_embed(x.any(-1).mT if per == "sample" else x.flatten(1).any(-1)).double()
     G = spread(G, missing, k)
-    row_mask = mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
-    w = weights(G, row_mask, chain, states, rng, norm, precision_of(grads[0].dtype))
+    w = weights(G, problem_mask(mask, per), chain, states, rng, norm, precision_of(grads[0].dtype))
     return combine(grads, present, kept(w, missing, k), per), torch.cat([w, G.flatten(-2)], -1)

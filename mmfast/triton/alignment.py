@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import inverse_times, table
-from mmfast.triton.problem import cosines, load, number, parameter, parameters, store, times
+from mmfast.triton.problem import cosines, load, number, parameter, parameters, preference, store, times
 from mmfast.triton.rows import kernel
 from mmfast.triton.spectrum import eigh, kept
 
@@ -99,10 +99,7 @@ def aligned(
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     precision, kind = parameter(numbers, 0), parameter(numbers, 1)
-    if GIVEN:
-        pref = tl.where(active, parameters(numbers, 2, idx, K), 0.0)
-    else:
-        pref = tl.where(active, 1.0 / number(active), 0.0)
+    pref = preference(numbers, 2, active, idx, K, GIVEN)
     values, V = eigh(G, idx, K)
     keep = kept(values, active, precision)
     count = tl.sum(keep.to(tl.int32), axis=0)

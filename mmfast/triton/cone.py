@@ -1,20 +1,10 @@
 """UPGrad and DualProj in Triton; mirrors mmfast/resolvers/cone.py. numbers: the precision, then K preferences or nothing."""
 
-import triton
 import triton.language as tl
 
 from mmfast.triton.nonnegative import nonnegative
-from mmfast.triton.problem import column, cosines, load, number, parameter, parameters, pick, store, times
+from mmfast.triton.problem import column, cosines, load, parameter, pick, preference, store, times
 from mmfast.triton.rows import kernel
-
-
-@triton.jit
-def preference(numbers, active, idx, K: tl.constexpr, GIVEN: tl.constexpr):
-    if GIVEN:
-        pref = parameters(numbers, 1, idx, K)
-    else:
-        pref = 1.0 / number(active)
-    return tl.where(active, pref, 0.0)
 
 
 @kernel
@@ -26,7 +16,7 @@ def upgrad(
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     norm, C = cosines(G, active, idx)
-    u = preference(numbers, active, idx, K, GIVEN) * norm
+    u = preference(numbers, 1, active, idx, K, GIVEN) * norm
     total = u
     for i in range(K):
         at = idx == i
@@ -48,7 +38,7 @@ def dualproj(
     idx = tl.arange(0, P)
     G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
     norm, C = cosines(G, active, idx)
-    u = preference(numbers, active, idx, K, GIVEN) * norm
+    u = preference(numbers, 1, active, idx, K, GIVEN) * norm
     q = tl.where(active, times(C, u), 0.0)
     x, _T, _set = nonnegative(C, q, q < 0.0, active, tl.sum(u, axis=0), 1e-10, idx, K)
     store(w_ptr, (u + x) / norm, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)

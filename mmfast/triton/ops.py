@@ -131,6 +131,5 @@ def resolve(
     code = contract.PER[per]
     with_gram = with_gram or code == BATCH_SUM  # there a row is missing when its batch sum is zero
     G = _call(_gram if with_gram else _presence, grads, missing, mask, code)
-    row_mask = mask if mask is None or mask.dim() == 1 or code == SAMPLE else mask.any(0)
-    w = weights(G, row_mask, chain, states, rng, norm, reference.precision_of(grads[0].dtype))
+    w = weights(G, reference.problem_mask(mask, per), chain, states, rng, norm, reference.precision_of(grads[0].dtype))
     return _call(_combine, grads, missing, mask, w, code, with_gram), torch.cat([w, G.flatten(-2)], -1)

@@ -25,6 +25,16 @@ def parameters(numbers, first: tl.constexpr, idx, K: tl.constexpr):
 
 
 @triton.jit
+def preference(numbers, first: tl.constexpr, active, idx, K: tl.constexpr, GIVEN: tl.constexpr):
+    """K preferences from place `first` on, or equal ones; zero for rows that do not take part."""
+    if GIVEN:
+        pref = parameters(numbers, first, idx, K)
+    else:
+        pref = 1.0 / number(active)
+    return tl.where(active, pref, 0.0)
+
+
+@triton.jit
 def times(T, x):
     """T x for a symmetric tile."""
     return tl.sum(T * x[None, :], axis=1)
