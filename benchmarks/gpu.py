@@ -20,7 +20,7 @@ from benchmarks import tabular
 from benchmarks.machine import environment
 from benchmarks.providers import jacobian
 from mmfast import ops
-from mmfast.ops import native
+from mmfast.backends import cuda
 
 SIZES = [(k, n) for n in (4096, 65536, 1 << 20, 1 << 24) for k in (2, 3, 5, 8, 16, 50) if k * n <= 1 << 27]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -140,7 +140,7 @@ def error(k: int, n: int, J: Tensor) -> float:
 
 
 def main(path: Path) -> int:
-    if reason := native.why_no_cuda():
+    if reason := cuda.why_not():
         print(f"nothing can be timed: {reason}", file=sys.stderr)
         return 3
     env = environment() | {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}

@@ -23,8 +23,8 @@ if ! MMFAST_BUILD=cuda timeout 150 "$python" setup.py --quiet build_ext --inplac
   echo "the build failed, see $out/build.log"
 fi
 # what can be run of it, and of the Triton kernels, which need no build
-no_cuda=$("$python" -c 'from mmfast.ops import native; print(native.why_no_cuda() or "")')
-no_triton=$("$python" -c 'from mmfast.ops import choice; print(choice.why_no_triton() or "")')
+no_cuda=$("$python" -c 'from mmfast.backends import cuda; print(cuda.why_not() or "")')
+no_triton=$("$python" -c 'from mmfast.backends import choice; print(choice.why_no_triton() or "")')
 if [ -n "$no_cuda" ] && [ -n "$no_triton" ]; then
   echo "nothing can be run: $no_cuda; $no_triton"
   exit 3

@@ -1,12 +1,13 @@
 """mmfast: impartial multimodal training, in one fused pass over the shared representation."""
 
 from mmfast import resolvers, stats
-from mmfast.block import ImpartialityBlock, fork
-from mmfast.explain import explain
-from mmfast.heads import LinearHeads
-from mmfast.ops import backends, combine, gram, resolve, weights
+from mmfast.backends.choice import backends
+from mmfast.blocks.block import ImpartialityBlock
+from mmfast.blocks.fork import fork
+from mmfast.blocks.linear_heads import LinearHeads
+from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale
+from mmfast.ops import combine, explain, gram, resolve, weights
 from mmfast.resolvers import *
-from mmfast.scaling import DimRatio, LipschitzScale, StandardScale
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,7 +12,7 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 from mmfast.console import fail, need
-from mmfast.train import commands
+from mmfast.experiments import commands
 
 BUILTIN = ("diabetes", "wine")
 EXTRAS = {"rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
@@ -106,7 +106,7 @@ def doctor() -> None:
     import torch
 
     import mmfast
-    from mmfast.ops import native
+    from mmfast.backends import library
 
     facts: dict[str, object] = {
         "mmfast": mmfast.__version__,
@@ -117,7 +117,7 @@ def doctor() -> None:
     for name, (available, reason) in mmfast.backends().items():
         facts[f"backend {name}"] = reason if available else f"not available: {reason}"
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    facts |= {f"built {name}": value for name, value in native.read_facts(native.PATH).items() if value}
+    facts |= {f"built {name}": value for name, value in library.read_facts(library.PATH).items() if value}
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mmfast.block import ImpartialityBlock
+from mmfast.blocks.block import ImpartialityBlock
 from mmfast.resolvers.base import Resolver
 
 K, B, H = 3, 6, 5

@@ -1,7 +1,7 @@
 """Made-up records of runs."""
 
-from mmfast.train.results import Result
-from mmfast.train.settings import Settings
+from mmfast.experiments.results import Result
+from mmfast.experiments.settings import Settings
 
 
 def result(rule="none", seed=0, error=0.1, validation=0.0, **changes) -> Result:

@@ -7,11 +7,12 @@ import torch
 from block_model import LOSSES, B, ByLength, H, K, Model, gradients, make_branches, materialised, total
 from torch import Tensor, nn
 
-from mmfast.block import ImpartialityBlock, fork
+from mmfast.blocks.block import ImpartialityBlock
+from mmfast.blocks.fork import fork
+from mmfast.blocks.scaling import DimRatio
 from mmfast.resolvers.elementwise import GradDrop
 from mmfast.resolvers.projection import GradVac
 from mmfast.resolvers.simple import Constant, Mean, Sum
-from mmfast.scaling import DimRatio
 
 
 @pytest.fixture

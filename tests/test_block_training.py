@@ -10,7 +10,7 @@ from block_model import B, ByLength, H, Model, gradients, make_branches, materia
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmfast.block import ImpartialityBlock
+from mmfast.blocks.block import ImpartialityBlock
 from mmfast.resolvers.projection import GradVac
 from mmfast.resolvers.simple import Constant, Mean, Random
 

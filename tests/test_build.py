@@ -18,8 +18,9 @@ import torch
 from problems import gramian
 from rule_table import RULES
 
+import mmfast as mf
 from mmfast import ops, resolvers
-from mmfast.ops import direct, native
+from mmfast.backends import cpu, cuda, direct, library
 from mmfast.resolvers.base import Rule
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,7 @@ X86 = platform.machine() == "x86_64"
 CPU_FLAGS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"avx2", "fma", "f16c"}, "portable": set()}
 SETUPTOOLS = int(metadata.version("setuptools").split(".")[0])
 builds = pytest.mark.skipif(SETUPTOOLS < 77, reason=f"setuptools {SETUPTOOLS} is too old for setup.py")
-compiled = pytest.mark.skipif(not native.available, reason=f"nothing compiled to look at: {native.missing_reason}")
+compiled = pytest.mark.skipif(not library.available, reason=f"nothing compiled to look at: {library.missing_reason}")
 
 
 def python(*arguments, folder=ROOT, **environment):
@@ -48,9 +49,9 @@ def test_library_needs_only_the_stable_abi():
     """No Python, no C++ symbol of torch: one binary serves every Python and every torch from 2.10 on."""
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    if "-fsanitize" in native.read_facts(native.PATH).get("flags", ""):
+    if "-fsanitize" in library.read_facts(library.PATH).get("flags", ""):
         pytest.skip("a sanitized library takes malloc and others from its sanitizer")
-    lines = subprocess.check_output(["nm", "-D", native.PATH], text=True).splitlines()
+    lines = subprocess.check_output(["nm", "-D", library.PATH], text=True).splitlines()
     symbols = [line.split()[-2:] for line in lines]
     needed = {name for kind, name in symbols if kind == "U"}
     system = {name for name in needed if re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_Z(T[ISV])?N?K?S[a-z]", name)}  # libc, std::
@@ -58,19 +59,21 @@ def test_library_needs_only_the_stable_abi():
     assert torchs
     assert needed - system - torchs == set()
     ours = {name for kind, name in symbols if kind == "T"}
-    assert ours - {"_init", "_fini"} == {"mmfast_cpu_isa", "mmfast_cpu_entry"} | ({"mmfast_cuda_plan"} if native.built_with_cuda else set())
+    assert ours - {"_init", "_fini"} == {"mmfast_cpu_isa", "mmfast_cpu_entry"} | (
+        {"mmfast_cuda_plan"} if library.built_with_cuda else set()
+    )
 
 
 @compiled
 def test_the_way_past_the_dispatcher_is_there():
     """Where it was built, it loads, and needs nothing of torch and only the stable part of Python."""
-    if not native.read_facts(native.PATH).get("direct"):
+    if not library.read_facts(library.PATH).get("direct"):
         pytest.skip("built without Python's development files, or for a Python without a global lock")
     assert direct.missing_reason is None
-    library = native.PATH.with_name("_direct.abi3.so")
-    if shutil.which("nm") is None or "-fsanitize" in native.read_facts(native.PATH).get("flags", ""):
+    module = library.PATH.with_name("_direct.abi3.so")
+    if shutil.which("nm") is None or "-fsanitize" in library.read_facts(library.PATH).get("flags", ""):
         pytest.skip("nm is not installed, or a sanitized library takes malloc and others from its sanitizer")
-    symbols = [line.split()[-2:] for line in subprocess.check_output(["nm", "-D", library], text=True).splitlines()]
+    symbols = [line.split()[-2:] for line in subprocess.check_output(["nm", "-D", module], text=True).splitlines()]
     needed = {name for kind, name in symbols if kind == "U"}
     assert {name for name in needed if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_?Py", name)} == set()
     assert {name for kind, name in symbols if kind == "T"} - {"_init", "_fini"} == {"PyInit__direct"}
@@ -83,8 +86,8 @@ import torch
 from problems import gramian
 from rule_table import RULES
 from mmfast import ops, resolvers
-from mmfast.ops import native
-print(native.cpu_isa())
+from mmfast.backends import cpu, cuda, library
+print(cpu.isa())
 for name, row in RULES.items():
     torch.manual_seed(0)
     for k in (row.min_k, row.min_k + 4, 33):
@@ -98,20 +101,20 @@ for name, row in RULES.items():
         chosen, answers[isa] = run.stdout.split("\n", 1)
         assert chosen == isa
     widest = next(iter(answers))
-    assert native.cpu_isa() == os.environ.get("MMFAST_CPU_ISA", widest)
+    assert cpu.isa() == os.environ.get("MMFAST_CPU_ISA", widest)
     for isa, answer in answers.items():
         assert answer == answers[widest], isa
 
 
 def test_reasons(tmp_path):
     """Whatever is wrong with the library, the reason names it, what it was built as, and the line that builds it."""
-    library = tmp_path / "_C.so"
-    assert "does not exist" in native.load(library) and native.BUILD_LINE in native.load(library)
-    library.write_text("not a library")
+    path = tmp_path / "_C.so"
+    assert "does not exist" in library.load(path) and library.BUILD_LINE in library.load(path)
+    path.write_text("not a library")
     (tmp_path / "_build.json").write_text(json.dumps({"version": "1.2.3", "compiler": "g++ 99"}))
-    reason = native.load(library)
+    reason = library.load(path)
     assert f"does not load with torch {torch.__version__}" in reason
-    assert str(library) in reason and "version: 1.2.3, compiler: g++ 99" in reason and native.BUILD_LINE in reason
+    assert str(path) in reason and "version: 1.2.3, compiler: g++ 99" in reason and library.BUILD_LINE in reason
 
 
 def test_without_a_library_the_reference_serves(tmp_path):
@@ -120,10 +123,10 @@ def test_without_a_library_the_reference_serves(tmp_path):
     code = """
 import torch
 from mmfast import ops, resolvers
-from mmfast.ops import native
+from mmfast.backends import cpu, cuda, library
 from mmfast.resolvers.simple import Mean
-assert native.cpu_isa() is None
-print(native.available, native.missing_reason, ops.weights(torch.eye(4), Mean()).tolist())
+assert cpu.isa() is None
+print(library.available, library.missing_reason, ops.weights(torch.eye(4), Mean()).tolist())
 """
     run = python("-c", code, MMFAST_LIBRARY=str(library))
     assert run.returncode == 0, run.stderr
@@ -132,7 +135,7 @@ print(native.available, native.missing_reason, ops.weights(torch.eye(4), Mean())
 
 @compiled
 def test_facts():
-    facts = native.read_facts(native.PATH)
+    facts = library.read_facts(library.PATH)
     assert re.match(r"\d+\.\d+\.\d+", facts["version"])
     assert facts["MMFAST_BUILD"] in ("cpu", "cuda") and facts["torch"] and facts["compiler"] and "-O" in facts["flags"]
     assert facts["isas"] == (list(CPU_FLAGS) if X86 else ["portable"])
@@ -143,19 +146,19 @@ def test_the_cuda_backend_says_why_it_is_not_there(monkeypatch):
     """No library, no CUDA in it, no GPU: each has its reason, and nothing falls back in silence."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    reason = native.why_no_cuda()
-    assert ops.backends()["cuda"] == (False, reason)
+    reason = cuda.why_not()
+    assert mf.backends()["cuda"] == (False, reason)
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: "):
         ops.gram([torch.ones(2)], backend="cuda")
-    if native.read_facts(native.PATH).get("cuda"):
+    if library.read_facts(library.PATH).get("cuda"):
         assert reason == f"torch {torch.__version__} sees no CUDA device"
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert native.why_no_cuda() is None
+        assert cuda.why_not() is None
         with pytest.raises(ValueError, match="backend 'cuda' needs tensors on CUDA, they are on cpu"):
             ops.gram([torch.ones(2)], backend="cuda")
-    monkeypatch.setattr(native, "available", False)
-    monkeypatch.setattr(native, "missing_reason", "no library")
-    assert native.why_no_cuda() == "no library"
+    monkeypatch.setattr(library, "available", False)
+    monkeypatch.setattr(library, "missing_reason", "no library")
+    assert cuda.why_not() == "no library"
 
 
 @builds
@@ -170,7 +173,7 @@ def test_install_without_a_compiler(tmp_path, build):
     assert run.returncode == 0, run.stderr
     assert ("NOTHING IS COMPILED" in run.stderr) == (build == "auto")
     assert (tmp_path / "lib/mmfast/__init__.py").exists() and not list((tmp_path / "lib").rglob("*.so"))
-    code = "import mmfast.ops as o, torch; from mmfast.resolvers.simple import Sum; print(o.native.available, o.weights(torch.eye(2), Sum()).sum().item())"
+    code = "import mmfast.ops as o, torch; from mmfast.backends import library; from mmfast.resolvers.simple import Sum; print(library.available, o.weights(torch.eye(2), Sum()).sum().item())"
     run = python("-c", code, folder="/", PYTHONPATH=str(tmp_path / "lib"), MMFAST_LIBRARY=None)
     assert run.stdout == "False 2.0\n", run.stderr
 
@@ -220,8 +223,8 @@ class TestHost:
     @pytest.mark.parametrize("name", RULES)
     def test_solves_as_the_operator_does(self, host, name):
         """Same bits on arrays as on tensors, with and without a mask, state handed on by the caller."""
-        if not native.available:
-            pytest.skip(native.missing_reason)
+        if not library.available:
+            pytest.skip(library.missing_reason)
         k = RULES[name].min_k + 3
         resolver = RULES[name].make(k)
         chain = resolver.chain()

@@ -9,9 +9,9 @@ from rule_table import RULES
 
 import mmfast as mf
 from mmfast import ops
-from mmfast.ops import native
+from mmfast.backends import cuda
 
-pytestmark = pytest.mark.skipif(native.why_no_cuda() is not None, reason=f"no GPU to test: {native.why_no_cuda()}")
+pytestmark = pytest.mark.skipif(cuda.why_not() is not None, reason=f"no GPU to test: {cuda.why_not()}")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LIBM = ("Random", "NashMTL", "FairGrad", "GradNorm", "ConFIG(geometric)", "Compose")  # exp, log and pow of the GPU round differently
@@ -42,7 +42,7 @@ def assert_resolved_alike(one, two, grads, per, mask, norm):
 
 def in_cluster(k, n, dtype):
     """Whether k gradients beside a missing one take that path here, with the rule that keeps most."""
-    return native.cuda_plan(0, dtype.itemsize, k, k + 1, 1, n, mf.PCD().state_size(k + 1), 0)[0] == "cluster"
+    return cuda.plan(0, dtype.itemsize, k, k + 1, 1, n, mf.PCD().state_size(k + 1), 0)[0] == "cluster"
 
 
 def force(path, dtype, k, monkeypatch):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mmfast.ops import native
+from mmfast.backends import library
 
 LOGS = Path(__file__).parent.parent / "build" / "cuda"
-cuda = native.read_facts(native.PATH).get("cuda")
+cuda = library.read_facts(library.PATH).get("cuda")
 pytestmark = pytest.mark.skipif(not cuda or not LOGS.exists(), reason="mmfast was not built with CUDA in this folder")
 
 HOT = (

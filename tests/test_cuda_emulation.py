@@ -6,10 +6,10 @@ from problems import gramian
 from rule_table import RULES
 
 from mmfast import ops
-from mmfast.ops import native
+from mmfast.backends import library
 
 host = pytest.importorskip("mmfast._host", reason="MMFAST_HOST=1 was not set when mmfast was built", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(not native.available, reason=f"nothing compiled to compare with: {native.missing_reason}")
+pytestmark = pytest.mark.skipif(not library.available, reason=f"nothing compiled to compare with: {library.missing_reason}")
 
 DTYPES = [torch.float32, torch.float64]
 # around one step (16 or 8), one chain (512 or 256), one chunk (4096); several chunks

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import mmfast as mf
-from mmfast.ops import linear, native
+from mmfast.backends import cuda
+from mmfast.ops.heads import heads as linear_heads
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -37,7 +38,7 @@ def test_gramian_has_the_bits_of_the_cpu(case, dtype):
     delta, weight, head_of = problem(*case, dtype)
     k = len(case[2])
     for per in ("batch", "sample"):
-        info = linear.heads(delta, weight, head_of, mf.Mean(), k, per, None, False, "cpu")[1]
+        info = linear_heads(delta, weight, head_of, mf.Mean(), k, per, None, False, "cpu")[1]
         G = host.gpu_heads(delta.numpy(), weight.numpy(), head_of.tolist(), per == "sample", torch.finfo(dtype).eps)
         assert torch.equal(torch.from_numpy(G).reshape(info[..., k:].shape), info[..., k:]), per
 
@@ -46,12 +47,12 @@ def test_many_chains_share_slots():
     """Then the order of the sums is another one, and nothing but rounding differs."""
     host = pytest.importorskip("mmfast._host", reason="MMFAST_HOST=1 was not set when mmfast was built", exc_type=ImportError)
     delta, weight, head_of = problem(1, 128 * 1100 + 3, [2, 1, 3], 7, torch.float32)
-    info = linear.heads(delta, weight, head_of, mf.Mean(), 3, "batch", None, False, "cpu")[1]
+    info = linear_heads(delta, weight, head_of, mf.Mean(), 3, "batch", None, False, "cpu")[1]
     G = torch.from_numpy(host.gpu_heads(delta.numpy(), weight.numpy(), head_of.tolist(), False, torch.finfo(torch.float32).eps))
     torch.testing.assert_close(G.flatten(), info[3:], rtol=1e-12, atol=0)
 
 
-needs_gpu = pytest.mark.skipif(native.why_no_cuda() is not None, reason=f"no GPU to test: {native.why_no_cuda()}")
+needs_gpu = pytest.mark.skipif(cuda.why_not() is not None, reason=f"no GPU to test: {cuda.why_not()}")
 
 
 def seeded(backend):
@@ -74,7 +75,7 @@ def test_operator_on_a_gpu(masked, per, dtype):
         results = []
         for backend, move in (("cpu", lambda t: t), ("cuda", lambda t: t.cuda())):
             rule = seeded(backend)
-            out, info = linear.heads(
+            out, info = linear_heads(
                 move(delta), move(weight), move(head_of), rule, k, per, None if mask is None else move(mask), True, backend
             )
             results.append((out.cpu(), info.cpu()))
@@ -93,14 +94,14 @@ def test_capture_and_replay_on_a_gpu(per):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        linear.heads(delta, weight, head_of, rule, 4, per, None, True, "cuda")
+        linear_heads(delta, weight, head_of, rule, 4, per, None, True, "cuda")
     torch.cuda.current_stream().wait_stream(side)
-    linear.heads(delta, weight, head_of, eager, 4, per, None, True, "cuda")
+    linear_heads(delta, weight, head_of, eager, 4, per, None, True, "cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, info = linear.heads(delta, weight, head_of, rule, 4, per, None, True, "cuda")
+        out, info = linear_heads(delta, weight, head_of, rule, 4, per, None, True, "cuda")
     for _ in range(3):
         graph.replay()
-        expected, expected_info = linear.heads(delta, weight, head_of, eager, 4, per, None, True, "cuda")
+        expected, expected_info = linear_heads(delta, weight, head_of, eager, 4, per, None, True, "cuda")
         assert torch.equal(info, expected_info)
         torch.testing.assert_close(out, expected)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mmfast import ops
-from mmfast.ops import native
+from mmfast.backends import library
 
 host = pytest.importorskip("mmfast._host", reason="MMFAST_HOST=1 was not set when mmfast was built", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(not native.available, reason=f"nothing compiled to compare with: {native.missing_reason}")
+pytestmark = pytest.mark.skipif(not library.available, reason=f"nothing compiled to compare with: {library.missing_reason}")
 
 H200 = {"processors": 132, "shared_block": 232448, "shared_processor": 233472, "cooperative": True, "cluster": 0}
 FIXED = 12000

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfast as mf
 from mmfast import ops
-from mmfast.ops import direct, linear, native
+from mmfast.backends import cpu, direct, library
+from mmfast.ops.heads import heads as linear_heads
 
 pytestmark = pytest.mark.skipif(direct._direct is None, reason=str(direct.missing_reason))
 ROOT = str(Path(__file__).parent.parent)
@@ -80,8 +81,8 @@ def test_same_bits_as_the_operator_of_linear_branches(name, norm):
                     chain = here.chain()
                     if len(chain) == 1 and (call or not chain[0].state_size(k)):
                         assert direct.heads(delta, weight, head_of, k, copy.deepcopy(here), norm) is not None
-                    out, info = linear.heads(delta, weight, head_of, here, k, "batch", None, norm)
-                    expected = linear.heads(delta, weight, head_of, there, k, "batch", None, norm, backend="cpu")
+                    out, info = linear_heads(delta, weight, head_of, here, k, "batch", None, norm)
+                    expected = linear_heads(delta, weight, head_of, there, k, "batch", None, norm, backend="cpu")
                 assert bits(out) == bits(expected[0]) and bits(info) == bits(expected[1])
                 for key, value in here.state_dict().items():
                     assert bits(value) == bits(there.state_dict()[key]), key
@@ -118,7 +119,7 @@ def test_linear_branches_that_are_not_plain_are_left_to_their_operator():
         arguments = {"delta": delta, "weight": weight, "head_of": head_of, "k": 3, "resolver": rule, "preserve_norm": False} | change
         assert direct.heads(**arguments) is None, change
     with Seen() as seen:
-        linear.heads(delta, weight, head_of, rule, 3, "batch", None, False)
+        linear_heads(delta, weight, head_of, rule, 3, "batch", None, False)
     assert "mmfast.heads.default" in seen.names
 
 
@@ -135,7 +136,7 @@ def test_poisoned_outputs_and_threads(kind):
     """Every element is written, and the bits do not depend on the number of threads."""
     code = """
 import hashlib, torch, mmfast as mf
-from mmfast.ops import direct
+from mmfast.backends import direct
 torch.set_num_threads(THREADS)
 torch.manual_seed(0)
 digest = hashlib.sha256()
@@ -316,8 +317,8 @@ def test_errors_are_those_of_the_operators():
 
 def test_a_rule_of_ones_own_is_asked():
     class Tripled(mf.TrimmedMean):
-        def fused(self, kernels, grads, missing, mask):
-            return 3 * super().fused(kernels, grads, missing, mask)
+        def through(self, functions, grads, missing, mask):
+            return 3 * super().through(functions, grads, missing, mask)
 
     grads = gradients()
     assert torch.equal(mf.resolve(grads, Tripled(1)), 3 * mf.resolve(grads, mf.TrimmedMean(1)))
@@ -335,7 +336,7 @@ def test_imported_inside_a_mode():
 import torch
 with torch._subclasses.FakeTensorMode():
     import mmfast as mf
-    from mmfast.ops import direct
+    from mmfast.backends import direct
 print(direct.missing_reason)
 print(mf.resolve([torch.tensor([-3.0, 1.0, 1.0]), torch.tensor([5.0, 1.0, 1.0])], mf.MGDA()).tolist())
 """
@@ -392,10 +393,10 @@ def test_other_threads_go_on():
 
 def test_without_it_the_operators_serve(tmp_path):
     """A library of its own folder has no _direct beside it; all still works, and the reason is told."""
-    shutil.copy(native.PATH, tmp_path / "_C.so")
+    shutil.copy(library.PATH, tmp_path / "_C.so")
     code = """
 import torch, mmfast as mf
-from mmfast.ops import direct
+from mmfast.backends import direct
 print(direct.missing_reason)
 print(mf.backends()["cpu"])
 print(mf.resolve([torch.tensor([-3.0, 1.0, 1.0]), torch.tensor([5.0, 1.0, 1.0])], mf.MGDA()).tolist())
@@ -404,7 +405,7 @@ print(mf.resolve([torch.tensor([-3.0, 1.0, 1.0]), torch.tensor([5.0, 1.0, 1.0])]
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     reason, backend, result = run.stdout.splitlines()
-    assert str(tmp_path / "_direct.abi3.so") in reason and native.BUILD_LINE in reason
+    assert str(tmp_path / "_direct.abi3.so") in reason and library.BUILD_LINE in reason
     assert reason in backend
     assert result == "[0.0, 1.0, 1.0]"
-    assert mf.backends()["cpu"] == (True, f"compiled, {native.cpu_isa()}")
+    assert mf.backends()["cpu"] == (True, f"compiled, {cpu.isa()}")

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import mmfast as mf
-from mmfast.explain import _cuda
-from mmfast.ops import native
+from mmfast.backends import cpu, cuda, library
+from mmfast.ops.explain import _cuda
 
-compiled = pytest.mark.skipif(not native.available, reason=f"nothing compiled: {native.missing_reason}")
+compiled = pytest.mark.skipif(not library.available, reason=f"nothing compiled: {library.missing_reason}")
 GRADS = [torch.full((4, 250), float("nan")) for _ in range(3)]
 
 
@@ -22,7 +22,7 @@ def test_the_floor_is_one_read_of_each_gradient_and_one_write():
 @compiled
 def test_the_compiled_paths_on_the_cpu():
     whole, samples = mf.explain(GRADS, mf.UPGrad()), mf.explain(GRADS, mf.UPGrad(), per="sample")
-    assert whole.backend == "cpu" and native.cpu_isa() in whole.why and whole.launches is None
+    assert whole.backend == "cpu" and cpu.isa() in whole.why and whole.launches is None
     assert (whole.read, whole.written) == (2 * 12000, 4000)
     assert samples.path == "sample by sample" and samples.read == 12000
     assert mf.explain([torch.ones(1, 10**6)] * 2, mf.UPGrad(), per="sample").read == 2 * 8 * 10**6
@@ -64,11 +64,13 @@ def test_what_resolve_refuses_is_refused():
         mf.explain(GRADS, mf.MGDA(), backend="cuda")
 
 
-@pytest.mark.skipif(not native.built_with_cuda or torch.cuda.is_available(), reason="asks for a build with CUDA on a machine without a GPU")
+@pytest.mark.skipif(
+    not library.built_with_cuda or torch.cuda.is_available(), reason="asks for a build with CUDA on a machine without a GPU"
+)
 def test_the_cuda_plan_can_be_asked_without_a_gpu():
     """No device has no cooperative launch."""
     for per in (0, 1, 2):
-        assert native.cuda_plan(0, 4, 3, 3, 10, 100, 0, per) == ("two_pass", 24000, 4000, 4)
+        assert cuda.plan(0, 4, 3, 3, 10, 100, 0, per) == ("two_pass", 24000, 4000, 4)
 
     def launches(rule, per="batch", k=3):
         return _cuda(GRADS[0], k, k, rule.chain(), per, None)

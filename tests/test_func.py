@@ -11,7 +11,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.utils._pytree import tree_map
 
 import mmfast as mf
-from mmfast.ops import linear, native
+from mmfast.backends import library
+from mmfast.ops.heads import heads as linear_heads
 
 # torch.func itself uses what torch calls deprecated
 derived = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
@@ -26,7 +27,7 @@ MAPPED = [
     mf.TrimmedMean(1),
 ]
 KEPT = [mf.PCGrad, mf.Random, mf.GradVac, mf.GradNorm, mf.GradDrop, lambda: mf.Compose(mf.NSGD(), mf.MGDA())]
-BACKENDS = [pytest.param("auto", marks=pytest.mark.skipif(not native.available, reason="nothing compiled")), "reference"]
+BACKENDS = [pytest.param("auto", marks=pytest.mark.skipif(not library.available, reason="nothing compiled")), "reference"]
 REFUSED = "vmap can't map a rule that keeps state or draws random numbers"
 ONCE = "has no gradient of its own"
 
@@ -153,7 +154,7 @@ def test_vmap_over_nothing(per):
         assert torch.vmap(lambda g, rule=rule: mf.resolve(list(g), rule, per))(g).shape == (0, 5, 4)
     head_of = torch.tensor([0, 0, 1, 2])
     for weight in (torch.randn(4, 7), torch.randn(0, 4, 7)):
-        call = lambda d, W: linear.heads(d, W, head_of, mf.MGDA(), 3, per, None, True)
+        call = lambda d, W: linear_heads(d, W, head_of, mf.MGDA(), 3, per, None, True)
         out, info = torch.vmap(call, (0, None if weight.dim() == 2 else 0))(torch.randn(0, 5, 4), weight)
         assert out.shape == (0, 5, 7) and info.shape == (*infos, 12)
 
@@ -256,7 +257,7 @@ def test_a_mask_of_mapped_heads_hides_samples(per, backend):
     )
     mask = torch.rand(2, 5, 3) < 0.6
     delta = torch.where(mask[..., head_of].unsqueeze(1), delta, torch.nan).movedim(1, 2)  # [2, 5, 3, 4]
-    call = lambda d, m: linear.heads(d, weight, head_of, mf.MGDA(), 3, per, m, True, backend)
+    call = lambda d, m: linear_heads(d, weight, head_of, mf.MGDA(), 3, per, m, True, backend)
     for found, expected in zip(torch.vmap(call, (1, 2))(delta.movedim(0, 1), mask.movedim(0, 2)), loop(call, delta, mask), strict=True):
         assert expected.isfinite().all()
         close(found, expected)

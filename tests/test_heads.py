@@ -8,7 +8,8 @@ from rule_table import RULES
 from torch import Tensor, nn
 
 import mmfast as mf
-from mmfast.ops import linear, native, reference
+from mmfast.backends import library, reference
+from mmfast.ops.heads import heads as linear_heads
 
 B, H = 6, 9
 SIZES = [3, 1, 2, 4, 1]
@@ -144,7 +145,7 @@ def test_many_rows_in_pieces(monkeypatch):
     """Per-sample Gramians of the plain-torch form do not depend on how many are made at once."""
     delta, weight, head_of, k = problem((7, 2), [3, 1, 7], torch.float64)
     whole = reference.heads_gram(delta, weight, head_of, k, "sample")
-    monkeypatch.setattr("mmfast.ops.reference._PIECE", 2 * head_of.shape[0] ** 2)
+    monkeypatch.setattr(reference, "_SAMPLES_AT_ONCE", 2 * head_of.shape[0] ** 2)
     torch.testing.assert_close(reference.heads_gram(delta, weight, head_of, k, "sample"), whole)
 
 
@@ -157,7 +158,7 @@ def problem(shape, sizes, dtype):
     return delta, weight, head_of, len(sizes)
 
 
-@pytest.mark.skipif(not native.available, reason=str(native.missing_reason))
+@pytest.mark.skipif(not library.available, reason=str(library.missing_reason))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("masked", [None, "[K]", "[B, K]"])
 @pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
@@ -181,7 +182,7 @@ def test_compiled_equals_reference(per, masked, dtype):
         results = []
         for backend in ("cpu", "reference"):
             rule = mf.Compose(mf.GradNorm(), mf.MGDA())
-            results.append(linear.heads(delta, weight, head_of, rule, k, per, mask, True, backend))
+            results.append(linear_heads(delta, weight, head_of, rule, k, per, mask, True, backend))
         (out, info), (expected, expected_info) = results
         assert out.dtype == dtype and out.isfinite().all()
         rtol = max(8 * torch.finfo(dtype).eps, 1e-6 if dtype != torch.float64 else 1e-12)
@@ -191,7 +192,7 @@ def test_compiled_equals_reference(per, masked, dtype):
         torch.testing.assert_close(out, expected, rtol=rtol, atol=10 * rtol * out.abs().amax().item() if out.numel() else 0)
 
 
-@pytest.mark.skipif(not native.available, reason=str(native.missing_reason))
+@pytest.mark.skipif(not library.available, reason=str(library.missing_reason))
 @pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
 def test_same_bits_for_every_number_of_threads(per):
     delta, weight, head_of, k = problem((20, 160), [2] * 50, torch.float32)
@@ -199,7 +200,7 @@ def test_same_bits_for_every_number_of_threads(per):
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            infos.append(linear.heads(delta, weight, head_of, mf.MGDA(), k, per, None, True)[1])
+            infos.append(linear_heads(delta, weight, head_of, mf.MGDA(), k, per, None, True)[1])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(infos[0], infos[1]) and torch.equal(infos[0], infos[2])

@@ -9,7 +9,8 @@ from torch import nn
 
 import mmfast as mf
 from mmfast import ops
-from mmfast.ops import linear
+from mmfast.backends import direct, library
+from mmfast.ops.heads import heads as linear_heads
 from mmfast.resolvers.elementwise import ElementwiseRule
 
 IN, H, SIZES, B, SCALE = 6, 8, (3, 1, 2, 4), 16, 2.0**10
@@ -74,7 +75,7 @@ def bits(per, dtype):
     return [
         mf.gram(grads, per, mask=mask, backend="reference"),
         *ops.resolve_info(grads, mf.UPGrad(), per, mask, preserve_norm=True, backend="reference"),
-        linear.heads(delta, weight, head_of, mf.MGDA(), K, per, None, True, "reference")[1],  # weights and Gramian
+        linear_heads(delta, weight, head_of, mf.MGDA(), K, per, None, True, "reference")[1],  # weights and Gramian
     ]
 
 
@@ -94,7 +95,8 @@ def test_autocast_does_not_reach_plain_torch(per, dtype):
 def test_autocast_does_not_reach_a_compiled_backward_pass_in_plain_torch(kind, inside, monkeypatch):
     """What a graph on another device does: the Gramian of the branches' gradients, which autocast does round, is that of eager mode."""
     torch._dynamo.reset()
-    monkeypatch.setattr(ops, "serving", lambda *_: "reference")
+    monkeypatch.setattr(library, "available", False)
+    monkeypatch.setattr(direct, "_direct", None)
     eager, x = Model(kind, mf.UPGrad()), torch.randn(B, IN)
     model = copy.deepcopy(eager)
     expected = gradients(eager, x, torch.bfloat16)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import mmfast as mf
-from mmfast.ops import native
+from mmfast.backends import library
 
-pytestmark = pytest.mark.skipif(not native.available, reason=str(native.missing_reason))
+pytestmark = pytest.mark.skipif(not library.available, reason=str(library.missing_reason))
 
 
 def gradients(k=3, shape=(4, 6)):
@@ -27,20 +27,26 @@ def heads(delta, k=3):
 
 
 CALLS = {
-    "gram": lambda g: (native.gram, (g, [], None, 0)),
-    "gram sample": lambda g: (native.gram, (g, [1], torch.ones(4, len(g) + 1, dtype=torch.bool), 1)),
-    "combine": lambda g: (native.combine, (g, [], None, torch.ones(len(g), dtype=torch.float64), 0)),
-    "weights": lambda g: (native.weights, (torch.eye(3, dtype=torch.float64), None, [6, 1], [0.0], None, None, False, 2e-16)),
+    "gram": lambda g: (torch.ops.mmfast.gram.default, (g, [], None, 0)),
+    "gram sample": lambda g: (torch.ops.mmfast.gram.default, (g, [1], torch.ones(4, len(g) + 1, dtype=torch.bool), 1)),
+    "combine": lambda g: (torch.ops.mmfast.combine.default, (g, [], None, torch.ones(len(g), dtype=torch.float64), 0)),
+    "weights": lambda g: (
+        torch.ops.mmfast.weights.default,
+        (torch.eye(3, dtype=torch.float64), None, [6, 1], [0.0], None, None, False, 2e-16),
+    ),
     "weights with state": lambda g: (
-        native.weights,
+        torch.ops.mmfast.weights.default,
         (torch.eye(3, dtype=torch.float64), None, [5, 1], [0.5], torch.zeros(9, dtype=torch.float64), RNG, True, 2e-16),
     ),
-    "resolve": lambda g: (native.resolve, (g, [], None, [6, 1], [0.0], None, None, 0, False, True)),
-    "resolve sample": lambda g: (native.resolve, (g, [0], None, [4, 2], [0.0, 0.0], None, RNG, 1, True, True)),
-    "graddrop": lambda g: (native.graddrop, (g, [], None, 0.0, RNG)),
-    "trimmed_mean": lambda g: (native.trimmed_mean, (g, [], None, 1)),
-    "heads": lambda g: (native.heads, (*heads(g[0]), None, [6, 1], [0.0], None, None, 3, 0, True)),
-    "heads sample": lambda g: (native.heads, (*heads(g[0]), torch.ones(4, 3, dtype=torch.bool), [4, 2], [0.0, 0.0], None, RNG, 3, 1, True)),
+    "resolve": lambda g: (torch.ops.mmfast.resolve.default, (g, [], None, [6, 1], [0.0], None, None, 0, False, True)),
+    "resolve sample": lambda g: (torch.ops.mmfast.resolve.default, (g, [0], None, [4, 2], [0.0, 0.0], None, RNG, 1, True, True)),
+    "graddrop": lambda g: (torch.ops.mmfast.graddrop.default, (g, [], None, 0.0, RNG)),
+    "trimmed_mean": lambda g: (torch.ops.mmfast.trimmed_mean.default, (g, [], None, 1)),
+    "heads": lambda g: (torch.ops.mmfast.heads.default, (*heads(g[0]), None, [6, 1], [0.0], None, None, 3, 0, True)),
+    "heads sample": lambda g: (
+        torch.ops.mmfast.heads.default,
+        (*heads(g[0]), torch.ones(4, 3, dtype=torch.bool), [4, 2], [0.0, 0.0], None, RNG, 3, 1, True),
+    ),
 }
 
 
@@ -96,7 +102,7 @@ def test_every_element_is_written():
 
 _BITS = """
 import hashlib, torch, mmfast as mf
-from mmfast.ops import linear
+from mmfast.ops.heads import heads as linear_heads
 torch.manual_seed(0)
 digest = hashlib.sha256()
 rules = [mf.Random(), mf.PCGrad(), mf.GradVac(), mf.MGDA(), mf.CAGrad(), mf.UPGrad(), mf.DualProj(), mf.PCD(), mf.NashMTL(), mf.FairGrad(2.0), mf.IMTLG(),
@@ -111,7 +117,7 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             digest.update(mf.resolve(grads, rule).double().numpy().tobytes())
         for per in ("batch", "sample", "batch_sum"):
             delta = torch.stack(grads, -1)
-            info = linear.heads(delta, torch.randn(k, 9).to(dtype), torch.arange(k), mf.MGDA(), k, per, None, True)[1]
+            info = linear_heads(delta, torch.randn(k, 9).to(dtype), torch.arange(k), mf.MGDA(), k, per, None, True)[1]
             digest.update(info.numpy().tobytes())
 print(mf.backends()["cpu"][1], digest.hexdigest())
 """

@@ -5,7 +5,7 @@ import math
 import pytest
 from records import result
 
-from mmfast.train import published, report
+from mmfast.experiments import published, report
 
 
 def test_the_corrected_t_test():

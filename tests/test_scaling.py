@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from mmfast.scaling import DimRatio, LipschitzScale, StandardScale
+from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale
 
 
 def data(n=400):
@@ -136,7 +136,7 @@ def test_lipschitz_scale_meets_its_goal(d, lr):
 @pytest.mark.parametrize("shape", [0.3, 1.0, 50.0, 1e4, 1e7])
 def test_gamma_fit_solves_the_likelihood_equation(shape):
     """log k - digamma(k) = s: by scipy for moderate k, by the series 1/(2k) + 1/(12k^2) for large k, where it would cancel."""
-    from mmfast.scaling import _gamma_fit
+    from mmfast.blocks.scaling import _gamma_fit
 
     x = torch.distributions.Gamma(torch.tensor(shape).double(), torch.tensor(3.0).double()).sample((2000,))
     k, rate = _gamma_fit(x)

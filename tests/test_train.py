@@ -17,9 +17,9 @@ from mmfast import data
 from mmfast.cli import app
 from mmfast.data.files import find
 from mmfast.demo.data import builtin
-from mmfast.train import grid, results, run
-from mmfast.train.results import Result
-from mmfast.train.settings import Settings, SettingsError, canonical, make_resolver, settings
+from mmfast.experiments import grid, results, run
+from mmfast.experiments.results import Result
+from mmfast.experiments.settings import Settings, SettingsError, canonical, make_resolver, settings
 
 needs_data = pytest.mark.skipif(find(data.SETS["Wine"].file) is None, reason="Wine is not here; set MMFAST_DATA")
 TABLE = builtin("diabetes")
@@ -190,9 +190,9 @@ def test_a_killed_process_loses_nothing(tmp_path, after):
     """SIGKILL at some moment, saving all the time."""
     code = f"""
 from pathlib import Path
-from mmfast.train import run
+from mmfast.experiments import run
 from mmfast.demo.data import builtin
-from mmfast.train.settings import Settings
+from mmfast.experiments.settings import Settings
 run.SAVE_SECONDS = 0
 run.train({LONG!r}, Path({str(tmp_path / "x.pt")!r}), lambda e, r: print(e, flush=True), builtin("diabetes"))
 """

@@ -11,8 +11,8 @@ import torch
 
 import mmfast as mf
 from mmfast import ops
-from mmfast.triton import rows
-from mmfast.triton.gram import slots_of
+from mmfast.backends.triton import gram, rows
+from mmfast.backends.triton.gram import slots_of
 
 assert rows.INTERPRETED, "TRITON_INTERPRET must be 1"
 
@@ -94,7 +94,7 @@ def test_several_chunks_to_a_slot(monkeypatch):
         for n in (4096 * most, 4096 * most + 1, 2**31 + 5, 2**40):
             slots, each = slots_of(n, k)
             assert slots <= most and slots * each * 4096 >= n > (slots - 1) * each * 4096
-    monkeypatch.setattr("mmfast.triton.gram.slots_of", lambda n, k: (-(-n // 12288), 3))
+    monkeypatch.setattr(gram, "slots_of", lambda n, k: (-(-n // 12288), 3))
     for k in (2, 9):
         assert_gram(make(k, 3 * 4096 + 4097))
         assert_gram(make(k, 6 * 4096))
@@ -203,7 +203,7 @@ def test_non_finite_gradients_stay_visible(bad):
 
 def test_rows_of_weight_zero_are_not_read():
     """Poisoned after the Gramian was taken."""
-    from mmfast.triton.combine import combine
+    from mmfast.backends.triton.combine import combine
 
     grads = make(3, 200)
     held = rows.rows_of(grads)

@@ -8,10 +8,12 @@ from problems import gramian, kinds
 from rule_table import RULES
 from test_minnorm import hard, randn
 
-from mmfast import ops, resolvers
-from mmfast.ops import reference
-from mmfast.triton import solve as solvers
-from mmfast.triton.rows import INTERPRETED
+from mmfast import resolvers
+from mmfast.backends.triton import solve as solvers
+from mmfast.backends.triton.rows import INTERPRETED
+from mmfast.resolvers.chain import states_of
+from mmfast.resolvers.solve import precision_of
+from mmfast.resolvers.solve import weights as plain_weights
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 NAMES = [name for name, row in RULES.items() if type(row.make(row.min_k)) in solvers.KERNELS]
@@ -36,7 +38,7 @@ def solve(rule, G, mask=None, norm=False, precision=EPS):
 
 
 def plain(rule, G, mask=None, norm=False):
-    return reference.weights(G, mask, [rule], [None], rule.rng, norm)
+    return plain_weights(G, mask, [rule], [None], rule.rng, norm)
 
 
 # the interpreter takes some 10 ms for each round of a solver: the larger problems are for the rules in exact steps
@@ -134,7 +136,7 @@ def test_hard_gramians(name, tolerance, step):
 
 def test_rounded_gramian():
     """A rank-deficient Gramian rounded to float32 is no longer positive semidefinite: the weights stay tame, the direction useful."""
-    single = reference.precision_of(torch.float32)
+    single = precision_of(torch.float32)
     for rule, k in ((resolvers.UPGrad(), 4), (resolvers.DualProj(), 12), (resolvers.MGDA(), 12), (resolvers.CAGrad(), 4)):
         J = torch.randn(k, k // 2, dtype=torch.float64)
         G = J @ J.mT
@@ -146,7 +148,7 @@ def test_rounded_gramian():
     J = torch.randn(4, 2, dtype=torch.float64)
     G = (J @ J.mT).float().double()
     for rule in (resolvers.IMTLG(), resolvers.ConFIG(), resolvers.AlignedMTL()):
-        expected = reference.weights(G, None, [rule], [None], None, False, single)
+        expected = plain_weights(G, None, [rule], [None], None, False, single)
         torch.testing.assert_close(solve(rule, G, precision=single), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -186,7 +188,7 @@ def test_what_has_no_kernel():
 
     for k, rule in ((65, resolvers.PCGrad()), (3, resolvers.GradVac()), (3, resolvers.PCD()), (3, Own())):
         before = None if rule.rng is None else rule.rng.clone()
-        states = ops._states([rule], (), k, torch.device("cpu"))
+        states = states_of([rule], (), k, torch.device("cpu"))
         assert solvers.solve(gramian(k), None, [rule], states, rule.rng, False, EPS) is None
         assert before is None or torch.equal(rule.rng, before)
     assert solvers.solve(gramian(3), None, [resolvers.Sum(), resolvers.Sum()], [None, None], None, False, EPS) is None

@@ -20,7 +20,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import mmfast as mf
-from mmfast.triton import combine, elementwise, gram, rows, solve
+from mmfast.backends.triton import combine, elementwise, gram, rows, solve
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),

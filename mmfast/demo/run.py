@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mmfast.block import ImpartialityBlock
+from mmfast.blocks.block import ImpartialityBlock
 from mmfast.data.prepare import Part, Prepared, errors, prepare
 from mmfast.data.table import Table
 from mmfast.demo import naive

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from mmfast.heads import LinearHeads
+from mmfast.blocks.linear_heads import LinearHeads
 from mmfast.models.likelihoods import Joint
 from mmfast.resolvers.base import Resolver
 

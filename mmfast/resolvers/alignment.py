@@ -1,25 +1,15 @@
 """Rules that align the gradients with one another: IMTLG, AlignedMTL, ConFIG. Mirrors csrc/solvers/alignment.h."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mmfast.resolvers.base import Problem, Rule, numbers
-from mmfast.resolvers.linalg import cosines, eigh, kept
+from mmfast.resolvers.base import PreferringRule, Problem, Rule
+from mmfast.resolvers.linalg import cosines, eigh, kept, times
 
 SCALES = ("min", "median", "rmse")
 LENGTHS = ("projection", "min", "max", "harmonic", "arithmetic", "geometric")
-
-
-def _preference(pref: Sequence[float] | None) -> tuple[float, ...] | None:
-    if pref is None:
-        return None
-    values = tuple(float(x) for x in pref)
-    if not all(math.isfinite(x) and x >= 0 for x in values) or sum(values) == 0:
-        raise ValueError(f"pref is {values}, expected K finite numbers, none negative, that do not sum to zero")
-    return values
 
 
 def _choice(argument: str, value: str, choices: tuple[str, ...]) -> str:
@@ -36,12 +26,12 @@ def _multiples(p: Problem, pref: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     norm, C = cosines(p.G)
     values, V = eigh(C)
     keep = kept(values, p.active, p.precision)
-    whole = torch.where(p.active, (V.mT @ pref.unsqueeze(-1)).squeeze(-1), 0)
+    whole = torch.where(p.active, times(V.mT, pref), 0)
     part = torch.where(keep, whole, 0)
     x = part / torch.where(keep, values, 1)
     square = torch.where(part.square().sum(-1) > 1e-24 * whole.square().sum(-1), (x * part).sum(-1), 0)  # below it, part is rounding
-    a = (V @ x.unsqueeze(-1)).squeeze(-1) / norm
-    return norm, a, (V @ part.unsqueeze(-1)).squeeze(-1), square
+    a = times(V, x) / norm
+    return norm, a, times(V, part), square
 
 
 class IMTLG(Rule):
@@ -62,7 +52,7 @@ class IMTLG(Rule):
         return torch.where(defined, a / torch.where(defined, total, 1), 0)
 
 
-class AlignedMTL(Rule):
+class AlignedMTL(PreferringRule):
     """Orthogonal gradients of equal norm in place of the given ones (Senushkin et al., "Independent component alignment", CVPR 2023).
 
     Args:
@@ -73,12 +63,11 @@ class AlignedMTL(Rule):
     method = 14
 
     def __init__(self, scale: str = "min", pref: Sequence[float] | None = None) -> None:
-        super().__init__()
+        super().__init__(pref)
         self.scale = _choice("scale", scale, SCALES)
-        self.pref = _preference(pref)
 
     def params(self) -> list[float]:
-        return [float(SCALES.index(self.scale)), *(self.pref or ())]
+        return [float(SCALES.index(self.scale)), *super().params()]
 
     def rule(self, p: Problem) -> Tensor:
         values, V = eigh(p.G)
@@ -90,16 +79,15 @@ class AlignedMTL(Rule):
             ascending = torch.where(keep, values, torch.inf).sort(-1).values
             place = torch.zeros_like(count) if self.scale == "min" else (count - 1).clamp(min=0) // 2
             sigma = ascending.gather(-1, place)
-        pref = 1 / p.count.unsqueeze(-1) if self.pref is None else numbers(p.G, self.pref)
-        x = V.mT @ torch.where(p.active, pref, 0).unsqueeze(-1)
+        x = times(V.mT, self.preference(p, 1 / p.count.unsqueeze(-1)))
         factor = torch.where(keep, (sigma / torch.where(keep, values, 1)).sqrt(), 0)
-        return (V @ (factor.unsqueeze(-1) * x)).squeeze(-1)
+        return times(V, factor * x)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale!r}, pref={self.pref}"
 
 
-class ConFIG(Rule):
+class ConFIG(PreferringRule):
     """The direction with the preferred cosines to all gradients (Liu et al., "Towards conflict-free training of physics informed neural networks", ICLR 2025).
 
     Args:
@@ -111,16 +99,14 @@ class ConFIG(Rule):
     method = 15
 
     def __init__(self, pref: Sequence[float] | None = None, length: str = "projection") -> None:
-        super().__init__()
-        self.pref = _preference(pref)
+        super().__init__(pref)
         self.length = _choice("length", length, LENGTHS)
 
     def params(self) -> list[float]:
-        return [float(LENGTHS.index(self.length)), *(self.pref or ())]
+        return [float(LENGTHS.index(self.length)), *super().params()]
 
     def rule(self, p: Problem) -> Tensor:
-        pref = torch.ones_like(p.G[..., 0]) if self.pref is None else numbers(p.G, self.pref).expand_as(p.G[..., 0])
-        norm, a, cosine, square = _multiples(p, pref)
+        norm, a, cosine, square = _multiples(p, self.preference(p, torch.ones_like(p.G[..., 0])))
         cosine = torch.where(p.active, cosine, 0)
         if self.length == "projection":
             along = (norm * cosine).sum(-1)

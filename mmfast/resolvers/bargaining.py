@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from mmfast.resolvers.base import Problem, Rule
-from mmfast.resolvers.linalg import EPS, cosines
+from mmfast.resolvers.base import EPS, Problem, Rule
+from mmfast.resolvers.linalg import cosines, times
 
 FLAT = 1e-10
 STEPS = 100
@@ -22,7 +22,7 @@ def _bargain(p: Problem, alpha: float) -> Tensor:
     for _ in range(STEPS):
         barrier = (x / ceiling) ** (4 + 4 * power)
         free_pull = m * (m / x) ** power
-        gradient = (C @ x.unsqueeze(-1)).squeeze(-1) - free_pull * (1 - barrier)
+        gradient = times(C, x) - free_pull * (1 - barrier)
         # the Hessian of the logarithms where the gradient is zero: positive definite everywhere
         H = C * x.unsqueeze(-1) * x.unsqueeze(-2) + torch.diag_embed(x * free_pull * (power + (4 + 3 * power) * barrier))
         size = H.diagonal(dim1=-2, dim2=-1).rsqrt()

@@ -1,6 +1,8 @@
 """What a resolver is: a module from a K x K Gramian to K weights."""
 
+import math
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.resolvers.philox import Draw
+
+EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass
@@ -22,7 +26,7 @@ class Problem:
     scale: Tensor  # [B] a power of four
     state: Tensor | None  # [B, S] float64; zeros at first
     draw: Draw | None  # random streams, for rules with random = True
-    precision: float = torch.finfo(torch.float64).eps  # relative rounding of the entries of G
+    precision: float = EPS  # relative rounding of the entries of G
     next_state: Tensor | None = None  # [B, S], to be set by rules that keep state
 
     @property
@@ -103,9 +107,7 @@ class Rule(Resolver):
         return [self]
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
-        from mmfast import ops
-
-        return ops.weights(G, self, mask)
+        return weights_of(self, G, mask)
 
     def reset(self) -> None:
         self.state = None
@@ -133,3 +135,61 @@ class Rule(Resolver):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class PreferringRule(Rule):
+    """A rule with a preference for each gradient, or None for equal ones."""
+
+    def __init__(self, pref: Sequence[float] | None) -> None:
+        super().__init__()
+        self.pref = None if pref is None else tuple(float(x) for x in pref)
+        if self.pref is not None and not (all(math.isfinite(x) and x >= 0 for x in self.pref) and any(self.pref)):
+            raise ValueError(f"pref is {self.pref}, expected K finite numbers, none negative, not all zero")
+
+    def params(self) -> list[float]:
+        return list(self.pref or ())
+
+    def check(self, k: int) -> None:
+        if self.pref is not None and len(self.pref) != k:
+            raise ValueError(f"pref has {len(self.pref)} numbers, expected {k}, one per gradient")
+
+    def preference(self, p: Problem, equal: Tensor) -> Tensor:
+        """[B, K], zero for rows that do not take part; `equal` where none was given."""
+        return torch.where(p.active, equal if self.pref is None else numbers(p.G, self.pref), 0)
+
+    def extra_repr(self) -> str:
+        return "" if self.pref is None else f"pref={self.pref}"
+
+
+def weights_of(resolver: Resolver, G: Tensor, mask: Tensor | None) -> Tensor:
+    """The weights of a chain of rules that is called as a module: the operator solves it, as it does everywhere else."""
+    from mmfast.ops.weights import weights  # the one import that runs up the house
+
+    return weights(G, resolver, mask)
+
+
+# How exact the Gramian is that a resolver written in Python sees: one inside another must not take rounding for a direction.
+_precision: ContextVar[float] = ContextVar("precision", default=0.0)
+
+
+def known_precision() -> float:
+    """Relative rounding of the Gramian that is being resolved; float64's own where nobody said, or in a traced graph."""
+    return EPS if torch.compiler.is_compiling() else max(_precision.get(), EPS)
+
+
+def call_resolver(resolver: Resolver, G: Tensor, mask: Tensor, precision: float) -> Tensor:
+    """The weights of a resolver's `forward`, checked, zero where masked; it is made known how exact G is."""
+    if torch.compiler.is_compiling():  # a traced graph can't hold context variables
+        w = resolver(G, mask)
+    else:
+        token = _precision.set(max(_precision.get(), precision))
+        try:
+            w = resolver(G, mask)
+        finally:
+            _precision.reset(token)
+    if not isinstance(w, Tensor) or w.shape != G.shape[:-1]:
+        raise ValueError(
+            f"{type(resolver).__name__} returned {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__} for a Gramian of shape "
+            f"{tuple(G.shape)}, expected weights of shape {tuple(G.shape[:-1])}"
+        )
+    return torch.where(mask, w.detach().double(), 0)

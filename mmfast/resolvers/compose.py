@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmfast.resolvers.base import Problem, Resolver, Rule
+from mmfast.resolvers.base import Problem, Resolver, Rule, call_resolver, known_precision, weights_of
+from mmfast.resolvers.chain import states_of
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.solve import advance_states, apply, present, row_map
 
 
 class Compose(Resolver):
@@ -51,20 +53,18 @@ class Compose(Resolver):
         return rules
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
-        from mmfast import ops
-
         if self.chain() is not None:
-            return ops.weights(G, self, mask)
-        present, finite = ops.reference.present(G, mask)
-        active = present & finite.unsqueeze(-1)
+            return weights_of(self, G, mask)
+        rows, finite = present(G, mask)
+        active = rows & finite.unsqueeze(-1)
         current = _only(G, active)
         total: Tensor | None = None  # row map of the steps so far
         for part in self.parts:
             A = _only(_row_map(current, part, active), active)
             total = A if total is None else A @ total
-            current, active = ops.reference.apply(A, current, active)
+            current, active = apply(A, current, active)
         assert total is not None
-        return torch.where(present & ~finite.unsqueeze(-1), torch.nan, total.sum(-2))
+        return torch.where(rows & ~finite.unsqueeze(-1), torch.nan, total.sum(-2))
 
     def reset(self) -> None:
         for part in self.parts:
@@ -76,14 +76,12 @@ class Compose(Resolver):
 
 def _row_map(G: Tensor, resolver: Resolver, mask: Tensor) -> Tensor:
     """What a resolver does to the rows, [..., K, K]: gradient i becomes sum_j A[i, j] g_j."""
-    from mmfast import ops
-
     if not isinstance(resolver, Rule) or not resolver.maps_rows:
-        return torch.diag_embed(ops.weights(G, resolver, mask))
+        return torch.diag_embed(call_resolver(resolver, G, mask, known_precision()))
     k, rng = G.shape[-1], resolver.rng
-    states = [None if s is None else s.view(-1, s.shape[-1]) for s in ops._states([resolver], tuple(G.shape[:-2]), k, G.device)]
-    A, after = ops.reference.row_map(G.reshape(-1, k, k), mask.reshape(-1, k), [resolver], states, rng, ops.known_precision())
-    ops.reference.keep(states, after, rng)
+    states = [None if s is None else s.view(-1, s.shape[-1]) for s in states_of([resolver], tuple(G.shape[:-2]), k, G.device)]
+    A, after = row_map(G.reshape(-1, k, k), mask.reshape(-1, k), [resolver], states, rng, known_precision())
+    advance_states(states, after, rng)
     return A.view(G.shape)
 
 
@@ -139,18 +137,16 @@ class CRMOGM(Rule):
         return new, torch.cat([torch.where(active, new, mean), torch.where(active, 1, seen)], -1)
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
-        from mmfast import ops
-
         if self.chain() is not None:
-            return ops.weights(G, self, mask)
-        present, finite = ops.reference.present(G, mask)
-        active = present & finite.unsqueeze(-1)
-        w = ops.weights(_only(G, active), self.inner, active)
-        ops._states([self], tuple(w.shape[:-1]), w.shape[-1], w.device)
+            return weights_of(self, G, mask)
+        rows, finite = present(G, mask)
+        active = rows & finite.unsqueeze(-1)
+        w = call_resolver(self.inner, _only(G, active), active, known_precision())
+        states_of([self], tuple(w.shape[:-1]), w.shape[-1], w.device)
         assert self.state is not None
         w, next_state = self._mean(self.state, active, w)
         self.state.copy_(next_state)
-        return torch.where(finite.unsqueeze(-1), torch.where(active, w, 0), torch.where(present, torch.nan, 0.0).to(w))
+        return torch.where(finite.unsqueeze(-1), torch.where(active, w, 0), torch.where(rows, torch.nan, 0.0).to(w))
 
     def reset(self) -> None:
         super().reset()

@@ -3,20 +3,16 @@
 The compiled form is an active set; here the same problems go through a primal-dual interior-point method, a batch at a time.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mmfast.resolvers.base import Problem, Rule, numbers
+from mmfast.resolvers.base import PreferringRule, Problem, Rule
+from mmfast.resolvers.linalg import cosines, times
 
 _ITERATIONS = 20  # 12 to 15 suffice on every kind of Gramian of the tests
 _RIDGE = 1e-13  # keeps a flat or unbounded minimum finite
-
-
-def _times(M: Tensor, x: Tensor) -> Tensor:
-    return (M @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def _identity_where(free: Tensor, C: Tensor) -> Tensor:
@@ -25,15 +21,9 @@ def _identity_where(free: Tensor, C: Tensor) -> Tensor:
     return torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), C, identity)
 
 
-def _cosines(p: Problem) -> tuple[Tensor, Tensor]:
-    """(|g_i| [B, K], the cosines of all pairs [B, K, K])."""
-    norms = p.G.diagonal(dim1=-2, dim2=-1).sqrt()
-    return norms, p.G / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
-
-
 def _distance(C: Tensor, q: Tensor, l: Tensor) -> Tensor:
     """How far l is from min(l, C l + q) = 0, the conditions of optimality [..., 1]."""
-    return torch.minimum(l, _times(C, l) + q).abs().amax(-1, keepdim=True)
+    return torch.minimum(l, times(C, l) + q).abs().amax(-1, keepdim=True)
 
 
 def _nonnegative(C: Tensor, q: Tensor, free: Tensor) -> Tensor:
@@ -46,12 +36,12 @@ def _nonnegative(C: Tensor, q: Tensor, free: Tensor) -> Tensor:
     l, s = torch.ones_like(q), torch.ones_like(q)  # the solution and its slacks C l + q
     for _ in range(_ITERATIONS):
         mu = (l * s).mean(-1, keepdim=True)
-        residual = _times(C, l) + _RIDGE * l + q - s
+        residual = times(C, l) + _RIDGE * l + q - s
         factor, _ = torch.linalg.cholesky_ex(C + ridge + torch.diag_embed(s / l))
         target = torch.zeros_like(q)
         for _ in range(2):  # Mehrotra: the predictor aims at l s = 0 and tells the corrector how far it can aim
             dl = torch.cholesky_solve((target / l - s - residual).unsqueeze(-1), factor).squeeze(-1)
-            ds = _times(C, dl) + _RIDGE * dl + residual
+            ds = times(C, dl) + _RIDGE * dl + residual
             longest = 1 / torch.maximum(-dl / l, -ds / s).amax(-1, keepdim=True).clamp(min=1)
             after = ((l + longest * dl) * (s + longest * ds)).mean(-1, keepdim=True)
             target = (after / mu) ** 3 * mu - dl * ds
@@ -63,38 +53,14 @@ def _nonnegative(C: Tensor, q: Tensor, free: Tensor) -> Tensor:
     factor, _ = torch.linalg.cholesky_ex(_identity_where(inside, C) + ridge)
     exact = torch.where(inside, l, 0)
     for _ in range(3):
-        slack = torch.where(inside, _times(C, exact) + q, 0)
+        slack = torch.where(inside, times(C, exact) + q, 0)
         exact = exact - torch.cholesky_solve(slack.unsqueeze(-1), factor).squeeze(-1)
     exact = exact.clamp(min=0)
     better = _distance(C, q, exact) <= _distance(C, q, l)
     return torch.where(free, torch.where(better, exact, l) * size, 0)
 
 
-class _Preferring(Rule):
-    def __init__(self, pref: Sequence[float] | None = None) -> None:
-        super().__init__()
-        self.pref = None if pref is None else tuple(float(x) for x in pref)
-        if self.pref is not None and not (all(math.isfinite(x) and x >= 0 for x in self.pref) and any(self.pref)):
-            raise ValueError(f"pref is {self.pref}; it should be finite, non-negative numbers that are not all zero")
-
-    def params(self) -> list[float]:
-        return list(self.pref or ())
-
-    def state_size(self, k: int) -> int:
-        if self.pref is not None and len(self.pref) != k:
-            raise ValueError(f"pref has {len(self.pref)} numbers, but there are {k} gradients; it should have one for each")
-        return 0
-
-    def preference(self, p: Problem) -> Tensor:
-        """[B, K], zero for rows that do not take part."""
-        pref = 1 / p.count.unsqueeze(-1) if self.pref is None else numbers(p.G, self.pref)
-        return torch.where(p.active, pref, 0)
-
-    def extra_repr(self) -> str:
-        return "" if self.pref is None else f"pref={self.pref}"
-
-
-class UPGrad(_Preferring):
+class UPGrad(PreferringRule):
     """The sum of the gradients' projections on the cone where none conflicts (Quinton & Rey, "Jacobian descent for
     multi-objective optimization", 2024).
 
@@ -104,16 +70,19 @@ class UPGrad(_Preferring):
 
     method = 8
 
+    def __init__(self, pref: Sequence[float] | None = None) -> None:
+        super().__init__(pref)
+
     def rule(self, p: Problem) -> Tensor:
-        norms, C = _cosines(p)
-        u = self.preference(p) * norms
+        norms, C = cosines(p.G)
+        u = self.preference(p, 1 / p.count.unsqueeze(-1)) * norms
         # K problems at once, the slacks of one in the rows of the next dimension; projecting g_i never needs more of g_i itself
         identity = torch.eye(C.shape[-1], dtype=torch.bool, device=C.device)
         l = _nonnegative(C.unsqueeze(-3).expand(*C.shape[:-2], C.shape[-1], *C.shape[-2:]), C, p.active.unsqueeze(-2) & ~identity)
-        return (u + _times(l.mT, u)) / norms
+        return (u + times(l.mT, u)) / norms
 
 
-class DualProj(_Preferring):
+class DualProj(PreferringRule):
     """The projection of the weighted sum of the gradients on the cone where none conflicts (Lopez-Paz & Ranzato, "Gradient
     episodic memory", 2017).
 
@@ -123,10 +92,13 @@ class DualProj(_Preferring):
 
     method = 9
 
+    def __init__(self, pref: Sequence[float] | None = None) -> None:
+        super().__init__(pref)
+
     def rule(self, p: Problem) -> Tensor:
-        norms, C = _cosines(p)
-        u = self.preference(p) * norms
-        return (u + _nonnegative(C, _times(C, u), p.active)) / norms
+        norms, C = cosines(p.G)
+        u = self.preference(p, 1 / p.count.unsqueeze(-1)) * norms
+        return (u + _nonnegative(C, times(C, u), p.active)) / norms
 
 
 class PCD(Rule):
@@ -166,20 +138,20 @@ class PCD(Rule):
         p.next_state = torch.cat([torch.where(p.active, moved, average), total], -1)
         length = (square / moved).sqrt()
 
-        norms, C = _cosines(p)
+        norms, C = cosines(p.G)
         primary = p.active & (p.active.cumsum(-1) == 1)
         others = p.active & ~primary
         first = torch.where(primary, length, 0)
-        along = _times(C, first)
+        along = times(C, first)
         q = torch.where(others, along - self.tau * length, 0)
         l = _nonnegative(C, q, others)
         # with contradicting constraints the ridge alone stops l, at slacks as large as q
-        slack = torch.where(others, _times(C, l) + q, 0)
+        slack = torch.where(others, times(C, l) + q, 0)
         feasible = slack.amin(-1, keepdim=True) >= -1e-3 * q.abs().amax(-1, keepdim=True)
 
         # Below the rounding of its own summands the direction is zero, which a constraint with tau > 0 does not allow.
         v = first + l
-        square = (v * _times(C, v)).sum(-1, keepdim=True)
+        square = (v * times(C, v)).sum(-1, keepdim=True)
         vanishes = square <= 1e-14 * v.sum(-1, keepdim=True) ** 2
         factor = torch.where(vanishes, 0, (norms * primary).sum(-1, keepdim=True) / square.sqrt())
         return torch.where(feasible & ~(vanishes & (self.tau > 0)), factor * v / norms, primary.double())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmfast.resolvers.base import Resolver
-from mmfast.resolvers.philox import advance, philox
+from mmfast.resolvers.philox import philox
 
 
 class ElementwiseRule(Resolver):
@@ -17,12 +17,9 @@ class ElementwiseRule(Resolver):
         """Plain torch: the result for gradients [..., N] of one shape; mask [K] or [B, K] bool or None. The compiled operator's reference."""
         raise NotImplementedError
 
-    def fused(self, kernels: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
-        """The same through the operator of `kernels`, mmfast.ops.native or mmfast.triton.ops, which also moves the random stream on."""
+    def through(self, functions: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
+        """The same through the functions of a backend (mmfast.backends), with the random stream moved on."""
         raise NotImplementedError
-
-    def advance(self) -> None:
-        """Moves the random stream on by one call."""
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> NoReturn:
         raise TypeError(f"{type(self).__name__} works on gradients element by element, not on a Gramian; use mf.resolve or mf.fork")
@@ -81,14 +78,15 @@ class GradDrop(ElementwiseRule):
             kept = kept + torch.where(row > 0, positive, negative) * row
         return (kept + 0 * size).to(grads[0].dtype).view(grads[0].shape)
 
-    def fused(self, kernels: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
+    def stream(self, device: torch.device) -> Tensor:
+        """Seed and counter, on the device."""
         rng = cast(Tensor, self._buffers["rng"])
-        if rng.device != grads[0].device:
-            self.rng = rng = rng.to(grads[0].device)
-        return kernels.graddrop(grads, missing, mask, self.leak, rng)
+        if rng.device != device:
+            self.rng = rng = rng.to(device)
+        return rng
 
-    def advance(self) -> None:
-        advance(self.rng)
+    def through(self, functions: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
+        return functions.graddrop(grads, missing, mask, self)
 
     def reset(self) -> None:
         self.rng[1] = 0
@@ -127,8 +125,8 @@ class TrimmedMean(ElementwiseRule):
         mean = torch.where(kept, ordered, 0).sum(0) / (count - 2 * trim).clamp(min=1)
         return (mean + (0 * x).sum(0)).to(grads[0].dtype).view(grads[0].shape)
 
-    def fused(self, kernels: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
-        return kernels.trimmed_mean(grads, missing, mask, self.trim)
+    def through(self, functions: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
+        return functions.trimmed_mean(grads, missing, mask, self)
 
     def extra_repr(self) -> str:
         return f"trim={self.trim}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-EPS = torch.finfo(torch.float64).eps
+from mmfast.resolvers.base import EPS
 
 
 def cosines(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -12,6 +12,11 @@ def cosines(G: Tensor) -> tuple[Tensor, Tensor]:
     C = G / (norm.unsqueeze(-1) * norm.unsqueeze(-2))
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     return norm, torch.where(identity.bool(), identity, C)
+
+
+def times(M: Tensor, x: Tensor) -> Tensor:
+    """M x for M [..., K, K] and x [..., K]."""
+    return (M @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def _turn(top: Tensor, bottom: Tensor, c: Tensor, s: Tensor, dim: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast.resolvers.base import Problem, Rule
+from mmfast.resolvers.linalg import cosines, times
 
 # a squared length below this part of its summands' is what rounding left over: its direction means nothing
 CANCELLED = 1e-14
@@ -19,10 +20,6 @@ ITERATIONS = 40
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
-
-
-def _times(C: Tensor, x: Tensor) -> Tensor:
-    return (C @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def _longest_step(*moves: tuple[Tensor, Tensor]) -> Tensor:
@@ -51,7 +48,7 @@ def _quadratic(C: Tensor, q: Tensor, a: Tensor, active: Tensor, simplex: bool) -
     x = torch.where(active, 1 / a.sum(-1, keepdim=True), 1)
     s, y = x.clone(), torch.zeros_like(x[..., :1])
     for _ in range(ITERATIONS):
-        dual = torch.where(active, s + a * y - q - _times(C, x), 0)
+        dual = torch.where(active, s + a * y - q - times(C, x), 0)
         primal = 1 - _dot(a, x)
         mu = _dot(x, s * active) / count
         solve = _solver(C, s / x)
@@ -86,7 +83,7 @@ def _ball(C: Tensor, b: Tensor, a: Tensor, active: Tensor, c: float) -> Tensor:
     sigma = torch.ones_like(nu)
     for _ in range(ITERATIONS):
         xa = torch.where(active, x, 0)
-        Cx, Cz = _times(C, xa), _times(C, z)
+        Cx, Cz = times(C, xa), times(C, z)
         dual = torch.where(active, s + nu * a - b - Cz, 0)
         primal = 1 - _dot(a, xa)
         yy = _dot(xa, Cx).clamp(min=0)
@@ -109,7 +106,7 @@ def _ball(C: Tensor, b: Tensor, a: Tensor, active: Tensor, c: float) -> Tensor:
         step = _longest_step((x, dx), (s, ds))
         sigma = torch.where(step > 0.9, 0.03, 1.0)  # without progress, back to the middle first
         x, s, z, nu = _advance(step, (x, dx), (s, ds), (z, dz), (nu, dnu))
-        z = z * (c / _dot(z, _times(C, z)).clamp(min=0).sqrt()).clamp(max=1)
+        z = z * (c / _dot(z, times(C, z)).clamp(min=0).sqrt()).clamp(max=1)
     return torch.where(active, x, 0)
 
 
@@ -123,14 +120,14 @@ def _share(G: Tensor, w: Tensor) -> Tensor:
         alike &= (column.unsqueeze(-1) - column.unsqueeze(-2)).abs() <= rounding.unsqueeze(-1) * norm[..., l].view(-1, 1, 1)
     places = torch.arange(G.shape[-1], device=G.device)
     first = (alike.int().argmax(-1, keepdim=True) == places).to(G.dtype)  # [B, K, K]: row i belongs to group j
-    return _times(first, _times(first.mT, w) / first.sum(-2).clamp(min=1))
+    return times(first, times(first.mT, w) / first.sum(-2).clamp(min=1))
 
 
 def _cosines(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """(cosines, norms of the rows, their inverses relative to the largest; 0 where a row does not take part)."""
-    norm = p.G.diagonal(dim1=-2, dim2=-1).sqrt()
+    norm, C = cosines(p.G)
     shortest = torch.where(p.active, norm, torch.inf).amin(-1, keepdim=True)
-    return p.G / norm.unsqueeze(-1) / norm.unsqueeze(-2), norm, torch.where(p.active, shortest / norm, 0)
+    return C, norm, torch.where(p.active, shortest / norm, 0)
 
 
 class MGDA(Rule):
@@ -201,14 +198,14 @@ class CAGrad(Rule):
         if self.c == 0:
             return shrink * share
         length = torch.where(known, mean2, 1).sqrt()
-        b = torch.where(p.active, _times(p.G, share) / norm / length, 0)  # cosines with the mean gradient
+        b = torch.where(p.active, times(p.G, share) / norm / length, 0)  # cosines with the mean gradient
         x = _ball(C, b, a, p.active, self.c)
-        length2 = _dot(x, _times(C, x))
+        length2 = _dot(x, times(C, x))
         inside = _quadratic(C, b, a, p.active, simplex=False)
-        inside2 = _dot(inside, _times(C, inside))
+        inside2 = _dot(inside, times(C, inside))
         # where zero lies in the hull and nothing helps every row, x is nothing but rounding: that is told by the shortest vector of the hull
         hull = _quadratic(C, torch.zeros_like(b), p.active.double(), p.active, simplex=True)
-        stuck = (_dot(hull, _times(C, hull)) <= HULL) & (inside2 <= self.c**2 * (1 + 1e-9))
+        stuck = (_dot(hull, times(C, hull)) <= HULL) & (inside2 <= self.c**2 * (1 + 1e-9))
         away = (length2 > CANCELLED * x.sum(-1, keepdim=True).square()) & ~stuck
         inside = inside * (self.c / inside2.sqrt()).clamp(max=1)
         z = torch.where(away, self.c * x / length2.sqrt(), inside)

@@ -1,0 +1,74 @@
+"""Which backend serves a call: what can be used here and why not, what "auto" takes, what a name asks for."""
+
+from typing import Any
+
+import torch
+
+from mmfast.backends import cpu, cuda, direct, library, reference
+
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+TRITON_ROWS = 64  # most gradients that the Triton kernels take; more run in plain torch
+
+
+def backends() -> dict[str, tuple[bool, str]]:
+    """Each backend with whether it can be used here, and what it is or why it can't.
+
+    >>> import mmfast as mf
+    >>> mf.backends()["reference"]
+    (True, 'plain torch, any device')
+    """
+    no_cuda, no_triton = cuda.why_not(), why_no_triton()
+    slower = f"; small calls take longer than they could: {direct.missing_reason}" if direct.missing_reason else ""
+    return {
+        "cuda": (no_cuda is None, no_cuda or "compiled; only where backend='cuda' asks for it, for no GPU has run it yet"),
+        "triton": (
+            no_triton is None,
+            no_triton or "portable kernels; only where backend='triton' asks for them, for no GPU has run them yet",
+        ),
+        "cpu": (library.available, f"compiled, {cpu.isa()}{slower}" if library.available else str(library.missing_reason)),
+        "reference": (True, "plain torch, any device"),
+    }
+
+
+def why_no_triton() -> str | None:
+    """Why the Triton kernels can't run here, or None when they can."""
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed; torch for Linux and a GPU brings it, else: pip install triton"
+    except Exception as error:  # noqa: BLE001 what is broken must not break the others
+        return f"triton does not load: {error}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"triton is {triton.__version__}, expected 3.6 or later; pip install --upgrade triton"
+    return triton_kernels().why_not()
+
+
+def triton_kernels() -> Any:
+    """The Triton kernels, imported when they are asked for."""
+    from mmfast.backends.triton import ops
+
+    return ops
+
+
+def choose(device: torch.device, backend: str, k: int) -> str:
+    """Which backend serves k gradients on the device: "cpu", "cuda", "triton" or "reference"; raises where one asked for by name cannot."""
+    if backend == "auto":
+        return "cpu" if library.available and device.type == "cpu" else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "reference":
+        return backend
+    reason = {"cpu": cpu.why_not, "cuda": cuda.why_not, "triton": why_no_triton}[backend]()
+    if reason:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    wanted = triton_kernels().DEVICES if backend == "triton" else (backend,)
+    if device.type not in wanted:
+        interpreted = " while TRITON_INTERPRET is set" if backend == "triton" and wanted == ("cpu",) else ""
+        raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(wanted).upper()}{interpreted}, they are on {device}")
+    # what torch.func wraps has no address for a kernel of Triton
+    return "reference" if backend == "triton" and (k > TRITON_ROWS or torch._C._are_functorch_transforms_active()) else backend
+
+
+def functions_of(name: str) -> Any:
+    """The module of a backend that `choose` named."""
+    return triton_kernels() if name == "triton" else {"cpu": cpu, "cuda": cuda, "reference": reference}[name]

@@ -1,0 +1,103 @@
+"""The CPU kernels on plain tensors past torch's dispatcher (csrc/direct.cpp), which takes longer than small gradients do, most of all with cold caches."""
+
+import ctypes
+import sysconfig
+from collections.abc import Sequence
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.backends import library
+from mmfast.resolvers.base import Resolver, Rule
+from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
+
+# Where one of them says yes, the dispatcher must be asked: there are modes (torch.set_default_device is one), a profiler, a trace, a transformation.
+OBSERVERS = (
+    "_C._len_torch_dispatch_stack",
+    "_C._is_torch_function_mode_enabled",
+    "autograd._profiler_enabled",
+    "_C._get_tracing_state",
+    "_C._functorch.peek_interpreter_stack",
+)
+
+
+def load() -> tuple[Any, str | None]:
+    """(the module beside the library, None), or (None, why it can't be used)."""
+    path = library.PATH.with_name("_direct.abi3.so")
+    if not library.available:
+        return None, library.missing_reason
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return None, f"{path} needs a Python with a global lock"
+    if not path.exists():
+        return (
+            None,
+            f"{path} does not exist, mmfast was built without Python's development files; build it again with: {library.BUILD_LINE}",
+        )
+    try:
+        loader = ExtensionFileLoader("mmfast._direct", str(path))
+        spec = spec_from_loader("mmfast._direct", loader)
+        assert spec
+        module = module_from_spec(spec)
+        entry = ctypes.CDLL(str(library.PATH)).mmfast_cpu_entry
+        entry.restype = ctypes.c_void_p
+        doubles = torch.zeros(0, dtype=torch.float64, device="cpu")
+        if type(doubles) is not Tensor:
+            raise RuntimeError("mmfast was imported inside a mode that replaces tensors")
+        observers = tuple(attrgetter(name)(torch) for name in OBSERVERS)
+        module.bind(entry(), Tensor, torch.nn.Parameter, torch.empty_like, doubles.new_empty, torch.is_grad_enabled, observers)
+    except Exception as error:  # noqa: BLE001 - another library, or a torch that has changed: the operators serve, and backends() tells why
+        return None, f"{path} does not load with torch {torch.__version__}: {error}"
+    return module, None
+
+
+_direct, missing_reason = load()
+
+
+def resolve(
+    grads: Sequence[Tensor | None], resolver: Resolver, preserve_norm: bool, with_info: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """(result, info or None) of one problem, as the operators give them, bit for bit; None, with nothing done, where they must be asked.
+
+    It serves contiguous CPU tensors that are no more than that, a rule that is no chain, and calls that none of the OBSERVERS is there to see.
+    """
+    if _direct is None or torch.compiler.is_compiling() or not _suits(resolver, len(grads)):
+        return None
+    chain, kind = resolver.chain(), type(resolver)
+    if chain is not None:
+        if len(chain) != 1:
+            return None
+        with_gram = with_info or preserve_norm or chain[0].needs_gram
+        return _direct.resolve(grads, *_problem(chain[0]), preserve_norm, with_gram, with_info)
+    if preserve_norm or kind not in (GradDrop, TrimmedMean):
+        return None
+    argument = (resolver.leak, resolver._buffers["rng"]) if kind is GradDrop else (resolver.trim, None)
+    out = _direct.elementwise(grads, *argument)
+    return None if out is None else (out, None)
+
+
+def heads(delta: Tensor, weight: Tensor, head_of: Tensor, k: int, resolver: Resolver, preserve_norm: bool) -> tuple[Tensor, Tensor] | None:
+    """(resolved gradient, info) of linear branches as their operator gives them for one problem without a mask; None where it must be asked."""
+    if _direct is None or torch.compiler.is_compiling() or not _suits(resolver, k):
+        return None
+    chain = resolver.chain()
+    if chain is None or len(chain) != 1:
+        return None
+    found = _direct.heads(delta, weight, head_of, k, *_problem(chain[0]), preserve_norm)
+    return None if found is None else (delta @ found[0], found[1])
+
+
+def _suits(resolver: Resolver, k: int) -> bool:
+    """Whether the resolver serves k gradients; where not, something else may be wrong that is to be told first."""
+    try:
+        resolver.check(k)
+    except ValueError:
+        return False
+    return True
+
+
+def _problem(rule: Rule) -> tuple[int, list[float], Tensor | None, Tensor | None]:
+    return rule.method, rule.params(), rule._buffers["state"], rule._buffers["rng"]

@@ -1,0 +1,86 @@
+"""The compiled extension: loads it, says why when it can't, and gives its operators their fakes."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfast import contract
+
+BUILD_LINE = "MMFAST_BUILD=cpu pip install -e . (in mmfast's source folder)"
+PATH = Path(os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "_C.so")
+OPERATORS = ["gram", "combine", "weights", "resolve", "graddrop", "trimmed_mean", "heads"]
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What the build of the library at `path` wrote down about itself: version, git, torch, compiler, flags, ..."""
+    try:
+        return json.loads(path.with_name("_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def load(path: Path) -> str | None:
+    """Loads the library at `path`; returns None, or the reason why its operators are not there."""
+    if not path.exists():
+        return f"{path} does not exist, mmfast was installed without compiled code; build it with: {BUILD_LINE}"
+    facts = ", ".join(f"{name}: {value}" for name, value in read_facts(path).items() if value) or "without _build.json"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path} ({facts}) does not load with torch {torch.__version__}: {error}; build it again with: {BUILD_LINE}"
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.mmfast, name)]
+    if missing:
+        return f"{path} ({facts}) has no operator {', '.join(missing)}; build it again with: {BUILD_LINE}"
+    return None
+
+
+missing_reason = load(PATH)
+available = missing_reason is None
+built_with_cuda = available and torch._C._dispatch_has_kernel_for_dispatch_key("mmfast::gram", "CUDA")
+
+if available:
+
+    def _problems(grads, per, mask=None):
+        contract.check_grads(grads)
+        if mask is not None and mask.device != grads[0].device:
+            raise ValueError(f"mask is on {mask.device}, expected {grads[0].device} like the gradients")
+        return (grads[0].shape[0],) if per == 1 else ()
+
+    # new_empty, as the kernels do: a permuted input must not hand its strides on
+    @torch.library.register_fake("mmfast::gram")
+    def _(grads, missing, mask, per):
+        k = len(grads) + len(missing)
+        return grads[0].new_empty((*_problems(grads, per, mask), k, k), dtype=torch.float64)
+
+    @torch.library.register_fake("mmfast::combine")
+    def _(grads, missing, mask, w, per):
+        contract.check_grads(grads)
+        return grads[0].new_empty(grads[0].shape)
+
+    @torch.library.register_fake("mmfast::weights")
+    def _(gram, mask, steps, params, state, rng, preserve_norm, precision):
+        return gram.new_empty(gram.shape[:-1])
+
+    @torch.library.register_fake("mmfast::resolve")
+    def _(grads, missing, mask, steps, params, state, rng, per, preserve_norm, with_gram):
+        k = len(grads) + len(missing)
+        info = grads[0].new_empty((*_problems(grads, per, mask), k + k * k), dtype=torch.float64)
+        return grads[0].new_empty(grads[0].shape), info
+
+    @torch.library.register_fake("mmfast::graddrop")
+    def _(grads, missing, mask, leak, rng):
+        contract.check_grads(grads)
+        return grads[0].new_empty(grads[0].shape)
+
+    @torch.library.register_fake("mmfast::trimmed_mean")
+    def _(grads, missing, mask, trim):
+        contract.check_grads(grads)
+        return grads[0].new_empty(grads[0].shape)
+
+    @torch.library.register_fake("mmfast::heads")
+    def _(delta, weight, head_of, mask, steps, params, state, rng, k, per, preserve_norm):
+        info = delta.new_empty((*((delta.shape[0],) if per == 1 else ()), k + k * k), dtype=torch.float64)
+        return delta.new_empty((*delta.shape[:-1], weight.shape[1])), info

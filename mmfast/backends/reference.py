@@ -1,0 +1,226 @@
+"""Every operator in plain torch: any device, any dtype, no host synchronisation. The tests' oracle and the fallback."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmfast import contract
+from mmfast.resolvers import solve
+from mmfast.resolvers.chain import Bound
+from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
+from mmfast.resolvers.philox import advance
+
+
+def why_not() -> None:
+    """Plain torch runs everywhere."""
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What numbers of x are summed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+_CHUNK = 4096  # elements whose products are summed in single precision; chunks are summed in double
+
+
+def _stacked(grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Gradients [K, B, M] in accumulator precision, masked entries zero; mask is [K] or [B, K] over these gradients."""
+    first = grads[0]
+    batch = first.shape[0] if first.dim() else 1
+    x = torch.stack([g.reshape(batch, first.numel() // max(batch, 1)) for g in grads])
+    x = x.to(wide(first))
+    if mask is None:
+        return x
+    return torch.where((mask.mT if mask.dim() == 2 else mask.unsqueeze(-1)).unsqueeze(-1), x, 0)
+
+
+def select_present(x: Tensor, missing: Sequence[int], k: int) -> Tensor:
+    """The columns [..., K - missing] of x [..., K]; taken one by one, as a list for an index would be copied from the host."""
+    return torch.stack([x[..., i] for i in range(k) if i not in missing], -1) if missing else x
+
+
+def mask_of_present(mask: Tensor | None, missing: Sequence[int], k: int) -> Tensor | None:
+    """The mask's columns of the gradients that are there."""
+    return None if mask is None else select_present(mask, missing, k)
+
+
+def pad_missing(x: Tensor, missing: Sequence[int], k: int, dim: int = -1) -> Tensor:
+    """x with zeros put in at the missing indices of a dimension."""
+    if not missing:
+        return x
+    parts, zero = iter(x.unbind(dim)), torch.zeros_like(x.select(dim, 0))
+    return torch.stack([zero if i in missing else next(parts) for i in range(k)], dim)
+
+
+def problem_mask(mask: Tensor | None, per: str) -> Tensor | None:
+    """The rows of each problem: one problem has a row that any of its samples has."""
+    return mask if mask is None or mask.dim() == 1 or per == "sample" else mask.any(0)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own precision: a Gramian that autocast has rounded is none."""
+    if not autocasts(a):
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def _products(x: Tensor) -> Tensor:
+    """x @ x.mT of [..., K, N] in float64, by chunks."""
+    n = x.shape[-1]
+    whole = n - n % _CHUNK
+    chunks = x[..., :whole].unflatten(-1, (-1, _CHUNK)).movedim(-2, 0)
+    rest = x[..., whole:]
+    return _product(chunks, chunks.mT).double().sum(0) + _product(rest, rest.mT).double()
+
+
+def gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
+    """Gramian [K, K] (per="sample": [B, K, K]) float64, zero in the rows and columns of missing gradients; mask [K] or [B, K] over all K."""
+    k = len(grads) + len(missing)
+    x = _stacked(grads, mask_of_present(mask, missing, k))
+    if per == "sample":
+        G = _products(x.movedim(1, 0))
+    else:
+        G = _products(x.double().sum(1).to(x.dtype) if per == "batch_sum" else x.flatten(1))
+    return pad_missing(pad_missing(G, missing, k), missing, k, -2)
+
+
+def _presence(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
+    """In place of the Gramian, for rules that do not look at it: 1 on the diagonal where a row has a non-zero element."""
+    k = len(grads) + len(missing)
+    x = _stacked(grads, mask_of_present(mask, missing, k)) != 0
+    rows = x.any(-1).mT if per == "sample" else x.flatten(1).any(-1)
+    return torch.diag_embed(pad_missing(rows.double(), missing, k))
+
+
+def combine(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, per: str) -> Tensor:
+    """sum_i w_i g_i; w float64 [K] (per="sample": [B, K]) over all K."""
+    k = len(grads) + len(missing)
+    x, w = _stacked(grads, mask_of_present(mask, missing, k)), select_present(w, missing, k)
+    factors = (w.mT if per == "sample" else w.unsqueeze(-1)).unsqueeze(-1).to(x.dtype)
+    total = factors[0] * x[0]
+    for i in range(1, len(grads)):
+        total = total + factors[i] * x[i]
+    return total.to(grads[0].dtype).view(grads[0].shape)
+
+
+def graddrop(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, rule: GradDrop) -> Tensor:
+    """GradDrop; the random stream moves on by one call."""
+    rng = rule.stream(grads[0].device)
+    out = rule.combine(list(grads), mask_of_present(mask, missing, len(grads) + len(missing)))
+    contract.check_unmapped(out, rng)
+    advance(rng)
+    return out
+
+
+def trimmed_mean(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, rule: TrimmedMean) -> Tensor:
+    """TrimmedMean."""
+    return rule.combine(list(grads), mask_of_present(mask, missing, len(grads) + len(missing)))
+
+
+def weights(G: Tensor, mask: Tensor | None, bound: Bound, preserve_norm: bool, precision: float) -> Tensor:
+    """Weights [..., K]; states and random stream of the chain move on."""
+    return solve.weights(G, mask, *bound, preserve_norm, precision)
+
+
+def resolve(
+    grads: Sequence[Tensor],
+    missing: Sequence[int],
+    mask: Tensor | None,
+    bound: Bound,
+    per: str,
+    preserve_norm: bool,
+    with_gram: bool,
+) -> tuple[Tensor, Tensor]:
+    """(result, weights | Gramian); states and random stream of the chain move on."""
+    with_gram = with_gram or per == "batch_sum"  # there a row is missing when its batch sum is zero
+    G = (gram if with_gram else _presence)(grads, missing, mask, per)
+    w = weights(G, problem_mask(mask, per), bound, preserve_norm, solve.precision_of(grads[0].dtype))
+    return combine(grads, missing, mask, w, per), torch.cat([w, G.flatten(-2)], -1)
+
+
+def with_norm(out: Tensor, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
+    """`out` scaled to the norm of the plain sum of the gradients, each sample to its own for per="sample"."""
+    plain = _stacked(grads, mask_of_present(mask, missing, len(grads) + len(missing))).sum(0).double()
+    ours = out.reshape(plain.shape).double()
+    wanted, have = (x.norm(dim=1, keepdim=True) if per == "sample" else x.norm() for x in (plain, ours))
+    return (ours * torch.where(have > 0, wanted / have, torch.where(have.isnan(), have, 0))).to(out.dtype).view(out.shape)
+
+
+_SAMPLES_AT_ONCE = 1 << 22  # elements of their products held at once
+
+
+def _fold(deltas: Tensor, products: Tensor, members: Tensor, precision: float) -> Tensor:
+    """The Gramian [..., K, K] from delta' delta [..., O, O] and W W' [O, O], both known to `precision`."""
+    squares = deltas.diagonal(dim1=-2, dim2=-1)
+    read = ((squares != 0).double() @ members @ members.mT) != 0  # the outputs of branches that send something
+    parts = torch.where(read.unsqueeze(-1) & read.unsqueeze(-2), deltas * products, 0)
+    G = members.mT @ parts @ members
+    # where the parts of a branch's gradient cancel, rounding must make it neither missing nor negative
+    floor = precision * (parts.diagonal(dim1=-2, dim2=-1).sqrt() @ members).square()
+    return G + torch.diag_embed((floor - G.diagonal(dim1=-2, dim2=-1)).clamp_min(0))
+
+
+def heads_gram(delta: Tensor, weight: Tensor, head_of: Tensor, k: int, per: str) -> Tensor:
+    """Gramian [K, K] (per="sample": [B, K, K]) float64 of the gradients delta_i W_i of K linear branches, from delta' delta and W W'."""
+    precision, outputs = solve.precision_of(delta.dtype), delta.shape[-1]
+    accumulator = wide(delta)
+    d, w = delta.to(accumulator), weight.to(accumulator)
+    members = (head_of.unsqueeze(1) == torch.arange(k, device=delta.device)).double()
+    products = _product(w, w.mT).double()
+    if per == "sample":
+        rows = d.flatten(1, -2) if d.dim() > 2 else d.unsqueeze(1)
+        pieces = rows.split(max(1, _SAMPLES_AT_ONCE // (outputs * outputs)))
+        return torch.cat([_fold(_product(part.mT, part).double(), products, members, precision) for part in pieces])
+    rows = (d.sum(0) if per == "batch_sum" else d).reshape(-1, outputs)
+    return _fold(_product(rows.mT, rows).double(), products, members, precision)
+
+
+def heads(
+    delta: Tensor,
+    weight: Tensor,
+    head_of: Tensor,
+    mask: Tensor | None,
+    bound: Bound,
+    k: int,
+    per: str,
+    preserve_norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """Linear branches: (resolved gradient [..., H] of their input, weights | Gramian).
+
+    delta [..., O] is the gradient of the branches' outputs, weight [O, H]; head_of [O] names the branch of each output, ascending.
+    """
+    delta = hide_branches(delta, head_of, mask)
+    G = heads_gram(delta, weight, head_of, k, per)
+    w = weights(G, problem_mask(mask, per), bound, preserve_norm, solve.precision_of(delta.dtype))
+    return heads_combine(delta, weight, head_of, w, per), torch.cat([w, G.flatten(-2)], -1)
+
+
+def hide_branches(delta: Tensor, head_of: Tensor, mask: Tensor | None) -> Tensor:
+    """delta with zeros where the mask hides a branch: what a missing row or sample holds is not read, not even a NaN."""
+    if mask is None:
+        return delta
+    columns = mask.index_select(-1, head_of)
+    if mask.dim() == 2:
+        columns = columns.view(mask.shape[0], *[1] * (delta.dim() - 2), head_of.shape[0])
+    return torch.where(columns, delta, 0)
+
+
+def heads_combine(delta: Tensor, weight: Tensor, head_of: Tensor, w: Tensor, per: str) -> Tensor:
+    """[w_1 delta_1 ... w_K delta_K] W."""
+    accumulator = wide(delta)
+    scale = w.to(accumulator).index_select(-1, head_of)
+    # of a branch that gets no weight nothing is read: one that sends nothing may have any weights
+    if per == "sample":
+        left = delta.to(accumulator) * scale.view(delta.shape[0], *[1] * (delta.dim() - 2), head_of.shape[0])
+        right = torch.where((scale != 0).any(0).unsqueeze(1), weight, 0)
+    else:
+        left, right = delta, torch.where(scale.unsqueeze(1) != 0, weight.to(accumulator) * scale.unsqueeze(1), 0)
+    product = accumulator if delta.dtype == torch.float16 else delta.dtype  # scaled rows could leave its range though their sum does not
+    return (left.to(product) @ right.to(product)).to(delta.dtype)

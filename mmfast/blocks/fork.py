@@ -1,0 +1,184 @@
+"""fork: one tensor feeds K branches, and their gradients are resolved into one on the way back.
+
+Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mmfast import contract
+from mmfast.blocks import transforms
+from mmfast.ops.resolve import resolve, resolve_info
+from mmfast.resolvers import resolver as by_name
+from mmfast.resolvers.base import Resolver, Rule
+
+
+class Recorder(Protocol):
+    """Keeps what a backward pass saw."""
+
+    def record(self, info: Tensor | None) -> None: ...
+
+
+class Plan(NamedTuple):
+    """Everything about a fork that is known before its tensor."""
+
+    k: int
+    resolver: Resolver
+    per: str
+    preserve_norm: bool
+    recorder: Recorder | None  # of the Gramian and the weights
+
+
+def refuse_double_backward(what: str) -> None:
+    """Called in a backward pass: raises where its result is asked to be differentiable."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise transforms.no_second_derivative(what)
+
+
+class _Fork(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return (y,) * plan.k  # autograd makes a view of each
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, mask, ctx.plan = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        if all(g is None for g in grads):
+            return None, None, None
+        refuse_double_backward("a fork")
+        (mask,) = ctx.saved_tensors
+        return _resolved(ctx.plan, mask, *grads), None, None
+
+
+class _TransformedFork(_Fork):
+    """For torch.func, which always asks for a gradient that has one itself; with a forward mode, which torch.compile would refuse."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        if all(g is None for g in grads):
+            return None, None, None
+        (mask,) = ctx.saved_tensors
+        return transforms.Opaque.apply(partial(_resolved, ctx.plan), "a fork", mask, *grads), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(transforms.Opaque.apply(torch.Tensor.view_as, "a fork", t, t) for _ in range(ctx.plan.k))
+
+
+def _resolved(plan: Plan, mask: Tensor | None, *grads: Tensor | None) -> Tensor:
+    _, resolver, per, preserve_norm, recorder = plan
+    if recorder is None:
+        return resolve(grads, resolver, per, mask, preserve_norm=preserve_norm)
+    out, info = resolve_info(grads, resolver, per, mask, preserve_norm=preserve_norm)
+    recorder.record(info)
+    return out
+
+
+def check_plan(k: int, resolver: Resolver | str, per: str) -> Resolver:
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k is a {type(k).__name__}, expected an int")
+    if not 1 <= k <= contract.MAX_GRADS:
+        raise ValueError(f"k is {k}, expected 1 to {contract.MAX_GRADS} branches")
+    contract.per_code(per)
+    if isinstance(resolver, str):
+        resolver = by_name(resolver)
+    if not isinstance(resolver, Resolver):
+        what = f"the class {resolver.__name__}" if isinstance(resolver, type) else f"a {type(resolver).__name__}"
+        raise TypeError(f"resolver is {what}, expected an instance of mmfast.Resolver or the name of one")
+    resolver.check(k)
+    return resolver
+
+
+def _check_tensors(y: Tensor, mask: Tensor | None, plan: Plan) -> None:
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y is a {type(y).__name__}, expected a tensor")
+    if y.dtype not in contract.DTYPES:
+        raise TypeError(f"y is {y.dtype}, expected one of {', '.join(map(str, contract.DTYPES))}")
+    if y.dim() == 0:
+        contract.check_per(plan.per, y.shape)
+    if mask is not None:
+        contract.check_mask(mask, plan.k, y.shape, y.device)
+
+
+def without_state(resolver: Resolver, k: int) -> list[Rule]:
+    """The rules of a resolver that keep state and have none yet."""
+    return [rule for rule in resolver.chain() or () if rule.state is None and rule.state_size(k)]
+
+
+def check_traceable(resolver: Resolver, k: int) -> None:
+    """Under torch.compile: raises where the backward pass could not be compiled."""
+    if not torch.compiler.is_compiling():
+        return
+    if torch._dynamo.config.compiled_autograd:
+        raise RuntimeError(
+            "compiled autograd can't run a compiled backward pass that writes into a tensor, as that of a block does (its record, its rule's state); "
+            "leave torch._dynamo.config.compiled_autograd off: the backward pass is compiled all the same"
+        )
+    if without_state(resolver, k):
+        raise RuntimeError("a compiled backward pass can't create a resolver's state: run one step without torch.compile first")
+
+
+def fork_by(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+    _check_tensors(y, mask, plan)
+    if transforms.exporting():
+        return tuple(y.view_as(y) for _ in range(plan.k))
+    transforms.refuse_compiled_vmap(y)
+    if transforms.active():  # whether there is something to differentiate shows further below
+        return _TransformedFork.apply(y, mask, plan)
+    if y.requires_grad and torch.is_grad_enabled():
+        check_traceable(plan.resolver, plan.k)
+        return transforms.apply(_Fork, y, mask, plan)
+    return tuple(y.view_as(y) for _ in range(plan.k))
+
+
+def fork(
+    y: Tensor, k: int, resolver: Resolver | str, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True
+) -> tuple[Tensor, ...]:
+    """Splits a tensor into k aliases, one per branch, whose gradients are resolved into the tensor's gradient.
+
+    Use each alias in exactly one branch. A branch that sends no gradient back is a missing modality and is left out of the problem.
+    Based on Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
+
+    Args:
+        y: floating-point tensor of any shape; the first dimension is the batch where `per` needs one.
+        k: number of branches, 1 to 256.
+        resolver: the rule, or its name. A rule that keeps state belongs to one fork: give every fork its own, and keep it between calls.
+        per: "batch" resolves one problem, each gradient flattened; "sample" one for each index of the first dimension; "batch_sum" one,
+            from the gradients summed over the first dimension.
+        mask: bool [k], False where a branch is to be left out, or [B, k] to leave it out of some entries of the first dimension.
+        preserve_norm: scales the result to the length of the plain sum of the gradients, as the paper does.
+
+    Returns:
+        k tensors that share y's memory; changing one in place is an error. The gradient is deterministic, up to the draws of a random rule.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; nothing was computed.
+        RuntimeError: in the backward pass, where create_graph=True or a second derivative of torch.func asks to differentiate through it; under
+            torch.compile, for a rule that keeps state and has none yet, and inside vmap; under vmap, for a rule that keeps state or draws.
+
+    Example:
+        >>> y = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> a, b = mf.fork(y, 2, mf.Mean(), preserve_norm=False)
+        >>> (3 * a + b).sum().backward()
+        >>> y.grad
+        tensor([2., 2.])
+    """
+    named = resolver if isinstance(resolver, str) else None
+    resolver = check_plan(k, resolver, per)
+    if named and without_state(resolver, k):
+        raise ValueError(
+            f"resolver is {named!r}, which keeps state from call to call; expected an instance made once, such as "
+            f"mf.resolver({named!r}), or an ImpartialityBlock"
+        )
+    plan = Plan(k, resolver, per, preserve_norm, None)
+    return fork_by(y, mask, plan)

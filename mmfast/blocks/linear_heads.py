@@ -1,0 +1,228 @@
+"""K linear branches and their impartiality block as one operator, which never forms the K gradients it resolves.
+
+With eta_i = y W_i' + b_i and delta_i = dL/d eta_i, the gradient of branch i at y is delta_i W_i, so that <g_i, g_j> = <delta_i' delta_j, W_i W_j'>
+and the resolved gradient is [w_1 delta_1 ... w_K delta_K] W: two small Gramians of matrix products instead of K tensors of y's size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmfast import contract
+from mmfast.backends import reference
+from mmfast.blocks import transforms
+from mmfast.blocks.fork import check_traceable, refuse_double_backward
+from mmfast.blocks.impartial import Impartial
+from mmfast.blocks.scaling import LocalScale
+from mmfast.ops.heads import heads
+from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.elementwise import ElementwiseRule
+
+
+class _LinearHeads(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, module: "LinearHeads") -> Tensor:  # type: ignore[override]
+        return F.linear(y, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        y, weight, bias, mask, ctx.module = inputs
+        ctx.save_for_backward(y, weight, mask, ctx.module._head_of)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward("LinearHeads")
+        return _backward(ctx, delta, _resolved)
+
+
+class _TransformedHeads(_LinearHeads):
+    """For torch.func, which always asks for a gradient that has one itself; with a forward mode, which torch.compile would refuse."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _LinearHeads.setup_context(ctx, inputs, output)
+        y, weight, _, mask, module = inputs
+        ctx.save_for_forward(y, weight, mask, module._head_of)  # the same: vmap keeps one list of dimensions for both
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _backward(ctx, delta, lambda module, *args: transforms.Opaque.apply(partial(_resolved, module), "LinearHeads", *args))
+
+    @staticmethod
+    def jvp(ctx: Any, ty: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Tensor:  # type: ignore[override]
+        y, weight = ctx.saved_tensors[:2]
+        parts = (None if ty is None else F.linear(ty, weight), None if tw is None else F.linear(y, tw), tb)
+        t = sum(part for part in parts if part is not None)
+        return transforms.Opaque.apply(lambda t: t.expand(*y.shape[:-1], -1), "LinearHeads", t)
+
+
+def _backward(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+    if not reference.autocasts(delta):
+        return *_gradients(ctx, delta, resolve), None, None
+    with torch.autocast(delta.device.type, enabled=False):  # a backward pass run inside autocast must not round the Gramian
+        return *_gradients(ctx, delta, resolve), None, None
+
+
+def _gradients(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    y, weight, mask, head_of = ctx.saved_tensors
+    module = ctx.module
+    if module.beta is not None:
+        wide = reference.wide(delta)
+        delta = (delta.to(wide) * module.beta.to(wide)[head_of]).to(delta.dtype)
+    flat = delta.reshape(-1, delta.shape[-1])
+    wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        wants_y = wants_weight = wants_bias = True  # a trace does not know what functional_call has put in the parameters' place
+    return (
+        resolve(module, delta, weight, mask, head_of) if wants_y else None,
+        flat.mT @ y.reshape(-1, y.shape[-1]) if wants_weight else None,
+        flat.sum(0) if ctx.has_bias and wants_bias else None,
+    )
+
+
+def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor | None, head_of: Tensor) -> Tensor:
+    """The resolved gradient of the shared tensor, [..., in_features]."""
+    out, info = heads(delta, weight, head_of, module.resolver, len(module.sizes), module.per, mask, module.preserve_norm)
+    module.record(info)
+    return out
+
+
+def _lowered(x: Tensor) -> Tensor:
+    """x as autocast gives it to nn.Linear, which leaves float64 alone."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+
+
+class LinearHeads(Impartial):
+    """K linear branches on one tensor and the block that resolves their gradients, at about the cost of one linear layer.
+
+    The same as an `ImpartialityBlock` over K `nn.Linear`, up to rounding: the Gramian is formed from products of the branches' output gradients
+    and weights, in float32 (float64 for float64), so where the parts of a branch's gradient cancel it is known less exactly. A branch whose output
+    gradient is zero everywhere is a missing modality. Block: Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via
+    impartial optimization", ICML 2022.
+
+    Args:
+        in_features: size of the last dimension of the shared tensor.
+        out_features: K sizes, one per branch.
+        resolver: the rule of the global step, or its name: any that works on Gramians; each module needs its own.
+        bias: whether the branches add a bias.
+        local: the local step beta, see `ImpartialityBlock`.
+        per: "batch", "sample" or "batch_sum", see `fork`.
+        preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
+
+    Attributes:
+        weight: [sum of out_features, in_features], branch after branch.
+        bias: [sum of out_features] or None.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the resolver is elementwise (GradDrop, TrimmedMean).
+        RuntimeError: in the backward pass, where create_graph=True asks to differentiate through it.
+
+    Example:
+        >>> heads = mf.LinearHeads(4, [3, 1, 7], mf.IMTLG())
+        >>> a, b, c = heads(torch.randn(8, 4, requires_grad=True))
+        >>> (a.sum() + b.sum() + c.sum()).backward()
+        >>> c.shape, heads.stats().weights.shape
+        (torch.Size([8, 7]), torch.Size([3]))
+    """
+
+    _head_of: Tensor  # [sum of out_features], the branch of each output
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: Sequence[int],
+        resolver: Resolver | str,
+        *,
+        bias: bool = True,
+        local: LocalScale | Sequence[float] | Tensor | None = None,
+        per: str = "batch",
+        preserve_norm: bool = True,
+    ) -> None:
+        if not isinstance(in_features, int) or in_features < 1:
+            raise ValueError(f"in_features is {in_features!r}, expected a whole number of at least 1")
+        if isinstance(out_features, int) or not 1 <= len(out_features) <= contract.MAX_GRADS:
+            raise ValueError(f"out_features is {out_features!r}, expected 1 to {contract.MAX_GRADS} sizes")
+        for i, size in enumerate(out_features):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"out_features[{i}] is {size!r}, expected a whole number of at least 1")
+        super().__init__(len(out_features), resolver, local, per, preserve_norm)
+        if isinstance(self.resolver, ElementwiseRule):
+            raise TypeError(
+                f"resolver is {self.resolver!r}, which needs each gradient's elements, and LinearHeads never forms them; "
+                "use an ImpartialityBlock over nn.Linear branches"
+            )
+        self.sizes = tuple(out_features)
+        total = sum(self.sizes)
+        self.weight = nn.Parameter(torch.empty(total, in_features))
+        self.bias = nn.Parameter(torch.empty(total)) if bias else None
+        self.register_buffer("_head_of", None, persistent=False)
+        self._index(self.weight.device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weights and biases as K `nn.Linear` do."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the branches: "0", "1", ..."""
+        return tuple(map(str, range(len(self.sizes))))
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Every branch's output, [..., out_features[i]]: views of one tensor.
+
+        Args:
+            y: floating-point tensor [..., in_features]; the first dimension is the batch.
+            mask: bool [K] or [B, K], False where a branch's gradient is to be left out at y (its parameters get it all the same).
+        """
+        return self.joint(y, mask).split(self.sizes, -1)
+
+    def joint(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """All branches' outputs side by side, [..., sum of out_features]; the faster form where one computation takes them together."""
+        if not isinstance(y, Tensor):
+            raise TypeError(f"y is a {type(y).__name__}, expected a tensor")
+        if y.dim() == 0 or y.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"y has shape {tuple(y.shape)}, expected [..., {self.weight.shape[1]}]")
+        if self.per != "batch" and y.dim() < 2:
+            raise ValueError(f"per={self.per!r} needs a leading batch dimension, but y has shape {tuple(y.shape)}")
+        if mask is not None:
+            contract.check_mask(mask, len(self.sizes), y.shape if y.dim() > 1 else torch.Size(), y.device)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if reference.autocasts(y):
+            y, weight, bias = _lowered(y), _lowered(weight), None if bias is None else _lowered(bias)
+        if transforms.exporting():
+            return F.linear(y, weight, bias)
+        transforms.refuse_compiled_vmap(y)
+        if transforms.active():
+            return _TransformedHeads.apply(y, weight, bias, mask, self)
+        if not (y.requires_grad and torch.is_grad_enabled()) and self.beta is None:
+            return F.linear(y, weight, bias)
+        check_traceable(self.resolver, len(self.sizes))
+        return transforms.apply(_LinearHeads, y, weight, bias, mask, self)
+
+    def _index(self, device: torch.device) -> None:
+        """Makes what follows from the sizes alone."""
+        total, k = sum(self.sizes), len(self.sizes)
+        places = torch.arange(k, device=device)
+        self._head_of = torch.repeat_interleave(places, torch.tensor(self.sizes, device=device), output_size=total)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LinearHeads":
+        super()._apply(fn, recurse)
+        self._index(self.weight.device)
+        return self
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(map(str, self.sizes))
+        return f"{self.weight.shape[1]}, [{sizes}], bias={self.bias is not None}, {super().extra_repr()}"

@@ -1,0 +1,72 @@
+"""The local step: each branch's gradient multiplied by its beta, at the branch's output."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.blocks import transforms
+from mmfast.blocks.scaling import LocalScale
+
+
+class _Scale(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by beta."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, beta: float) -> Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.beta = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.beta, None
+
+
+class _TransformedScale(_Scale):
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return t.view_as(t)
+
+
+def scale_outputs(output: Any, beta: float, name: str) -> Any:
+    """The output of a branch, tensors in tuples, lists and dicts included, with gradients multiplied by beta."""
+    if isinstance(output, Tensor):
+        transforms.refuse_compiled_vmap(output)
+        if transforms.active():
+            return _TransformedScale.apply(output, beta)
+        return transforms.apply(_Scale, output, beta) if output.requires_grad else output
+    if isinstance(output, dict):
+        scaled = output.copy()
+        for key, value in output.items():
+            scaled[key] = scale_outputs(value, beta, name)
+        return scaled
+    if isinstance(output, (tuple, list)):
+        values = [scale_outputs(value, beta, name) for value in output]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    if output is None or isinstance(output, (bool, int, float, str)):
+        return output
+    raise TypeError(
+        f"branch {name} returned a {type(output).__name__}, which the local step can't scale; return tensors, or tuples, lists and dicts of them"
+    )
+
+
+def check_local(local: Any, k: int) -> tuple[float, ...]:
+    values = local.beta if isinstance(local, LocalScale) else local
+    try:
+        beta = tuple(float(b) for b in values)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"local is a {type(local).__name__}, expected {k} numbers, or a StandardScale, DimRatio or LipschitzScale"
+        ) from None
+    if len(beta) != k:
+        raise ValueError(f"local has {len(beta)} numbers, expected {k}, one per branch")
+    for i, b in enumerate(beta):
+        if not (math.isfinite(b) and b > 0):
+            raise ValueError(f"local[{i}] is {b}, expected a positive finite number")
+    return beta

@@ -1,0 +1,62 @@
+"""What torch.func, torch.compile and torch.export make of a block: a resolved gradient hides from differentiation, for it has none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def active() -> bool:
+    """Whether a transformation of torch.func is on its way; torch.compile looks at these itself."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+def exporting() -> bool:
+    """Whether torch.export is at work; torch.compiler.is_exporting() says so under torch.compile, too, before torch 2.13."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def refuse_compiled_vmap(y: Tensor) -> None:
+    """Called where a block starts: in a traced vmap no tensor says that it wants a gradient, and the block would fall away."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and torch._C._functorch.is_batchedtensor(y):
+        raise RuntimeError(
+            "a block inside vmap can't be compiled: its gradients would be summed, not resolved; leave the vmap out of torch.compile "
+            "(without fullgraph=True the graph breaks here), or call it under torch.no_grad() where no gradient is wanted"
+        )
+
+
+def no_second_derivative(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"the resolved gradient of {what} has no gradient of its own, but this backward pass was asked to be differentiable "
+        "(create_graph=True, or a second derivative by torch.func); differentiate once, or leave it out of the part that is differentiated twice"
+    )
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args) without binding defaults, of which there are none: that takes longer than a small resolve."""
+    if active() or torch.compiler.is_compiling():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+class Opaque(torch.autograd.Function):
+    """call(*tensors) out of sight of every transformation but vmap; its derivative, where one is asked for, raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Callable[..., Tensor], what: str, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
+        return call(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.what = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # type: ignore[override]
+        raise no_second_derivative(ctx.what)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:  # type: ignore[override]
+        raise no_second_derivative(ctx.what)

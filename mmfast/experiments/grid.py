@@ -1,0 +1,144 @@
+"""Many runs, several at once: those that are done are never repeated, those that were cut off go on."""
+
+import contextlib
+import multiprocessing as mp
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from mmfast.experiments import results
+from mmfast.experiments.results import Result
+from mmfast.experiments.run import train
+from mmfast.experiments.settings import Settings, SettingsError, settings
+
+RECORD = "runs.jsonl"  # in the folder of a grid, beside its checkpoints
+
+Progress = Callable[[Settings, int, str], None]  # run, epochs done, a remark
+
+
+@dataclass
+class _Worker:
+    """A process with one run."""
+
+    run: Settings
+    process: BaseProcess
+    pipe: Connection
+
+
+def table1(models: Sequence[str], data_sets: Sequence[str], rules: Sequence[str], seeds: int, epochs: int | None = None) -> list[Settings]:
+    """The runs of Table 1 of Javaloy et al. (ICML 2022), seed by seed, so that a grid that is stopped early has whole columns."""
+    runs = [settings(model, name, rule, seed, epochs) for seed in range(seeds) for name in data_sets for model in models for rule in rules]
+    return list(dict.fromkeys(runs))  # a rule may have been named in two ways
+
+
+def checkpoint_of(folder: Path, run: Settings) -> Path:
+    """Where a run of a grid keeps its state."""
+    return folder / "checkpoints" / f"{run.name}.pt"
+
+
+def one(run: Settings, folder: Path, tick: Callable[[int, str], None]) -> Result:
+    """A run of the folder's grid, in this process: taken from the record if it is there, else trained and recorded."""
+    with _alone(folder):
+        done = {found.settings: found for found in results.read(folder / RECORD)}
+        return done[run] if run in done else _record(folder, train(run, checkpoint_of(folder, run), tick))
+
+
+def many(
+    runs: Sequence[Settings], folder: Path, processes: int, progress: Progress, failed: Callable[[Settings, str], None]
+) -> list[Result]:
+    """Trains what the folder's record does not hold yet, `processes` runs at once, and returns all results in the order of `runs`.
+
+    Each result is on disk before the next run starts; a run that was cut off goes on from its checkpoint. A run that fails is reported and left out.
+
+    Raises:
+        SettingsError: another process works in this folder, or its record is not one.
+    """
+    with _alone(folder):
+        done = {found.settings: found for found in results.read(folder / RECORD)}
+        waiting = [run for run in dict.fromkeys(runs) if run not in done]
+        workers: dict[Connection, _Worker] = {}
+        try:
+            while waiting or workers:
+                while waiting and len(workers) < processes:
+                    worker = _start(waiting.pop(0), folder)
+                    workers[worker.pipe] = worker
+                for pipe in wait(list(workers)):
+                    worker = workers[pipe]  # type: ignore[index]
+                    message = _receive(worker)
+                    if isinstance(message, tuple):
+                        progress(worker.run, *message)
+                        continue
+                    worker.process.join()
+                    del workers[worker.pipe]
+                    if isinstance(message, Result):
+                        done[worker.run] = _record(folder, message)
+                    else:
+                        failed(worker.run, message)
+        finally:
+            for worker in workers.values():
+                worker.process.terminate()
+                worker.process.join()
+        return [done[run] for run in runs if run in done]
+
+
+def _record(folder: Path, result: Result) -> Result:
+    """Writes a result down; only then the run's state may go."""
+    results.append(folder / RECORD, result)
+    checkpoint_of(folder, result.settings).unlink(missing_ok=True)
+    return result
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder, so that no run is made twice; the lock goes with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise SettingsError(f"{folder} cannot be used: {error.strerror}") from None
+    with lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SettingsError(f"another process trains in {folder}; wait for it, or choose another folder") from None
+        yield
+
+
+def _start(run: Settings, folder: Path) -> _Worker:
+    context = mp.get_context("spawn")  # torch's threads do not survive a fork
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(run, folder, theirs, os.getpid()), daemon=True)
+    process.start()
+    theirs.close()  # so that its death is seen as the end of the pipe
+    return _Worker(run, process, ours)
+
+
+def _receive(worker: _Worker) -> tuple[int, str] | Result | str:
+    try:
+        message: tuple[int, str] | Result | str = worker.pipe.recv()
+    except EOFError:
+        worker.process.join()
+        return f"its process ended with code {worker.process.exitcode}"
+    return message
+
+
+def _work(run: Settings, folder: Path, pipe: Connection, parent: int) -> None:
+    """The life of a process: one run."""
+
+    def tick(epoch: int, remark: str) -> None:
+        if os.getppid() != parent:  # who is left alone must not write into a folder that another grid may hold by now
+            raise SystemExit
+        pipe.send((epoch, remark))
+
+    try:
+        pipe.send(train(run, checkpoint_of(folder, run), tick))
+    except Exception:  # noqa: BLE001 - whatever it is, the grid reports it and goes on
+        pipe.send(traceback.format_exc())

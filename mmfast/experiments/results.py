@@ -1,0 +1,76 @@
+"""The record of finished runs: a file with one JSON line each, which grows and is never rewritten."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmfast.data import SETS
+from mmfast.experiments.settings import MODELS, Settings, SettingsError
+
+
+@dataclass
+class Result:
+    """What one run came to, at the epoch with the best validation likelihood; None where no epoch had a finite one."""
+
+    settings: Settings
+    epochs_done: int  # fewer than asked for where the parameters became NaN
+    best_epoch: int | None
+    validation_log_likelihood: float | None  # mean over features, in the model's units
+    validation_error: float | None  # mean over features
+    test_error: float | None  # mean over features
+    test_errors: dict[str, float | None]  # of each feature; None for one that has no error, see `prepare.errors`
+    step_us: float  # one training step
+    plain_step_us: float  # one of the same model without a block, timed in turn with it
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """Its JSON line."""
+        values = {**vars(self), "settings": vars(self.settings)}
+        return json.dumps(values, allow_nan=False) + "\n"
+
+
+def append(path: Path, result: Result) -> None:
+    """Adds a run to the record: in one write, on a line of its own even where an earlier writer was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as f:
+        f.seek(0, os.SEEK_END)
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+        torn = bool(last := f.read(1)) and last != b"\n"
+        line = (b"\n" if torn else b"") + result.line().encode()
+        written = f.write(line)
+        if written != len(line):
+            raise OSError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+        os.fsync(f.fileno())
+
+
+def read(path: Path) -> list[Result]:
+    """All runs of a record, the first of each kind; a line that was cut off is left out.
+
+    Raises:
+        SettingsError: a whole line that is not a run.
+    """
+    if not path.exists():
+        return []
+    found: dict[Settings, Result] = {}
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue  # cut off: the run was not finished then and has a line of its own by now, or will be run again
+        try:
+            result = Result(**{**values, "settings": Settings(**values["settings"])})
+        except (KeyError, TypeError):
+            raise SettingsError(f"{path}, line {number}: not the record of a run") from None
+        if result.settings.model not in MODELS or result.settings.data not in SETS:
+            raise SettingsError(f"{path}, line {number}: there is no model {result.settings.model!r} on {result.settings.data!r}")
+        found.setdefault(result.settings, result)
+    return list(found.values())

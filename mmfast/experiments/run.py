@@ -1,0 +1,208 @@
+"""One training run, which can be cut off at any moment and goes on where its last checkpoint was."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mmfast
+from mmfast import data
+from mmfast.data.prepare import Part, Prepared, errors, prepare
+from mmfast.data.table import Table
+from mmfast.experiments.results import Result
+from mmfast.experiments.settings import NONE, Settings, SettingsError, make_resolver
+from mmfast.models.hivae import HIVAE
+from mmfast.models.likelihoods import Joint
+from mmfast.models.vae import VAE
+
+HIDDEN = 50
+LEARNING_RATE = 1e-3
+SAVE_SECONDS = 1.0  # between checkpoints
+TIMED_STEPS = 60
+
+Tick = Callable[[int, str], None]  # epochs done, a remark
+
+
+@dataclass
+class State:
+    """All that a run needs to go on."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0  # done
+    kept: dict[str, Any] = field(default_factory=dict)  # the numbers of the best epoch, as in a Result
+
+    def step(self, x: Tensor, seen: Tensor) -> None:
+        """One step of training on a batch."""
+        self.optimizer.zero_grad()
+        self.model.loss(x, seen).backward()  # type: ignore[operator]
+        self.optimizer.step()
+
+    def save(self, path: Path, settings: Settings) -> None:
+        """Replaces the checkpoint in one move: a kill leaves the old one or the new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as f:
+            torch.save(self._state(settings), f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+
+    def _state(self, settings: Settings) -> dict[str, object]:
+        return {
+            "settings": vars(settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "epoch": self.epoch,
+            "kept": self.kept,
+        }
+
+    def load(self, path: Path, settings: Settings) -> None:
+        """Takes up a checkpoint, if there is one of this very run.
+
+        Raises:
+            SettingsError: it cannot be read, or the model has changed since.
+        """
+        if not path.exists():
+            return
+        try:
+            saved = torch.load(path)
+            if saved["settings"] != vars(settings):
+                return
+            self.model.load_state_dict(saved["model"])
+        except Exception as error:  # a file that is not a checkpoint fails in many ways
+            reason = str(error).partition("\n")[0]
+            raise SettingsError(f"{path} cannot be taken up ({reason}); delete it to start this run over") from error
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        self.epoch, self.kept = saved["epoch"], saved["kept"]
+
+
+def make_model(settings: Settings, parts: Prepared) -> nn.Module:
+    """The model of a run, with the same first weights whatever its rule.
+
+    Raises:
+        SettingsError: the rule does not suit the number of features.
+    """
+    torch.manual_seed(settings.seed)
+    blocks = 2 if settings.model in ("dreg", "hivae") else 1
+    rules = [rule for rule in (make_resolver(settings.rule) for _ in range(blocks)) if rule is not None] or None
+    joint = Joint([column.likelihood for column in parts.columns], parts.w)
+    torch.manual_seed(settings.seed)
+    try:
+        if settings.model == "hivae":
+            return HIVAE(joint, resolvers=rules)
+        return VAE(joint, HIDDEN, max(1, (len(parts.columns) + 1) // 2), rules, settings.model, settings.samples)
+    except ValueError as error:
+        raise SettingsError(f"rule is {settings.rule!r}: {error}") from None
+
+
+def train(
+    settings: Settings, checkpoint: Path | None = None, tick: Tick = lambda epoch, remark: None, table: Table | None = None
+) -> Result:
+    """Trains one model to the end and returns its numbers at the epoch with the best validation likelihood.
+
+    The same settings give the same numbers on the same machine, also where the run was cut off in between. One thread of torch is used: so small a
+    model gains nothing from more.
+
+    Args:
+        settings: the run.
+        checkpoint: the file where the run keeps its state, and takes it up if it is there already.
+        tick: called after each epoch.
+        table: the data, where they are loaded already.
+
+    Raises:
+        DataError: the data set is not here.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _train(settings, checkpoint, tick, data.load(settings.data) if table is None else table)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(settings: Settings, checkpoint: Path | None, tick: Tick, table: Table) -> Result:
+    parts = prepare(table, settings.seed, "log1p" if settings.model == "hivae" else "log")
+    model = make_model(settings, parts)
+    state = _start(model)
+    torch.manual_seed(settings.seed + 1)  # the same batches and noise whatever the rule
+    if checkpoint is not None:
+        state.load(checkpoint, settings)
+    saved = time.monotonic()
+    while state.epoch < settings.epochs:
+        _epoch(state, parts.train, settings.batch)
+        _validate(state, parts)
+        diverged = any(bool(p.isnan().any()) for p in model.parameters())
+        error = state.kept.get("test_error")
+        tick(state.epoch, "" if error is None else f"test error {error:.3f}")
+        if checkpoint is not None and (time.monotonic() - saved > SAVE_SECONDS or state.epoch == settings.epochs):
+            state.save(checkpoint, settings)
+            saved = time.monotonic()
+        if diverged:  # what was kept before stands
+            break
+    kept = dict.fromkeys(("best_epoch", "validation_log_likelihood", "validation_error", "test_error")) | {"test_errors": {}} | state.kept
+    own, plain = _step_times(settings, parts)
+    versions = {"mmfast": mmfast.__version__, "torch": torch.__version__}
+    return Result(settings, state.epoch, **kept, step_us=own, plain_step_us=plain, versions=versions)  # type: ignore[arg-type]
+
+
+def _start(model: nn.Module) -> State:
+    return State(model, torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True))
+
+
+def _step_times(settings: Settings, parts: Prepared) -> tuple[float, float]:
+    """Microseconds of a training step of this run's model and of the same without a block: medians of steps made in turn, so a busy machine favours none."""
+    states = [_start(make_model(run, parts)) for run in (settings, replace(settings, rule=NONE))]
+    x, seen = parts.train.x[: settings.batch], parts.train.seen[: settings.batch]
+    times: list[list[float]] = [[], []]
+    for _ in range(TIMED_STEPS):
+        for state, found in zip(states, times, strict=True):
+            start = time.perf_counter()
+            state.step(x, seen)
+            found.append((time.perf_counter() - start) * 1e6)
+    own, plain = map(statistics.median, times)
+    return own, plain
+
+
+def _epoch(state: State, part: Part, batch: int) -> None:
+    rows = len(part.x)
+    batch = min(batch, rows)
+    if isinstance(state.model, HIVAE):
+        state.model.set_epoch(state.epoch)
+    batches = torch.randperm(rows)[: rows // batch * batch].view(-1, batch)
+    for index in batches:
+        state.step(part.x[index], part.seen[index])
+    state.epoch += 1
+
+
+def _validate(state: State, parts: Prepared) -> None:
+    """Keeps the numbers of this epoch if none had a better likelihood on the validation rows."""
+    part = parts.validation
+    predicted, log_prob = state.model.reconstruct(part.x, part.seen)  # type: ignore[operator]
+    cells = part.seen.sum(0)
+    score = ((log_prob * part.seen).sum(0) / cells)[cells > 0].mean().item()
+    if not (math.isfinite(score) and score > state.kept.get("validation_log_likelihood", -math.inf)):
+        return
+    test, _ = state.model.reconstruct(parts.test.x, parts.test.seen)  # type: ignore[operator]
+    test_errors = errors(test, parts.test, parts.columns)
+    names = [column.name for column in parts.columns]
+    state.kept = {
+        "best_epoch": state.epoch,
+        "validation_log_likelihood": score,
+        "validation_error": _number(errors(predicted, part, parts.columns).nanmean().item()),
+        "test_error": _number(test_errors.nanmean().item()),
+        "test_errors": {name: _number(error) for name, error in zip(names, test_errors.tolist(), strict=True)},
+    }
+
+
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None

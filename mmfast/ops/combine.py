@@ -1,0 +1,37 @@
+"""combine: the weighted sum of K gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmfast import contract
+from mmfast.backends.choice import choose, functions_of
+
+
+def combine(grads: Sequence[Tensor], w: Tensor, per: str = "batch", *, backend: str = "auto") -> Tensor:
+    """The weighted sum of the gradients, sum_i w_i g_i.
+
+    Args:
+        grads: as for `gram`.
+        w: weights [K], or [B, K] for per="sample"; any floating dtype, used in single precision (double for float64 gradients).
+        per: "batch", "sample" or "batch_sum" (the same as "batch" here).
+        backend: as for `gram`.
+
+    Returns:
+        A fresh contiguous tensor of the shape and dtype of one gradient; rows are added in order, 16-bit types are rounded once.
+
+    >>> import torch, mmfast as mf
+    >>> mf.combine([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])], torch.tensor([0.5, 1.0]))
+    tensor([2.5000, 2.0000])
+    """
+    contract.per_code(per)
+    k = len(grads)
+    contract.check_count(k)
+    contract.check_grads(grads)
+    contract.check_per(per, grads[0].shape)
+    expected = (grads[0].shape[0], k) if per == "sample" else (k,)
+    if not isinstance(w, Tensor) or tuple(w.shape) != expected:
+        raise ValueError(f"w is {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}, expected a tensor of shape {expected}")
+    w = w.to(dtype=torch.float64, device=grads[0].device).contiguous()
+    return functions_of(choose(grads[0].device, backend, k)).combine(grads, [], None, w, per)

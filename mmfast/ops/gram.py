@@ -1,0 +1,48 @@
+"""gram: the Gramian of K gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmfast import contract
+from mmfast.backends import cpu, library
+from mmfast.backends.choice import choose, functions_of
+
+
+def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Inner products of all pairs of gradients: the only pass that reads all data.
+
+    Args:
+        grads: 1 to 256 tensors of one shape, dtype (float16, bfloat16, float32, float64) and device; any strides.
+        per: "batch" takes each gradient as one vector; "sample" one Gramian per entry of the leading dimension;
+            "batch_sum" the Gramian of the gradients summed over the leading dimension.
+        mask: bool [K], or [B, K] for a mask per sample; False entries count as zero and are not read.
+        backend: "auto", "cpu" or "cuda" (compiled), "triton" (GPUs; more than 64 gradients run in plain torch), or "reference" (plain torch).
+            "auto" is "cpu" on the CPU, "reference" elsewhere.
+
+    Returns:
+        float64 [K, K], or [B, K, K] per sample, freshly allocated. Products are summed in single precision over at most 4096
+        elements (double for float64), then in double, in an order that depends on the number of elements alone: the same bits
+        for every thread count and instruction set.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit.
+
+    >>> import torch, mmfast as mf
+    >>> mf.gram([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])])
+    tensor([[25.,  3.],
+            [ 3.,  1.]], dtype=torch.float64)
+    """
+    contract.per_code(per)
+    k = len(grads)
+    contract.check_count(k)
+    first, functions = grads[0], cpu
+    if backend != "auto" or not library.available or torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cpu:
+        contract.check(grads, per, mask, k)
+        functions = functions_of(choose(first.device, backend, k))
+    try:
+        return functions.gram(grads, [], mask, per)
+    except (RuntimeError, TypeError):
+        contract.check(grads, per, mask, k)  # says what is wrong in words for people, where it knows
+        raise
