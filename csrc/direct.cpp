@@ -116,7 +116,7 @@ class Plain {
     }
     if (!first_ || !dtype_of(first, grads.dtype)) return false;
     grads.rows = rows_;
-    grads.places = places_;
+    grads.row_index = places_;
     grads.K = static_cast<int>(K);
     grads.batch = first.ndim ? first.shape[0] : 1;
     grads.inner = numel(first) / grads.batch;

@@ -54,7 +54,7 @@ class Inputs {
     grads_.dtype = dtype_or_throw(op, dtype);
     grads_.rows = rows_;
     grads_.k = static_cast<int>(k);
-    grads_.places = places_;
+    grads_.row_index = places_;
     grads_.K = static_cast<int>(K);
     STD_TORCH_CHECK(per == 0 || sizes.size() >= 1, op, ": per sample needs a leading batch dimension");
     const int64_t numel = first_->numel();

@@ -70,7 +70,7 @@ void gram_into(const Call& call, const Inputs& in, double* G, int64_t stride) {
     sums = empty(call.device, {g.k, g.inner}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
     gpu::batch_sums(g, sums.mutable_data_ptr(), call.stream);
     for (int i = 0; i < g.k; ++i) rows[i] = static_cast<const char*>(sums.const_data_ptr()) + i * g.inner * (wide ? 8 : 4);
-    g = {wide ? Dtype::f64 : Dtype::f32, rows, g.k, g.places, g.K, 1, g.inner, Per::batch, nullptr, 0};
+    g = {wide ? Dtype::f64 : Dtype::f32, rows, g.k, g.row_index, g.K, 1, g.inner, Per::batch, nullptr, 0};
   }
   const Tensor slots = call.workspace(gpu::plan_slots(g).workspace);
   gpu::gram(g, doubles(slots), G, stride, call.limits.overlap, call.stream);

@@ -101,7 +101,7 @@ void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, bool o
     cuda::with_type(g.dtype, [&](auto zero) { cuda::launch_gram<decltype(zero)>(cuda::rows_of(g), cuda::units_of(g), workspace, cuda::raw(stream)); });
   cuda::RowOf row_of;
   for (int place = 0; place < g.K; ++place) row_of.at[place] = -1;
-  for (int i = 0; i < g.k; ++i) row_of.at[g.places[i]] = static_cast<int16_t>(i);
+  for (int i = 0; i < g.k; ++i) row_of.at[g.row_index[i]] = static_cast<int16_t>(i);
   const int64_t entries = problems * g.K * g.K;
   if (entries == 0) return;
   const bool* mask = g.per == Per::sample || g.mask_stride == 0 ? g.mask : nullptr;  // those that hide a row from its whole problem

@@ -56,7 +56,7 @@ inline cudaStream_t raw(gpu::Stream stream) { return static_cast<cudaStream_t>(s
 template <int most = kMaxRows>
 inline RowsUpTo<most> rows_of(const Grads& g) {
   RowsUpTo<most> rows{};
-  for (int i = 0; i < g.k; ++i) rows.at[i] = g.rows[i], rows.places[i] = static_cast<int16_t>(g.places[i]);
+  for (int i = 0; i < g.k; ++i) rows.at[i] = g.rows[i], rows.places[i] = static_cast<int16_t>(g.row_index[i]);
   rows.k = g.k;
   rows.mask = g.mask;
   rows.mask_stride = g.mask_stride;
