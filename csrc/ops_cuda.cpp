@@ -91,7 +91,7 @@ std::optional<Path> asked_path() {
 }
 
 // All of resolve in one launch, or false where the plan or the device is against it.
-bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, int64_t* rng, Tensor& out) {
+bool resolve_fused(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, int64_t* rng, Tensor& out) {
   const std::optional<Path> asked = asked_path();
   if (asked == Path::two_pass) return false;
   Limits limits = call.limits;
@@ -100,7 +100,7 @@ bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, 
   bool done = false;
   if (plan.path != Path::two_pass && plan.path == asked.value_or(plan.path)) {
     const Tensor slots = call.workspace(plan.workspace);
-    done = gpu::resolve_at_once(in.grads(), args, rng, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
+    done = gpu::resolve_fused(in.grads(), args, rng, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
   }
   STD_TORCH_CHECK(done || !asked, call.op, ": MMFAST_CUDA_PATH names a path that these gradients and rules, or this device, do not take");
   return done;
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> resolve_cuda(Tensors grads, std::vector<int64_t> miss
   bind_info(args, info, state, S);
   double* G = const_cast<double*>(args.G);
   with_gram = with_gram || in.grads().per == Per::batch_sum;  // there a row is missing when its batch sum is zero
-  if (args.batch && with_gram && resolve_at_once(call, in, args, S, stream, out)) return {out, info};
+  if (args.batch && with_gram && resolve_fused(call, in, args, S, stream, out)) return {out, info};
   if (args.batch && with_gram) gram_into(call, in, G, args.G_stride);
   if (args.batch && !with_gram) gpu::presence(in.grads(), G, args.G_stride, call.stream);
   solve(call, args, stream, call.limits.overlap);
