@@ -1,11 +1,15 @@
 // What the kernels of every device take. Nothing here names torch.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 namespace mmfast {
 
 enum class Dtype { f16, bf16, f32, f64 };
+
+// Relative rounding of a Gramian of such gradients.
+inline double gram_precision(Dtype dtype) { return dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON; }
 
 enum class Per { batch, sample, batch_sum };
 
@@ -67,5 +71,16 @@ struct Heads {
   const bool* mask;  // as in Grads
   int64_t mask_stride;
 };
+
+// Counts the outputs of each branch into sizes [K], zeros before; false where head_of [outputs] does not name all of K branches in order.
+inline bool branch_sizes(const int64_t* head_of, int64_t outputs, int64_t K, int64_t* sizes) {
+  int64_t head = 0;
+  for (int64_t o = 0; o < outputs; ++o) {
+    const int64_t next = head_of[o];
+    if (next < 0 || next >= K || !(next == head || (next == head + 1 && sizes[head]))) return false;
+    ++sizes[head = next];
+  }
+  return head == K - 1 && sizes[head];
+}
 
 }  // namespace mmfast
