@@ -8,7 +8,6 @@
 
 #include <ATen/dlpack.h>
 
-#include <cfloat>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -28,16 +27,16 @@ const DLPackExchangeAPI* exchange;
 PyObject *tensor_type, *parameter_type, *empty_like, *new_empty, *is_neg, *is_grad_enabled, *requires_grad, *observers;
 
 // A new reference that is given back.
-struct Owned {
+struct OwnedRef {
   PyObject* object;
-  explicit Owned(PyObject* o) : object(o) {}
-  Owned(const Owned&) = delete;
-  ~Owned() { Py_XDECREF(object); }
+  explicit OwnedRef(PyObject* o) : object(o) {}
+  OwnedRef(const OwnedRef&) = delete;
+  ~OwnedRef() { Py_XDECREF(object); }
 };
 
 // Whether the answer is yes; where asking fails too, for then the dispatcher shall say why.
-bool yes(PyObject* answer) {
-  const Owned owned(answer);
+bool is_true(PyObject* answer) {
+  const OwnedRef owned(answer);
   const int truth = answer ? PyObject_IsTrue(answer) : -1;
   if (truth < 0) PyErr_Clear();
   return truth != 0;
@@ -57,7 +56,7 @@ bool view(PyObject* tensor, DLTensor& out) {
   return stride > 0;
 }
 
-bool is(const DLTensor& t, uint8_t code, uint8_t bits) { return t.dtype.code == code && t.dtype.bits == bits; }
+bool has_dtype(const DLTensor& t, uint8_t code, uint8_t bits) { return t.dtype.code == code && t.dtype.bits == bits; }
 
 int64_t numel(const DLTensor& t) {
   int64_t n = 1;
@@ -66,10 +65,10 @@ int64_t numel(const DLTensor& t) {
 }
 
 bool dtype_of(const DLTensor& t, Dtype& dtype) {
-  if (is(t, kDLFloat, 32)) dtype = Dtype::f32;
-  else if (is(t, kDLFloat, 64)) dtype = Dtype::f64;
-  else if (is(t, kDLBfloat, 16)) dtype = Dtype::bf16;
-  else if (is(t, kDLFloat, 16)) dtype = Dtype::f16;
+  if (has_dtype(t, kDLFloat, 32)) dtype = Dtype::f32;
+  else if (has_dtype(t, kDLFloat, 64)) dtype = Dtype::f64;
+  else if (has_dtype(t, kDLBfloat, 16)) dtype = Dtype::bf16;
+  else if (has_dtype(t, kDLFloat, 16)) dtype = Dtype::f16;
   else return false;
   return true;
 }
@@ -77,46 +76,46 @@ bool dtype_of(const DLTensor& t, Dtype& dtype) {
 // Whether somebody watches torch's operators, or they would not be the kernels alone.
 bool observed() {
   for (Py_ssize_t i = 0; i < PyTuple_Size(observers); ++i)
-    if (yes(PyObject_CallObject(PyTuple_GetItem(observers, i), nullptr))) return true;
+    if (is_true(PyObject_CallObject(PyTuple_GetItem(observers, i), nullptr))) return true;
   return false;
 }
 
-bool recording() { return yes(PyObject_CallObject(is_grad_enabled, nullptr)); }
+bool recording() { return is_true(PyObject_CallObject(is_grad_enabled, nullptr)); }
 
 // Whether there is more to it than its memory says: its sign is yet to be turned, or operations on it are recorded.
 bool hides(PyObject* tensor, bool recorded) {
-  return (recorded && yes(PyObject_GetAttr(tensor, requires_grad))) || yes(PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr));
+  return (recorded && is_true(PyObject_GetAttr(tensor, requires_grad))) || is_true(PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr));
 }
 
 // K gradients, None where one is missing, as the kernels take them.
-class Plain {
+class PlainGrads {
  public:
   // False where one is not a contiguous CPU tensor like the first, or somebody watches torch's operators.
   bool read(PyObject* gradients) {
-    held_ = PyTuple_Check(gradients) ? Py_NewRef(gradients) : PyList_Check(gradients) ? PyList_AsTuple(gradients) : nullptr;
-    if (!held_) return PyErr_Clear(), false;
-    const Py_ssize_t K = PyTuple_Size(held_);
+    tuple_ = PyTuple_Check(gradients) ? Py_NewRef(gradients) : PyList_Check(gradients) ? PyList_AsTuple(gradients) : nullptr;
+    if (!tuple_) return PyErr_Clear(), false;
+    const Py_ssize_t K = PyTuple_Size(tuple_);
     if (K > kMaxRows) return false;
     if (observed()) return false;
     const bool recorded = recording();
     DLTensor first{};
     for (Py_ssize_t i = 0; i < K; ++i) {
-      PyObject* g = PyTuple_GetItem(held_, i);
+      PyObject* g = PyTuple_GetItem(tuple_, i);
       if (g == Py_None) continue;
       DLTensor t;
       if (!view(g, t) || hides(g, recorded)) return false;
       if (!first_) {
         first_ = g;
         first = t;
-      } else if (t.ndim != first.ndim || !is(t, first.dtype.code, first.dtype.bits) || std::memcmp(t.shape, first.shape, sizeof(int64_t) * t.ndim)) {
+      } else if (t.ndim != first.ndim || !has_dtype(t, first.dtype.code, first.dtype.bits) || std::memcmp(t.shape, first.shape, sizeof(int64_t) * t.ndim)) {
         return false;
       }
       rows_[grads.k] = t.data;
-      places_[grads.k++] = static_cast<int>(i);
+      row_index_[grads.k++] = static_cast<int>(i);
     }
     if (!first_ || !dtype_of(first, grads.dtype)) return false;
     grads.rows = rows_;
-    grads.places = places_;
+    grads.row_index = row_index_;
     grads.K = static_cast<int>(K);
     grads.batch = first.ndim ? first.shape[0] : 1;
     grads.inner = numel(first) / grads.batch;
@@ -127,21 +126,21 @@ class Plain {
   // A new tensor like one gradient.
   PyObject* like_one() const { return PyObject_CallFunctionObjArgs(empty_like, first_, nullptr); }
   size_t bytes() const { return bytes_; }
-  ~Plain() { Py_XDECREF(held_); }
+  ~PlainGrads() { Py_XDECREF(tuple_); }
 
   Grads grads{};
 
  private:
-  PyObject* held_ = nullptr;  // a tuple, which nobody can empty while other threads run
+  PyObject* tuple_ = nullptr;  // a tuple, which nobody can empty while other threads run
   PyObject* first_ = nullptr;
   size_t bytes_ = 0;
   const void* rows_[kMaxRows];
-  int places_[kMaxRows];
+  int row_index_[kMaxRows];
 };
 
-// What is to be written, with all bits set where MMFAST_POISON asks for it (torch_api.h).
+// Memory that is to be written, with all bits set where MMFAST_POISON asks for it (torch_api.h).
 template <class T>
-T* fresh(void* memory, size_t bytes) {
+T* unwritten(void* memory, size_t bytes) {
   static const bool poison = std::getenv("MMFAST_POISON") != nullptr;
   if (poison) std::memset(memory, 0xff, bytes);
   return static_cast<T*>(memory);
@@ -175,7 +174,7 @@ PyObject* guarded(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
 // Seed and counter of a random stream; null where it is not a plain one.
 int64_t* stream_of(PyObject* rng) {
   DLTensor t;
-  return view(rng, t) && is(t, kDLInt, 64) && numel(t) == 2 ? static_cast<int64_t*>(t.data) : nullptr;
+  return view(rng, t) && has_dtype(t, kDLInt, 64) && numel(t) == 2 ? static_cast<int64_t*>(t.data) : nullptr;
 }
 
 PyObject* declined() { return Py_NewRef(Py_None); }
@@ -194,31 +193,31 @@ class Problem {
     if (PyErr_Occurred()) return false;
     args.batch = 1;
     args.K = K;
-    args.precision = dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
+    args.precision = gram_precision(dtype);
     args.steps = steps_;
     args.n_steps = 1;
     args.params = params_.data();
-    args.preserve_norm = yes(Py_NewRef(a[4]));
+    args.preserve_norm = is_true(Py_NewRef(a[4]));
     args.w_stride = args.G_stride = K + int64_t{K} * K;
     if (!cpu->kernels->accepts(args)) return false;
     const int64_t size = cpu->kernels->state_size(args);
     if (a[2] != Py_None || size) {
       DLTensor state;
-      if (a[2] == Py_None || !view(a[2], state) || !is(state, kDLFloat, 64) || state.ndim != 1 || numel(state) != size) return false;
+      if (a[2] == Py_None || !view(a[2], state) || !has_dtype(state, kDLFloat, 64) || state.ndim != 1 || numel(state) != size) return false;
       args.state = static_cast<double*>(state.data);
       args.state_stride = size;
     }
     stream_ = a[3] == Py_None ? nullptr : stream_of(a[3]);
     return a[3] == Py_None || stream_;
   }
-  size_t width() const { return static_cast<size_t>(args.w_stride); }
-  PyObject* fresh_info() const {
-    const Owned size(PyLong_FromSize_t(width()));
+  size_t info_size() const { return static_cast<size_t>(args.w_stride); }
+  PyObject* new_info() const {
+    const OwnedRef size(PyLong_FromSize_t(info_size()));
     return PyObject_CallFunctionObjArgs(new_empty, size.object, nullptr);
   }
   // The last that is done before the kernels: weights and Gramian go there, and the random stream moves on.
   void begin(void* info) {
-    args.w = fresh<double>(info, width() * sizeof(double));
+    args.w = unwritten<double>(info, info_size() * sizeof(double));
     args.G = args.w + args.K;
     if (!stream_) return;
     args.seed = static_cast<uint64_t>(stream_[0]);
@@ -234,20 +233,20 @@ class Problem {
 // (grads, rule id, [parameters], state or None, rng or None, preserve_norm, with_gram, with_info) -> (result, info or None), or None
 PyObject* resolve(PyObject* const* a, Py_ssize_t n) {
   if (n != 8) return PyErr_SetString(PyExc_TypeError, "resolve takes 8 arguments"), nullptr;
-  Plain in;
+  PlainGrads in;
   if (!in.read(a[0])) return declined();
   Problem problem;
   if (!problem.read(a + 1, in.grads.K, in.grads.dtype)) return PyErr_Occurred() ? nullptr : declined();
-  const bool with_gram = yes(Py_NewRef(a[6])), with_info = yes(Py_NewRef(a[7]));
-  const Owned out(in.like_one()), info(with_info ? problem.fresh_info() : Py_NewRef(Py_None));
+  const bool with_gram = is_true(Py_NewRef(a[6])), with_info = is_true(Py_NewRef(a[7]));
+  const OwnedRef out(in.like_one()), info(with_info ? problem.new_info() : Py_NewRef(Py_None));
   if (!out.object || !info.object) return nullptr;
   DLTensor result, written;
   if (!view(out.object, result) || (with_info && !view(info.object, written))) return declined();
   double small[16 + 16 * 16];
   std::unique_ptr<double[]> large;
-  if (!with_info && problem.width() > sizeof small / sizeof *small) large.reset(new double[problem.width()]);
+  if (!with_info && problem.info_size() > sizeof small / sizeof *small) large.reset(new double[problem.info_size()]);
   problem.begin(with_info ? written.data : large ? large.get() : small);
-  void* to = fresh<void>(result.data, in.bytes());
+  void* to = unwritten<void>(result.data, in.bytes());
   {
     const WithoutGil released;
     cpu->kernels->resolve(cpu->pool(), in.grads, problem.args, with_gram, to);
@@ -265,8 +264,8 @@ PyObject* heads(PyObject* const* a, Py_ssize_t n) {
   Heads h{};
   if (K < 1 || K > kMaxRows || observed() || !view(a[0], delta) || !view(a[1], weight) || !view(a[2], head_of)) return declined();
   const bool recorded = recording();
-  if (hides(a[0], recorded) || hides(a[1], recorded) || !dtype_of(delta, h.dtype) || h.dtype == Dtype::f16 || !is(weight, delta.dtype.code, delta.dtype.bits) ||
-      !is(head_of, kDLInt, 64) || delta.ndim < 1 || weight.ndim != 2 || delta.shape[delta.ndim - 1] != weight.shape[0] || numel(head_of) != weight.shape[0])
+  if (hides(a[0], recorded) || hides(a[1], recorded) || !dtype_of(delta, h.dtype) || h.dtype == Dtype::f16 || !has_dtype(weight, delta.dtype.code, delta.dtype.bits) ||
+      !has_dtype(head_of, kDLInt, 64) || delta.ndim < 1 || weight.ndim != 2 || delta.shape[delta.ndim - 1] != weight.shape[0] || numel(head_of) != weight.shape[0])
     return declined();
   h.delta = delta.data, h.weight = weight.data;
   h.outputs = weight.shape[0], h.inputs = weight.shape[1];
@@ -274,22 +273,17 @@ PyObject* heads(PyObject* const* a, Py_ssize_t n) {
   h.rows = numel(delta) / (h.batch * h.outputs);
   h.K = static_cast<int>(K);
   h.per = Per::batch;
-  int64_t sizes[kMaxRows] = {}, last = 0;
-  for (int64_t o = 0; o < h.outputs; ++o) {
-    const int64_t head = static_cast<const int64_t*>(head_of.data)[o];
-    if (head < 0 || head >= K || (head != last && !(head == last + 1 && sizes[last]))) return declined();
-    ++sizes[last = head];
-  }
-  if (last != K - 1 || !sizes[last]) return declined();
+  int64_t sizes[kMaxRows] = {};
+  if (!branch_sizes(static_cast<const int64_t*>(head_of.data), h.outputs, K, sizes)) return declined();
   h.sizes = sizes;
   Problem problem;
   if (!problem.read(a + 4, h.K, h.dtype)) return PyErr_Occurred() ? nullptr : declined();
-  const Owned out(PyObject_CallFunctionObjArgs(empty_like, a[1], nullptr)), info(problem.fresh_info());
+  const OwnedRef out(PyObject_CallFunctionObjArgs(empty_like, a[1], nullptr)), info(problem.new_info());
   if (!out.object || !info.object) return nullptr;
   DLTensor right, written;
   if (!view(out.object, right) || !view(info.object, written)) return declined();
   problem.begin(written.data);
-  void* to = fresh<void>(right.data, static_cast<size_t>(numel(right)) * (right.dtype.bits / 8));
+  void* to = unwritten<void>(right.data, static_cast<size_t>(numel(right)) * (right.dtype.bits / 8));
   {
     const WithoutGil released;
     cpu->kernels->heads(cpu->pool(), h, problem.args, nullptr, to);
@@ -300,7 +294,7 @@ PyObject* heads(PyObject* const* a, Py_ssize_t n) {
 // (grads, leak, rng) for GradDrop, (grads, trim, None) for TrimmedMean -> result, or None
 PyObject* elementwise(PyObject* const* a, Py_ssize_t n) {
   if (n != 3) return PyErr_SetString(PyExc_TypeError, "elementwise takes 3 arguments"), nullptr;
-  Plain in;
+  PlainGrads in;
   if (!in.read(a[0])) return declined();
   ElementwiseArgs args{};
   const bool drop = a[2] != Py_None;
@@ -314,7 +308,7 @@ PyObject* elementwise(PyObject* const* a, Py_ssize_t n) {
     args.trim = static_cast<int>(trim < kMaxRows ? trim : kMaxRows);
   }
   if (PyErr_Occurred()) return nullptr;
-  const Owned out(in.like_one());
+  const OwnedRef out(in.like_one());
   if (!out.object) return nullptr;
   DLTensor result;
   if (!view(out.object, result)) return declined();
@@ -323,7 +317,7 @@ PyObject* elementwise(PyObject* const* a, Py_ssize_t n) {
     args.counter = static_cast<uint32_t>(stream[1]++);
   }
   const auto kernel = drop ? cpu->kernels->graddrop : cpu->kernels->trimmed_mean;
-  void* to = fresh<void>(result.data, in.bytes());
+  void* to = unwritten<void>(result.data, in.bytes());
   {
     const WithoutGil released;
     kernel(cpu->pool(), in.grads, args, to);
@@ -335,7 +329,7 @@ PyObject* elementwise(PyObject* const* a, Py_ssize_t n) {
 // observers): torch, as the functions above use it. Where one of the observers says yes, operators must be called.
 PyObject* bind(PyObject* const* a, Py_ssize_t n) {
   if (n != 7 || !PyTuple_Check(a[6])) return PyErr_SetString(PyExc_TypeError, "bind takes 7 arguments, the last a tuple"), nullptr;
-  const Owned capsule(PyObject_GetAttrString(a[1], "__dlpack_c_exchange_api__"));
+  const OwnedRef capsule(PyObject_GetAttrString(a[1], "__dlpack_c_exchange_api__"));
   if (!capsule.object) return nullptr;
   exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.object, "dlpack_exchange_api"));
   if (!exchange) return nullptr;

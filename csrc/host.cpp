@@ -1,20 +1,12 @@
 // mmfast._host: the solvers on NumPy arrays, without torch, for tests and experiments. Built with MMFAST_HOST=1 only.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "host.h"
 
 #include <cstring>
-#include <optional>
 #include <string>
-#include <vector>
 
 #define MMFAST_ISA host
 #include "cpu/kernels.h"
 #include "solvers/solve.h"
-
-namespace py = pybind11;
-using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
-using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 
 namespace mmfast {
 namespace {
@@ -89,10 +81,6 @@ py::tuple solve(const Doubles& G, const std::vector<int64_t>& steps, const std::
 }
 
 }  // namespace
-
-void define_gpu(py::module_& m);   // host_gpu.cpp
-void define_warp(py::module_& m);  // host_warp.cpp
-
 }  // namespace mmfast
 
 PYBIND11_MODULE(_host, m) {

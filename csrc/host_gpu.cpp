@@ -1,12 +1,9 @@
 // The GPU's kernels on the CPU, thread by thread (cuda/exec.h): what they compute is tested where there is no GPU.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "host.h"
 
+#include <algorithm>
 #include <cstring>
-#include <optional>
 #include <stdexcept>
-#include <vector>
 
 #define MMFAST_ISA host_gpu
 #include "cuda/combine.h"
@@ -15,14 +12,23 @@
 #include "cuda/persistent.h"
 #include "cuda/tiles.h"
 
-namespace py = pybind11;
+// float16 arrays, as the kernels take them.
+template <>
+struct pybind11::detail::npy_format_descriptor<mmfast::host_gpu::Half> {
+  static constexpr auto name = const_name("numpy.float16");
+  static pybind11::dtype dtype() { return pybind11::dtype("e"); }
+};
 
 namespace mmfast {
 namespace {
 
+// What nobody writes shows.
 template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
+T nan_of() {
+  T x;
+  host_gpu::store_acc(&x, static_cast<host_gpu::Acc<T>>(NAN));
+  return x;
+}
 
 // The rows [batch, inner] of one call, and how they are summed.
 template <class T>
@@ -38,16 +44,16 @@ struct Inputs {
     for (int i = 0; i < k; ++i) {
       if (grads[i].ndim() != 2 || grads[i].shape(0) != grads[0].shape(0) || grads[i].shape(1) != grads[0].shape(1))
         throw py::value_error("grads must be arrays [batch, inner] of one shape");
-      rows.at[i] = grads[i].data();
-      rows.places[i] = static_cast<int16_t>(i);
+      rows.ptr[i] = grads[i].data();
+      rows.row_index[i] = static_cast<int16_t>(i);
     }
     batch = grads[0].shape(0), inner = grads[0].shape(1);
     rows.k = k;
-    const bool apart = mask && mask->ndim() == 2;
-    if (mask && mask->size() != (apart ? batch * k : k)) throw py::value_error("mask must have shape [K] or [batch, K]");
+    const bool per_sample_mask = mask && mask->ndim() == 2;
+    if (mask && mask->size() != (per_sample_mask ? batch * k : k)) throw py::value_error("mask must have shape [K] or [batch, K]");
     rows.mask = mask ? mask->data() : nullptr;
-    rows.mask_stride = apart ? k : 0;
-    samples = per_sample || apart;
+    rows.mask_stride = per_sample_mask ? k : 0;
+    samples = per_sample || per_sample_mask;
     units = samples ? host_gpu::sample_units(batch, inner, per_sample) : host_gpu::whole_units(batch * inner);
   }
 };
@@ -58,94 +64,98 @@ py::array_t<double> gram(const std::vector<Array<T>>& grads, const std::optional
   const int k = in.rows.k;
   const int64_t slots = in.units.slots(), pairs = pair_count(k), problems = per_sample ? in.batch : 1;
   std::vector<double> sums(static_cast<size_t>(slots * pairs), NAN);  // what no tile writes shows
-  std::vector<host_gpu::Acc<T>> shared(host_gpu::tile_shared<T>());
-  host_gpu::for_tiles(k, [&](auto rows, auto columns, int tiles) {
+  std::vector<host_gpu::Acc<T>> shared(host_gpu::reduce_shared_size<T>());
+  host_gpu::for_tile_shapes(k, [&](auto rows, auto columns, int tiles) {
     constexpr int R = decltype(rows)::value, C = decltype(columns)::value;
     for (int tile = 0; tile < tiles; ++tile)
       for (int64_t s = 0; s < slots; ++s) {
-        const host_gpu::Corner at = host_gpu::corner<R, C>(k, tile);
-        host_gpu::gram_slot<T, R, C>(host_gpu::Block{}, in.rows, in.units, s, at.row, at.column, shared.data(), sums.data() + s * pairs);
+        const host_gpu::TileOrigin origin = host_gpu::tile_origin<R, C>(k, tile);
+        host_gpu::gram_slot<T, R, C>(host_gpu::Block{}, in.rows, in.units, s, origin.row, origin.column, shared.data(), sums.data() + s * pairs);
       }
   });
   py::array_t<double> G({problems, static_cast<int64_t>(k), static_cast<int64_t>(k)});
-  const int64_t each = per_sample ? 1 : slots;
+  const int64_t problem_slots = per_sample ? 1 : slots;
   for (int64_t b = 0; b < problems; ++b)
     for (int i = 0; i < k; ++i)
       for (int j = 0; j < k; ++j) {
-        const bool* own = in.rows.mask && (per_sample || in.rows.mask_stride == 0) ? in.rows.mask + b * in.rows.mask_stride : nullptr;
-        G.mutable_at(b, i, j) = host_gpu::fold_slots(sums.data() + b * each * pairs, each, pairs, k, i, j, own && !(own[i] && own[j]));
+        const bool* problem_mask = in.rows.mask && (per_sample || in.rows.mask_stride == 0) ? in.rows.mask + b * in.rows.mask_stride : nullptr;
+        G.mutable_at(b, i, j) = host_gpu::fold_slots(sums.data() + b * problem_slots * pairs, problem_slots, pairs, k, i, j, problem_mask && !(problem_mask[i] && problem_mask[j]));
       }
   return G;
 }
 
 template <class T>
-Array<T> combine(const std::vector<Array<T>>& grads, const py::array_t<double, py::array::c_style | py::array::forcecast>& w,
+Array<T> combine(const std::vector<Array<T>>& grads, const Doubles& w,
                  const std::optional<Bools>& mask, bool per_sample, bool skip) {
   const Inputs<T> in(grads, mask, per_sample);
   if (w.size() != (per_sample ? in.batch : 1) * in.rows.k) throw py::value_error("w must have shape [K], or [batch, K] per sample");
   Array<T> out({in.batch, in.inner});
   const int64_t segments = in.samples ? in.batch : 1, size = in.samples ? in.inner : in.batch * in.inner;
   for (int64_t s = 0; s < segments; ++s) {
-    const double* own = w.data() + (per_sample ? s * in.rows.k : 0);
-    std::vector<const T*> at;
+    const double* segment_w = w.data() + (per_sample ? s * in.rows.k : 0);
+    std::vector<const T*> ptr;
     std::vector<host_gpu::Acc<T>> weight;
     for (int i = 0; i < in.rows.k; ++i)
-      if (host_gpu::enters(in.rows, i, own, in.rows.mask ? in.rows.mask + s * in.rows.mask_stride : nullptr, skip)) {
-        at.push_back(static_cast<const T*>(in.rows.at[i]) + s * size);
-        weight.push_back(static_cast<host_gpu::Acc<T>>(own[i]));
+      if (host_gpu::is_active(in.rows, i, segment_w, in.rows.mask ? in.rows.mask + s * in.rows.mask_stride : nullptr, skip)) {
+        ptr.push_back(static_cast<const T*>(in.rows.ptr[i]) + s * size);
+        weight.push_back(static_cast<host_gpu::Acc<T>>(segment_w[i]));
       }
     T* to = out.mutable_data() + s * size;
-    for (int64_t t = 0; t < size; ++t) host_gpu::weighted<T, 1>(at.data(), weight.data(), static_cast<int>(at.size()), t, 1, to + t);
+    for (int64_t t = 0; t < size; ++t) {
+      host_gpu::Acc<T> sum;
+      host_gpu::weighted_sum<T, 1>(ptr.data(), weight.data(), static_cast<int>(ptr.size()), t, 1, &sum);
+      host_gpu::store_acc(to + t, sum);
+    }
   }
   return out;
 }
 
-// G [K, K] and the weighted sum of one problem as `blocks` blocks of the persistent kernel form them, each of which keeps `kept_steps` steps; where
+// G [K, K] and the weighted sum of one problem as `blocks` blocks of the persistent kernel form them, each of which stages `staged_steps` steps; where
 // they are a cluster, its slots as well, and every block must find the same G.
 template <class T>
-py::tuple persistent(const std::vector<Array<T>>& grads, const py::array_t<double, py::array::c_style | py::array::forcecast>& w,
-                     const std::optional<Bools>& mask, int64_t blocks, int64_t kept_steps, bool cluster) {
+py::tuple persistent(const std::vector<Array<T>>& grads, const Doubles& w,
+                     const std::optional<Bools>& mask, int64_t blocks, int64_t staged_steps, bool cluster) {
   const Inputs<T> in(grads, mask, false);
   const int k = in.rows.k;
-  if (k > kPersistentRows || w.size() != k || in.samples || blocks < 1 || kept_steps < 0 || kept_steps % kStepsAtOnce)
-    throw py::value_error("at most 8 rows with one weight each, a mask [K], kept_steps a multiple of 4");
+  if (k > kPersistentRows || w.size() != k || in.samples || blocks < 1 || staged_steps < 0 || staged_steps % kCombineUnroll)
+    throw py::value_error("at most 8 rows with one weight each, a mask [K], staged_steps a multiple of 4");
   host_gpu::FewRows rows{};
-  std::copy_n(in.rows.at, k, rows.at);
-  std::copy_n(in.rows.places, k, rows.places);
+  std::copy_n(in.rows.ptr, k, rows.ptr);
+  std::copy_n(in.rows.row_index, k, rows.row_index);
   rows.k = k, rows.mask = in.rows.mask;
   const host_gpu::Block block;
-  const int64_t slots_each = cluster ? (in.units.slots() + blocks - 1) / blocks : in.units.slots();
-  std::vector<std::vector<double>> sums(cluster ? blocks : 1, std::vector<double>(static_cast<size_t>(slots_each * pair_count(k)), NAN));
+  const int64_t block_slots = cluster ? (in.units.slots() + blocks - 1) / blocks : in.units.slots();
+  std::vector<std::vector<double>> sums(cluster ? blocks : 1, std::vector<double>(static_cast<size_t>(block_slots * pair_count(k)), NAN));
   auto slots_of = [&](int64_t b) { return host_gpu::Slots{sums[cluster ? b : 0].data(), cluster ? static_cast<unsigned>(blocks) : 0}; };
   std::vector<const double*> peers;
-  for (const std::vector<double>& own : sums) peers.push_back(own.data());
+  for (const std::vector<double>& block_sums : sums) peers.push_back(block_sums.data());
   host_gpu::peers = peers.data();
-  std::vector<host_gpu::Acc<T>> shared(host_gpu::tile_shared<T>());
-  std::vector<std::vector<T>> kept(blocks, std::vector<T>(static_cast<size_t>(kept_steps * k * host_gpu::kThreads), T(NAN)));
-  auto kept_of = [&](int64_t b) { return host_gpu::Kept<T>{kept[b].data(), kept_steps, k}; };
+  std::vector<host_gpu::Acc<T>> shared(host_gpu::reduce_shared_size<T>());
+  std::vector<std::vector<T>> shared_memory(blocks, std::vector<T>(static_cast<size_t>(staged_steps * k * host_gpu::kThreads), nan_of<T>()));
+  auto staged_of = [&](int64_t b) { return host_gpu::Staged<T>{shared_memory[b].data(), staged_steps, k}; };
   for (int64_t b = 0; b < blocks; ++b) {
-    const host_gpu::Share share{b, blocks};
+    const host_gpu::BlockChunks chunks{b, blocks};
     auto read = [&](auto R) {
-      host_gpu::ask<T, decltype(R)::value>(block, rows, in.units, share, kept_of(b));
-      host_gpu::sum_kept<T, decltype(R)::value>(block, rows, in.units, share, kept_of(b), shared.data(), slots_of(b));
+      host_gpu::prefetch<T, decltype(R)::value>(block, rows, in.units, chunks, staged_of(b));
+      host_gpu::sum_staged<T, decltype(R)::value>(block, rows, in.units, chunks, staged_of(b), shared.data(), slots_of(b));
     };
     if (k <= 2) read(std::integral_constant<int, 2>{});
     else if (k <= 4) read(std::integral_constant<int, 4>{});
     else read(std::integral_constant<int, 8>{});
   }
   py::array_t<double> G({k, k});
-  std::vector<double> stage(600, NAN);
+  std::vector<double> buffer(600, NAN);
   for (int64_t b = 0; b < (cluster ? blocks : 1); ++b) {
     std::vector<double> found(static_cast<size_t>(k) * k, NAN);
-    host_gpu::fold_few(block, rows, k, slots_of(b), in.units.slots(), stage.data(), static_cast<int>(stage.size()), found.data());
+    host_gpu::fold_slots_by_block(block, rows, k, slots_of(b), in.units.slots(), buffer.data(), static_cast<int>(buffer.size()), found.data());
     if (b && std::memcmp(found.data(), G.data(), found.size() * sizeof(double))) throw std::runtime_error("two blocks folded different numbers");
     std::copy(found.begin(), found.end(), G.mutable_data());
   }
   Array<T> out({in.batch, in.inner});
-  std::fill_n(out.mutable_data(), out.size(), T(NAN));
+  std::fill_n(out.mutable_data(), out.size(), nan_of<T>());
   for (int64_t b = 0; b < blocks; ++b) {
-    host_gpu::Entering<T> entering;
-    host_gpu::combine_kept(block, rows, in.units, host_gpu::Share{b, blocks}, kept_of(b), w.data(), entering, out.mutable_data());
+    host_gpu::ActiveRows<T> active;
+    host_gpu::combine_staged(block, rows, in.units, host_gpu::BlockChunks{b, blocks}, staged_of(b), w.data(), active, out.mutable_data());
   }
   return py::make_tuple(G, out);
 }
@@ -159,39 +169,39 @@ py::array_t<double> heads(const Array<T>& delta, const Array<T>& weight, const s
   const int K = static_cast<int>(head_of.back()) + 1;
   const Dtype type = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
   host_gpu::Branches h{head_of.data(), O, K, {type, delta.data(), per_sample ? rows : batch * rows, O, O, 1}, {type, weight.data(), H, O, 1, H}, nullptr, nullptr};
-  auto multiply = [&](const host_gpu::Columns& x) {
-    std::vector<double> slots(static_cast<size_t>(x.slots() * O * O), NAN);  // what no square writes shows
-    std::vector<T> shared(host_gpu::square_shared<T>(), T(NAN));
+  auto multiply = [&](const host_gpu::MatrixView& x) {
+    std::vector<double> slots(static_cast<size_t>(x.slots() * O * O), NAN);  // what no tile writes shows
+    std::vector<T> shared(host_gpu::product_shared_size<T>(), T(NAN));
     for (int64_t s = 0; s < x.slots(); ++s)
       for (int64_t i = 0; i < x.tiles(); ++i)
-        for (int64_t j = i; j < x.tiles(); ++j) host_gpu::product_square<T>(host_gpu::Block{}, x, s, i, j, shared.data(), slots.data() + s * O * O);
+        for (int64_t j = i; j < x.tiles(); ++j) host_gpu::product_tile<T>(host_gpu::Block{}, x, s, i, j, shared.data(), slots.data() + s * O * O);
     return slots;
   };
-  const std::vector<double> weights = multiply(h.weight), deltas = per_sample ? std::vector<double>() : multiply(h.sent);
-  h.weights = weights.data(), h.deltas = deltas.data();
+  const std::vector<double> weight_products = multiply(h.weight), delta_products = per_sample ? std::vector<double>() : multiply(h.delta);
+  h.weight_products = weight_products.data(), h.delta_products = delta_products.data();
   std::vector<int> begin(static_cast<size_t>(K) + 1);
   host_gpu::find_branches(h, 0, 1, begin.data());
   py::array_t<double> G({problems, static_cast<int64_t>(K), static_cast<int64_t>(K)});
-  constexpr int64_t threads = 3;  // that share out the parts
+  constexpr int64_t threads = 3;  // that share out the partial sums
   for (int64_t b = 0; b < problems; ++b) {
-    std::vector<double> room(static_cast<size_t>(host_gpu::Parts::size(K, O)), NAN);
-    const host_gpu::Parts parts{room.data(), O, K};
+    std::vector<double> memory(static_cast<size_t>(host_gpu::BranchPartials::size(K, O)), NAN);
+    const host_gpu::BranchPartials partials{memory.data(), O, K};
     for (int64_t t = 0; t < threads; ++t) {
       if (per_sample) {
         const T* sample = delta.data() + b * rows * O;
-        host_gpu::put_parts(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::multiply_columns(h.sent, sample, i, j); }, t, threads, parts);
+        host_gpu::store_partials(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::column_product(h.delta, sample, i, j); }, t, threads, partials);
       } else {
-        host_gpu::put_parts(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::fold_products(h.sent, h.deltas, i, j); }, t, threads, parts);
+        host_gpu::store_partials(h, begin.data(), [&](int64_t i, int64_t j) { return host_gpu::fold_products(h.delta, h.delta_products, i, j); }, t, threads, partials);
       }
     }
-    for (int64_t t = 0; t < threads; ++t) host_gpu::put_gramian(begin.data(), precision, parts, t, threads, G.mutable_data(b, 0, 0));
+    for (int64_t t = 0; t < threads; ++t) host_gpu::store_gramian(begin.data(), precision, partials, t, threads, G.mutable_data(b, 0, 0));
   }
   return G;
 }
 
 py::dict dict_of(const Plan& p) {
   using namespace py::literals;
-  return py::dict("path"_a = kPathNames[static_cast<int>(p.path)], "blocks"_a = p.blocks, "kept_steps"_a = p.kept_steps, "shared"_a = p.shared, "workspace"_a = p.workspace,
+  return py::dict("path"_a = kPathNames[static_cast<int>(p.path)], "blocks"_a = p.blocks, "staged_steps"_a = p.staged_steps, "shared"_a = p.shared, "workspace"_a = p.workspace,
                   "read"_a = p.read, "written"_a = p.written, "launches"_a = p.launches);
 }
 
@@ -207,14 +217,19 @@ py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_proble
 template <class T>
 void define(py::module_& m) {
   using namespace py::literals;
-  m.def("gpu_persistent", &persistent<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "blocks"_a = 1, "kept_steps"_a = 0, "cluster"_a = false,
+  m.def("gpu_persistent", &persistent<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "blocks"_a = 1, "staged_steps"_a = 0, "cluster"_a = false,
         "Gramian [K, K] and weighted sum of arrays [batch, inner] as the blocks, or the cluster, of the persistent CUDA kernel form them.");
-  m.def("gpu_heads", &heads<T>, "delta"_a, "weight"_a, "head_of"_a, "per_sample"_a, "precision"_a,
-        "Gramians [1 or batch, K, K] of linear branches as the CUDA kernels form them.");
   m.def("gpu_gram", &gram<T>, "grads"_a, "mask"_a = py::none(), "per_sample"_a = false,
         "Gramians [1 or batch, K, K] of arrays [batch, inner] as the CUDA kernels sum them.");
   m.def("gpu_combine", &combine<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "per_sample"_a = false, "skip"_a = false,
         "The weighted sum of arrays [batch, inner] as the CUDA kernels form it.");
+}
+
+template <class T>
+void define_heads(py::module_& m) {
+  using namespace py::literals;
+  m.def("gpu_heads", &heads<T>, "delta"_a, "weight"_a, "head_of"_a, "per_sample"_a, "precision"_a,
+        "Gramians [1 or batch, K, K] of linear branches as the CUDA kernels form them.");
 }
 
 }  // namespace
@@ -227,6 +242,9 @@ void define_gpu(py::module_& m) {
         "The same for a problem per sample.");
   define<float>(m);
   define<double>(m);
+  define<host_gpu::Half>(m);
+  define_heads<float>(m);
+  define_heads<double>(m);
 }
 
 }  // namespace mmfast

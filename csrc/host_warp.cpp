@@ -1,19 +1,12 @@
 // The solvers run by a team of 32 threads, as a warp of the GPU runs them: shows that they agree with one thread, bit for bit.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "host.h"
 
 #include <algorithm>
-#include <optional>
-#include <vector>
+#include <string>
 
 #define MMFAST_ISA host_warp
 #include "cuda/threads.h"
 #include "solvers/solve.h"
-
-namespace py = pybind11;
-using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
-using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 
 namespace mmfast {
 namespace {

@@ -1,10 +1,10 @@
-// The gradients of one call, as every device takes them: checked, contiguous, with their places among K rows.
+// The gradients of one call, as every device takes them: checked, contiguous, with their row among K.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "args.h"
 #include "gramian.h"
 #include "torch_api.h"
 
@@ -28,7 +28,7 @@ class Inputs {
     device_ = device_of(*first_);
     const auto sizes = first_->sizes();
     const int32_t dtype = dtype_of(*first_);
-    kept_.reserve(k);
+    copies_.reserve(k);
     for (int64_t i = 0; i < k; ++i) {
       const Tensor& g = grads[i];
       const auto s = g.sizes();
@@ -37,24 +37,24 @@ class Inputs {
       if (g.is_contiguous()) {
         rows_[i] = g.const_data_ptr();
       } else {
-        kept_.push_back(torch::stable::contiguous(g));
-        rows_[i] = kept_.back().const_data_ptr();
+        copies_.push_back(torch::stable::contiguous(g));
+        rows_[i] = copies_.back().const_data_ptr();
       }
     }
     size_t next = 0;
-    for (int64_t place = 0, i = 0; place < K; ++place) {
-      if (next < missing.size() && missing[next] == place) {
+    for (int64_t row = 0, i = 0; row < K; ++row) {
+      if (next < missing.size() && missing[next] == row) {
         ++next;
       } else {
         STD_TORCH_CHECK(i < k, op, ": missing must be ascending places below K");
-        places_[i++] = static_cast<int>(place);
+        row_index_[i++] = static_cast<int>(row);
       }
     }
     STD_TORCH_CHECK(next == missing.size(), op, ": missing must be ascending places below K");
     grads_.dtype = dtype_or_throw(op, dtype);
     grads_.rows = rows_;
     grads_.k = static_cast<int>(k);
-    grads_.places = places_;
+    grads_.row_index = row_index_;
     grads_.K = static_cast<int>(K);
     STD_TORCH_CHECK(per == 0 || sizes.size() >= 1, op, ": per sample needs a leading batch dimension");
     const int64_t numel = first_->numel();
@@ -78,16 +78,28 @@ class Inputs {
   const Tensor& first() const { return *first_; }
   // Problems to solve: one, or one per sample.
   int64_t problems() const { return grads_.per == Per::sample ? grads_.batch : 1; }
+  // One float64 tensor of these sizes per problem: [B, sizes] per sample.
+  Tensor per_problem(std::initializer_list<int64_t> sizes) const {
+    std::vector<int64_t> all(sizes);
+    if (grads_.per == Per::sample) all.insert(all.begin(), problems());
+    return empty(device_, all.data(), static_cast<int64_t>(all.size()), aoti_torch_dtype_float64());
+  }
+  // The weights that combine() is given.
+  const double* weights_or_throw(const char* op, const Tensor& w) const {
+    STD_TORCH_CHECK(device_of(w) == device_ && w.is_contiguous() && dtype_of(w) == aoti_torch_dtype_float64() && w.numel() == problems() * grads_.K, op,
+                    ": w must be a contiguous float64 tensor [K], or [B, K] per sample");
+    return static_cast<const double*>(w.const_data_ptr());
+  }
   Tensor like_one() const { return empty(device_, first_->sizes().data(), static_cast<int64_t>(first_->sizes().size()), dtype_of(*first_)); }
 
  private:
   Grads grads_{};
   const Tensor* first_;
   Device device_;
-  Tensors kept_;
+  Tensors copies_;  // of those that were not contiguous
   std::optional<Tensor> mask_;
   const void* rows_[kMaxRows];
-  int places_[kMaxRows];
+  int row_index_[kMaxRows];
 };
 
 }  // namespace mmfast

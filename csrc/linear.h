@@ -1,8 +1,6 @@
 // Linear branches as every device takes them: checked, contiguous, with room for what their operator returns.
 #pragma once
 
-#include <cfloat>
-
 #include "inputs.h"
 
 namespace mmfast {
@@ -38,7 +36,7 @@ struct LinearInputs {
     args.batch = problems;
     args.K = heads.K;
     args.preserve_norm = preserve_norm;
-    args.precision = dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
+    args.precision = gram_precision(dtype);
     if (mask_in) {
       mask = torch::stable::contiguous(*mask_in);
       const bool shared = mask->dim() == 1;

@@ -1,5 +1,4 @@
 // Operator schemas, the checks that memory safety needs, and the CPU registration. Messages for people come from Python.
-#include <cfloat>
 #include <tuple>
 #include <utility>
 
@@ -42,12 +41,11 @@ std::tuple<Tensor, Tensor> resolve_cpu(Tensors grads, std::vector<int64_t> missi
   SolveArgs args{};
   args.batch = problems;
   args.K = static_cast<int>(K);
-  const int64_t S = state_width(op, state, cpu(), problems), width = K + K * K;
-  args.precision = in.grads().dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
+  const int64_t S = state_width(op, state, cpu(), problems);
+  args.precision = gram_precision(in.grads().dtype);
   STD_TORCH_CHECK(with_gram || !preserve_norm, op, ": preserve_norm needs the Gramian");
   args.preserve_norm = preserve_norm;
-  Tensor out = in.like_one();
-  Tensor info = per == 1 ? empty(cpu(), {problems, width}, aoti_torch_dtype_float64()) : empty(cpu(), {width}, aoti_torch_dtype_float64());
+  Tensor out = in.like_one(), info = in.per_problem({K + K * K});
   set_chain(args, op, steps, params, S, rng);
   if (problems == 0) return {out, info};
   bind_info(args, info, state, S);
@@ -58,7 +56,7 @@ std::tuple<Tensor, Tensor> resolve_cpu(Tensors grads, std::vector<int64_t> missi
 Tensor gram_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, int64_t per) {
   const Inputs in("mmfast::gram", grads, missing, mask, per);
   const int64_t K = in.grads().K;
-  Tensor G = per == 1 ? empty(cpu(), {in.problems(), K, K}, aoti_torch_dtype_float64()) : empty(cpu(), {K, K}, aoti_torch_dtype_float64());
+  Tensor G = in.per_problem({K, K});
   kernels->gram(torch_pool(), in.grads(), static_cast<double*>(G.mutable_data_ptr()));
   return G;
 }
@@ -66,10 +64,9 @@ Tensor gram_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tenso
 Tensor combine_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, Tensor w, int64_t per) {
   const char* op = "mmfast::combine";
   const Inputs in(op, grads, missing, mask, per);
-  STD_TORCH_CHECK(is_cpu(w) && w.is_contiguous() && dtype_of(w) == aoti_torch_dtype_float64() && w.numel() == in.problems() * in.grads().K, op,
-                  ": w must be a contiguous float64 tensor [K], or [B, K] per sample");
+  const double* weights = in.weights_or_throw(op, w);
   Tensor out = in.like_one();
-  kernels->combine(torch_pool(), in.grads(), static_cast<const double*>(w.const_data_ptr()), out.mutable_data_ptr());
+  kernels->combine(torch_pool(), in.grads(), weights, out.mutable_data_ptr());
   return out;
 }
 
@@ -117,13 +114,9 @@ std::tuple<Tensor, Tensor> heads_cpu(Tensor delta, Tensor weight, Tensor head_of
   const char* op = "mmfast::heads";
   LinearInputs in(op, delta, weight, head_of, mask, K, per, preserve_norm);
   STD_TORCH_CHECK(in.device == cpu(), op, ": all tensors must be on one device");
-  int64_t sizes[kMaxRows] = {}, head = 0;
-  for (int64_t o = 0; o < in.heads.outputs; ++o) {
-    const int64_t next = static_cast<const int64_t*>(head_of.const_data_ptr())[o];
-    STD_TORCH_CHECK(next >= 0 && next < K && (next == head || (next == head + 1 && sizes[head])), op, ": head_of must name all of k branches in order");
-    ++sizes[head = next];
-  }
-  STD_TORCH_CHECK(head == K - 1 && sizes[head], op, ": head_of must name all of k branches in order");
+  int64_t sizes[kMaxRows] = {};
+  const auto* heads = static_cast<const int64_t*>(head_of.const_data_ptr());
+  STD_TORCH_CHECK(branch_sizes(heads, in.heads.outputs, K, sizes), op, ": head_of must name all of k branches in order");
   in.heads.sizes = sizes;
   SolveArgs& args = in.args;
   args.mask = in.heads.mask;

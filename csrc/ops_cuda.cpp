@@ -2,7 +2,6 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <cfloat>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -22,7 +21,7 @@ namespace {
 const CpuKernels* kernels = choose_kernels();  // knows the rules
 
 gpu::Stream current_stream(int32_t device) {
-  static const auto ask = [] {
+  static const auto get_stream = [] {
     if (aoti_torch_get_current_cuda_stream) return &aoti_torch_get_current_cuda_stream;
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
     void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
@@ -30,7 +29,7 @@ gpu::Stream current_stream(int32_t device) {
     return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(found);
   }();
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(ask(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
   return stream;
 }
 
@@ -54,11 +53,6 @@ struct Call {
     if (overlap && std::strcmp(overlap, "0") == 0) limits.overlap = false;
   }
   Tensor workspace(int64_t count) const { return empty(device, {count}, aoti_torch_dtype_float64()); }
-  Tensor problems_by(const Inputs& in, std::initializer_list<int64_t> sizes) const {
-    std::vector<int64_t> all(sizes);
-    if (in.grads().per == Per::sample) all.insert(all.begin(), in.problems());
-    return empty(device, all.data(), static_cast<int64_t>(all.size()), aoti_torch_dtype_float64());
-  }
 };
 
 void gram_into(const Call& call, const Inputs& in, double* G, int64_t stride) {
@@ -70,7 +64,7 @@ void gram_into(const Call& call, const Inputs& in, double* G, int64_t stride) {
     sums = empty(call.device, {g.k, g.inner}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
     gpu::batch_sums(g, sums.mutable_data_ptr(), call.stream);
     for (int i = 0; i < g.k; ++i) rows[i] = static_cast<const char*>(sums.const_data_ptr()) + i * g.inner * (wide ? 8 : 4);
-    g = {wide ? Dtype::f64 : Dtype::f32, rows, g.k, g.places, g.K, 1, g.inner, Per::batch, nullptr, 0};
+    g = {wide ? Dtype::f64 : Dtype::f32, rows, g.k, g.row_index, g.K, 1, g.inner, Per::batch, nullptr, 0};
   }
   const Tensor slots = call.workspace(gpu::plan_slots(g).workspace);
   gpu::gram(g, doubles(slots), G, stride, call.limits.overlap, call.stream);
@@ -82,7 +76,7 @@ void solve(const Call& call, const SolveArgs& args, int64_t* rng, bool overlap) 
 }
 
 // Which path tests ask for by MMFAST_CUDA_PATH; the plan decides without it.
-std::optional<Path> asked_path() {
+std::optional<Path> forced_path() {
   const char* name = std::getenv("MMFAST_CUDA_PATH");
   if (!name || !*name) return std::nullopt;
   for (int path = 0; path < kPaths; ++path)
@@ -91,18 +85,18 @@ std::optional<Path> asked_path() {
 }
 
 // All of resolve in one launch, or false where the plan or the device is against it.
-bool resolve_at_once(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, int64_t* rng, Tensor& out) {
-  const std::optional<Path> asked = asked_path();
-  if (asked == Path::two_pass) return false;
+bool resolve_fused(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, int64_t* rng, Tensor& out) {
+  const std::optional<Path> forced = forced_path();
+  if (forced == Path::two_pass) return false;
   Limits limits = call.limits;
-  if (asked == Path::persistent) limits.cluster = 0;
+  if (forced == Path::persistent) limits.cluster = 0;
   const Plan plan = gpu::plan(in.grads(), static_cast<int>(S), limits);
   bool done = false;
-  if (plan.path != Path::two_pass && plan.path == asked.value_or(plan.path)) {
+  if (plan.path != Path::two_pass && plan.path == forced.value_or(plan.path)) {
     const Tensor slots = call.workspace(plan.workspace);
-    done = gpu::resolve_at_once(in.grads(), args, rng, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
+    done = gpu::resolve_fused(in.grads(), args, rng, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
   }
-  STD_TORCH_CHECK(done || !asked, call.op, ": MMFAST_CUDA_PATH names a path that these gradients and rules, or this device, do not take");
+  STD_TORCH_CHECK(done || !forced, call.op, ": MMFAST_CUDA_PATH names a path that these gradients and rules, or this device, do not take");
   return done;
 }
 
@@ -117,16 +111,16 @@ std::tuple<Tensor, Tensor> resolve_cuda(Tensors grads, std::vector<int64_t> miss
   SolveArgs args{};
   args.batch = in.problems();
   args.K = static_cast<int>(K);
-  args.precision = in.grads().dtype == Dtype::f64 ? DBL_EPSILON : FLT_EPSILON;
+  args.precision = gram_precision(in.grads().dtype);
   args.preserve_norm = preserve_norm;
   const int64_t S = state_width(op, state, call.device, args.batch);
-  Tensor out = in.like_one(), info = call.problems_by(in, {K + K * K});
+  Tensor out = in.like_one(), info = in.per_problem({K + K * K});
   set_chain(*kernels, args, op, steps, params, S);
   int64_t* stream = rng ? stream_of(op, *rng, call.device) : nullptr;
   bind_info(args, info, state, S);
   double* G = const_cast<double*>(args.G);
   with_gram = with_gram || in.grads().per == Per::batch_sum;  // there a row is missing when its batch sum is zero
-  if (args.batch && with_gram && resolve_at_once(call, in, args, S, stream, out)) return {out, info};
+  if (args.batch && with_gram && resolve_fused(call, in, args, S, stream, out)) return {out, info};
   if (args.batch && with_gram) gram_into(call, in, G, args.G_stride);
   if (args.batch && !with_gram) gpu::presence(in.grads(), G, args.G_stride, call.stream);
   solve(call, args, stream, call.limits.overlap);
@@ -139,7 +133,7 @@ Tensor gram_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tens
   const Inputs in(op, grads, missing, mask, per);
   const Call call(op, in.first());
   const int64_t K = in.grads().K;
-  Tensor G = call.problems_by(in, {K, K});
+  Tensor G = in.per_problem({K, K});
   gram_into(call, in, doubles(G), K * K);
   return G;
 }
@@ -148,11 +142,9 @@ Tensor combine_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<T
   const char* op = "mmfast::combine";
   const Inputs in(op, grads, missing, mask, per);
   const Call call(op, in.first());
-  STD_TORCH_CHECK(device_of(w) == call.device && w.is_contiguous() && dtype_of(w) == aoti_torch_dtype_float64() &&
-                      w.numel() == in.problems() * in.grads().K,
-                  op, ": w must be a contiguous float64 tensor [K], or [B, K] per sample");
+  const double* weights = in.weights_or_throw(op, w);
   Tensor out = in.like_one();
-  gpu::combine(in.grads(), static_cast<const double*>(w.const_data_ptr()), in.grads().K, false, out.mutable_data_ptr(), false, call.stream);
+  gpu::combine(in.grads(), weights, in.grads().K, false, out.mutable_data_ptr(), false, call.stream);
   return out;
 }
 

@@ -33,7 +33,6 @@ inline Device device_of(const Tensor& t) {
 }
 
 inline Device cpu() { return {aoti_torch_device_type_cpu(), 0}; }
-inline bool is_cpu(const Tensor& t) { return device_of(t).type == aoti_torch_device_type_cpu(); }
 
 // A contiguous tensor with unwritten contents.
 inline Tensor empty(Device device, const int64_t* sizes, int64_t dim, int32_t dtype) {

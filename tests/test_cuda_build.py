@@ -21,7 +21,7 @@ HOT = (
     "graddrop_kernel",
     "trimmed_kernel",
     "products_kernel",
-    "send_kernel",
+    "mask_delta_kernel",
 )
 # bytes of a thread: arguments of the rules' functions, and what a few of them spill; with half of the registers more
 SOLVER_STACK = {"solve_kernel": 512, "persistent_kernel": 1024}

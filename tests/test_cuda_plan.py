@@ -22,7 +22,7 @@ def test_small_data_are_read_once():
     p = plan(4, 131072)
     assert p["path"] == "persistent" and p["launches"] == 1 and p["blocks"] == 32
     assert p["read"] == 4 * 131072 * 4 and p["written"] == 131072 * 4
-    assert p["kept_steps"] == 32 and p["shared"] == FIXED + 32 * 4 * 128 * 4
+    assert p["staged_steps"] == 32 and p["shared"] == FIXED + 32 * 4 * 128 * 4
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_block_for_each_slot_while_there_is_room(n, blocks):
 def test_more_slots_than_room_are_shared_out():
     """Two processors have room for eight blocks."""
     p = plan(2, 20 * CHUNK, processors=2)
-    assert p["blocks"] == 8 and p["kept_steps"] <= 3 * 32
+    assert p["blocks"] == 8 and p["staged_steps"] <= 3 * 32
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -51,7 +51,7 @@ def test_bounds_hold_for_any_length(k, size):
                 and per_processor * (p["shared"] + 1024) <= H200["shared_processor"]
                 and per_processor <= 4
             )
-            assert p["kept_steps"] % 4 == 0 and 4 * (2 * floor - p["read"]) >= floor
+            assert p["staged_steps"] % 4 == 0 and 4 * (2 * floor - p["read"]) >= floor
         else:
             assert p["read"] == 2 * floor and p["launches"] > 1
 
@@ -77,7 +77,7 @@ def test_small_data_take_one_cluster(k, n, blocks, slots_each):
     p = plan(k, n, cluster=16)
     assert (p["path"], p["blocks"], p["launches"], p["workspace"]) == ("cluster", blocks, 1, 0)
     assert (p["read"], p["written"]) == (k * n * 4, n * 4)
-    assert p["kept_steps"] == slots_each * 32 and p["shared"] == FIXED + slots_each * (32 * k * 128 * 4 + k * (k + 1) // 2 * 8)
+    assert p["staged_steps"] == slots_each * 32 and p["shared"] == FIXED + slots_each * (32 * k * 128 * 4 + k * (k + 1) // 2 * 8)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -90,7 +90,7 @@ def test_a_cluster_keeps_all_of_at_most_a_megabyte(cluster, size):
                 assert p == plan(k, n, size)
                 continue
             assert cluster and k * n * size <= 2**20 and p["blocks"] <= cluster and p["blocks"] & (p["blocks"] - 1) == 0
-            assert p["shared"] <= H200["shared_block"] and p["kept_steps"] * 128 * p["blocks"] >= n and p["read"] == k * n * size
+            assert p["shared"] <= H200["shared_block"] and p["staged_steps"] * 128 * p["blocks"] >= n and p["read"] == k * n * size
     assert (plan(8, 100, size if size < 8 else 4, cluster=cluster)["path"] == "cluster") == bool(cluster)
     assert plan(3, 1000, size, one_problem=False, cluster=cluster)["path"] == "two_pass"
     assert plan(3, 1000, size, fixed=240000, cluster=cluster)["path"] == "two_pass"
@@ -118,7 +118,7 @@ def test_bounds_hold_for_samples(k, size):
             p, floor = samples(k, batch, inner, size), k * batch * inner * size
             assert p["written"] == batch * inner * size and floor <= p["read"] <= 2 * floor
             if p["path"] == "per_sample":
-                assert p["shared"] <= H200["shared_block"] and p["kept_steps"] % 4 == 0 and p["blocks"] <= batch
+                assert p["shared"] <= H200["shared_block"] and p["staged_steps"] % 4 == 0 and p["blocks"] <= batch
                 assert 4 * (2 * floor - p["read"]) >= floor
 
 
@@ -148,7 +148,7 @@ def test_the_persistent_path_has_the_bits_of_the_cpu(k, dtype):
         w = torch.randn(k, dtype=torch.float64)
         G, d = ops.gram(grads), ops.combine(grads, w)
         for blocks, kept in [(1, 0), (1, 160), (2, 44), (5, 32), (7, 12)]:
-            ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=blocks, kept_steps=kept)
+            ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=blocks, staged_steps=kept)
             assert torch.equal(torch.from_numpy(ours), G) and torch.equal(torch.from_numpy(out), d), (n, blocks, kept)
 
 
@@ -162,14 +162,14 @@ def test_a_cluster_has_the_bits_of_the_cpu(k, dtype):
         G, d = ops.gram(grads), ops.combine(grads, w)
         for blocks in (1, 2, 8, 16):
             steps = 32 * ((n - 1) // CHUNK // blocks + 1)
-            ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=blocks, kept_steps=steps, cluster=True)
+            ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=blocks, staged_steps=steps, cluster=True)
             assert torch.equal(torch.from_numpy(ours), G) and torch.equal(torch.from_numpy(out), d), (n, blocks)
 
 
 def test_the_persistent_path_with_more_chunks_than_slots():
     grads = gradients(2, CHUNK * 1100 + 3, torch.float32)
     w = torch.tensor([0.25, -1.5]).double()
-    ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=130, kept_steps=100)
+    ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=130, staged_steps=100)
     assert torch.equal(torch.from_numpy(ours), ops.gram(grads)) and torch.equal(torch.from_numpy(out), ops.combine(grads, w))
 
 
@@ -180,7 +180,7 @@ def test_a_block_alone_has_the_bits_of_the_cpu_per_sample(inner):
     w = torch.randn(2, len(grads), dtype=torch.float64)
     G, d = ops.gram(grads, "sample"), ops.combine(grads, w, "sample")
     for b in range(2):
-        ours, out = host.gpu_persistent([g[b : b + 1].numpy() for g in grads], w[b].numpy(), blocks=1, kept_steps=64)
+        ours, out = host.gpu_persistent([g[b : b + 1].numpy() for g in grads], w[b].numpy(), blocks=1, staged_steps=64)
         assert torch.equal(torch.from_numpy(ours), G[b]) and torch.equal(torch.from_numpy(out)[0], d[b])
 
 
@@ -189,7 +189,7 @@ def test_the_persistent_path_reads_neither_masked_rows_nor_rows_of_weight_zero(k
     grads, mask = gradients(5, 2 * CHUNK, torch.float32), torch.tensor([True, False, True, True, True])
     grads[1][:] = torch.nan
     w = torch.tensor([0.5, 3.0, 0.0, -1.0, 2.0]).double()
-    ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), mask.numpy(), blocks=2, kept_steps=kept)
+    ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), mask.numpy(), blocks=2, staged_steps=kept)
     assert torch.equal(torch.from_numpy(ours), ops.gram(grads, mask=mask))
     grads[1][:], grads[2][:] = 0, 0
     assert torch.equal(torch.from_numpy(out), ops.combine(grads, w * mask))

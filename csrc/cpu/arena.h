@@ -6,9 +6,7 @@
 #include <cstdlib>
 #include <new>
 
-#ifndef MMFAST_ISA
-#define MMFAST_ISA portable
-#endif
+#include "../isa.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {

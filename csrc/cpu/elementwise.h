@@ -16,7 +16,7 @@ struct Words {
   static MMFAST_INLINE Reg set(uint64_t x) { return _mm512_set1_epi64(static_cast<long long>(x)); }
   static MMFAST_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_epu32(a, b); }
   static MMFAST_INLINE Reg high(Reg a) { return _mm512_srli_epi64(a, 32); }
-  static MMFAST_INLINE Reg mix(Reg a, Reg b, Reg c) { return _mm512_xor_si512(_mm512_xor_si512(a, b), c); }
+  static MMFAST_INLINE Reg xor3(Reg a, Reg b, Reg c) { return _mm512_xor_si512(_mm512_xor_si512(a, b), c); }
   static MMFAST_INLINE void store(uint64_t* p, Reg a) { _mm512_storeu_si512(p, a); }
 };
 #elif defined(__AVX2__)
@@ -27,7 +27,7 @@ struct Words {
   static MMFAST_INLINE Reg set(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
   static MMFAST_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_epu32(a, b); }
   static MMFAST_INLINE Reg high(Reg a) { return _mm256_srli_epi64(a, 32); }
-  static MMFAST_INLINE Reg mix(Reg a, Reg b, Reg c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+  static MMFAST_INLINE Reg xor3(Reg a, Reg b, Reg c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
   static MMFAST_INLINE void store(uint64_t* p, Reg a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 };
 #else
@@ -38,23 +38,23 @@ struct Words {
   static MMFAST_INLINE Reg set(uint64_t x) { return x; }
   static MMFAST_INLINE Reg mul(Reg a, Reg b) { return (a & 0xffffffffull) * (b & 0xffffffffull); }
   static MMFAST_INLINE Reg high(Reg a) { return a >> 32; }
-  static MMFAST_INLINE Reg mix(Reg a, Reg b, Reg c) { return a ^ b ^ c; }
+  static MMFAST_INLINE Reg xor3(Reg a, Reg b, Reg c) { return a ^ b ^ c; }
   static MMFAST_INLINE void store(uint64_t* p, Reg a) { *p = a; }
 };
 #endif
 
-// Uniforms of the 64 elements from 64 * group on: element e takes word e / 16 of the Philox block at place e % 16 (philox.h).
+// Uniforms of the 64 elements from 64 * group on: element e takes word e / 16 of the Philox block with index 16 * group + e % 16 (philox.h).
 // 23 bits each: with the half added they are exact in single precision, and stay inside the open interval (0, 1).
-template <class Acc>
-inline void uniforms(uint64_t seed, uint32_t counter, uint64_t group, Acc* u) {
+template <class A>
+inline void uniforms(uint64_t seed, uint32_t counter, uint64_t group, A* u) {
   using W = Words;
-  constexpr int abreast = 2;  // the rounds of one register wait for each other
-  alignas(64) uint64_t place[16], out[4][16];
-  for (int i = 0; i < 16; ++i) place[i] = group * 16 + static_cast<uint64_t>(i);
-  for (int i = 0; i < 16; i += abreast * W::width) {
-    W::Reg c[abreast][4];
-    for (int n = 0; n < abreast; ++n) {
-      c[n][0] = W::load(place + i + n * W::width);
+  constexpr int interleave = 2;  // the rounds of one register wait for each other
+  alignas(64) uint64_t index[16], out[4][16];
+  for (int i = 0; i < 16; ++i) index[i] = group * 16 + static_cast<uint64_t>(i);
+  for (int i = 0; i < 16; i += interleave * W::width) {
+    W::Reg c[interleave][4];
+    for (int n = 0; n < interleave; ++n) {
+      c[n][0] = W::load(index + i + n * W::width);
       c[n][1] = W::high(c[n][0]);
       c[n][2] = W::set(0);
       c[n][3] = W::set(counter);
@@ -62,17 +62,17 @@ inline void uniforms(uint64_t seed, uint32_t counter, uint64_t group, Acc* u) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
 #pragma GCC unroll 2
-      for (int n = 0; n < abreast; ++n) {
+      for (int n = 0; n < interleave; ++n) {
         const W::Reg p0 = W::mul(W::set(0xD2511F53ull), c[n][0]), p1 = W::mul(W::set(0xCD9E8D57ull), c[n][2]);
-        c[n][0] = W::mix(W::high(p1), c[n][1], W::set(k0));
-        c[n][2] = W::mix(W::high(p0), c[n][3], W::set(k1));
+        c[n][0] = W::xor3(W::high(p1), c[n][1], W::set(k0));
+        c[n][2] = W::xor3(W::high(p0), c[n][3], W::set(k1));
         c[n][1] = p1;
         c[n][3] = p0;
       }
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    for (int n = 0; n < abreast; ++n)
+    for (int n = 0; n < interleave; ++n)
       for (int word = 0; word < 4; ++word) W::store(out[word] + i + n * W::width, c[n][word]);
   }
   for (int word = 0; word < 4; ++word)
@@ -80,140 +80,131 @@ inline void uniforms(uint64_t seed, uint32_t counter, uint64_t group, Acc* u) {
       u[word * 16 + i] = (static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(out[word][i]) >> 9)) + 0.5f) * 1.1920928955078125e-7f;
 }
 
-// f(first element, count <= 64, rows, k) over all elements in groups of 64 that do not cross a sample with its own mask.
+// f(first element, count <= 64, rows) over all elements in groups of 64 that do not cross a sample with its own mask.
 template <class T, class F>
-inline void groups(const Pool& pool, const Grads& g, const F& f) {
-  const bool apart = g.mask && g.mask_stride;
-  const int64_t samples = apart ? g.batch : 1, inner = apart ? g.inner : g.batch * g.inner;
+inline void for_each_group(const Pool& pool, const Grads& g, const F& f) {
+  const bool per_sample = g.mask && g.mask_stride;
+  const int64_t samples = per_sample ? g.batch : 1, inner = per_sample ? g.inner : g.batch * g.inner;
   const int64_t pieces = (inner + 4095) / 4096;
-  run(pool, samples * pieces, samples * inner * g.k, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, samples * pieces, samples * inner * g.k, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / pieces, from = item % pieces * 4096, to = inner - from < 4096 ? inner : from + 4096;
-      const Present<T> p(g, b, 0);
+      const PresentRows<T> present(g, b, 0);
       const int64_t first = b * inner + from, last = b * inner + to;
       for (int64_t t = first; t < last;) {
         const int64_t next = (t / 64 + 1) * 64 < last ? (t / 64 + 1) * 64 : last;
-        f(t, static_cast<int>(next - t), p);
+        f(t, static_cast<int>(next - t), present);
         t = next;
       }
     }
   });
 }
 
-template <class T>
-inline void load_some(const T* row, int count, typename Stored<T>::Vec::Acc* x) {
-  using V = typename Stored<T>::Vec;
-  int t = 0;
-  for (; t + V::width <= count; t += V::width) V::store(x + t, V::load(row + t));
-  for (; t < count; ++t) read(row + t, x + t);
-}
-
 inline void graddrop(const Pool& pool, const Grads& g, const ElementwiseArgs& a, void* out) {
-  with_type(g.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    using V = typename Stored<T>::Vec;
-    using Acc = typename V::Acc;
-    typedef Acc Lanes __attribute__((vector_size(V::width * sizeof(Acc))));  // a V::Reg that can be compared and divided
-    constexpr int kAbreast = 4, kAtOnce = kAbreast * V::width;  // one register alone would wait for its division
-    const Lanes none = {}, one = none + 1, low = none + static_cast<Acc>(a.leak);
-    groups<T>(pool, g, [&](int64_t first, int count, const Present<T>& p) {
-      alignas(64) Acc draw[128], kept[64];
+  with_type(g.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using V = Vec<T>;
+    using A = Acc<T>;
+    typedef A Lanes __attribute__((vector_size(V::width * sizeof(A))));  // a V::Reg that can be compared and divided
+    constexpr int kInterleave = 4, kTile = kInterleave * V::width;  // one register alone would wait for its division
+    const Lanes zero = {}, one = zero + 1, leak = zero + static_cast<A>(a.leak);
+    for_each_group<T>(pool, g, [&](int64_t first, int count, const PresentRows<T>& present) {
+      alignas(64) A draw[128], result[64];
       uniforms(a.seed, a.counter, static_cast<uint64_t>(first / 64), draw);
-      if (first % 64) std::memcpy(draw + 64, draw, 64 * sizeof(Acc));
-      for (int t = 0; t < count; t += kAtOnce) {
+      if (first % 64) std::memcpy(draw + 64, draw, 64 * sizeof(A));
+      for (int t = 0; t < count; t += kTile) {
         auto load = [&](int i, Lanes* x) {
-          const T* row = p.rows[i] + first + t;
-          if (t + kAtOnce <= count) {
+          const T* row = present.rows[i] + first + t;
+          if (t + kTile <= count) {
 #pragma GCC unroll 4
-            for (int n = 0; n < kAbreast; ++n) {
+            for (int n = 0; n < kInterleave; ++n) {
               const typename V::Reg whole = V::load(row + n * V::width);
               std::memcpy(x + n, &whole, sizeof whole);
             }
           } else {
-            Acc some[kAtOnce];
-            for (Acc& value : some) value = 0;
-            load_some(row, count - t, some);
-            for (int n = 0; n < kAbreast; ++n) std::memcpy(x + n, some + n * V::width, sizeof *x);
+            A rest[kTile] = {};
+            load_row(row, count - t, rest);
+            for (int n = 0; n < kInterleave; ++n) std::memcpy(x + n, rest + n * V::width, sizeof *x);
           }
         };
-        Lanes x[kAbreast], sum[kAbreast], size[kAbreast], keep[kAbreast], positive[kAbreast], negative[kAbreast];
+        Lanes x[kInterleave], sum[kInterleave], abs_sum[kInterleave], kept_sum[kInterleave], positive[kInterleave], negative[kInterleave];
 #pragma GCC unroll 4
-        for (int n = 0; n < kAbreast; ++n) sum[n] = size[n] = keep[n] = none;
-        for (int i = 0; i < p.k; ++i) {
+        for (int n = 0; n < kInterleave; ++n) sum[n] = abs_sum[n] = kept_sum[n] = zero;
+        for (int i = 0; i < present.k; ++i) {
           load(i, x);
 #pragma GCC unroll 4
-          for (int n = 0; n < kAbreast; ++n) {
+          for (int n = 0; n < kInterleave; ++n) {
             sum[n] += x[n];
-            size[n] += x[n] > 0 ? x[n] : none - x[n];
+            abs_sum[n] += x[n] > 0 ? x[n] : zero - x[n];
           }
         }
 #pragma GCC unroll 4
-        for (int n = 0; n < kAbreast; ++n) {  // the share of a positive and of a negative element that is let through
-          const Lanes purity = Acc(0.5) * (Acc(1) + sum[n] / size[n]);
+        for (int n = 0; n < kInterleave; ++n) {  // the share of a positive and of a negative element that is let through
+          const Lanes purity = A(0.5) * (A(1) + sum[n] / abs_sum[n]);
           Lanes u;
           std::memcpy(&u, draw + first % 64 + t + n * V::width, sizeof u);
-          positive[n] = purity > u ? one : low;
-          negative[n] = purity < u ? one : low;
+          positive[n] = purity > u ? one : leak;
+          negative[n] = purity < u ? one : leak;
         }
-        for (int i = 0; i < p.k; ++i) {
+        for (int i = 0; i < present.k; ++i) {
           load(i, x);
 #pragma GCC unroll 4
-          for (int n = 0; n < kAbreast; ++n) keep[n] += (x[n] > 0 ? positive[n] : negative[n]) * x[n];
+          for (int n = 0; n < kInterleave; ++n) kept_sum[n] += (x[n] > 0 ? positive[n] : negative[n]) * x[n];
         }
 #pragma GCC unroll 4
-        for (int n = 0; n < kAbreast; ++n) {
-          keep[n] += Acc(0) * size[n];  // a non-finite element stays one
-          std::memcpy(kept + t + n * V::width, keep + n, sizeof *keep);
+        for (int n = 0; n < kInterleave; ++n) {
+          kept_sum[n] += A(0) * abs_sum[n];  // a non-finite element stays one
+          std::memcpy(result + t + n * V::width, kept_sum + n, sizeof *kept_sum);
         }
       }
-      T* to = static_cast<T*>(out) + first;
-      for (int t = 0; t < count; ++t) write(to + t, kept[t]);
+      store_row(result, count, static_cast<T*>(out) + first);
     });
   });
 }
 
 inline void trimmed_mean(const Pool& pool, const Grads& all, const ElementwiseArgs& a, void* out) {
-  with_type(all.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    using V = typename Stored<T>::Vec;
-    using Acc = typename V::Acc;
+  with_type(all.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using V = Vec<T>;
+    using A = Acc<T>;
     Arena outer;
-    double* present = outer.take<double>(static_cast<int64_t>(all.K) * all.K);
-    presence<T>(all, 0, all.batch, present);
+    double* nonzero = outer.take<double>(static_cast<int64_t>(all.K) * all.K);
+    presence<T>(all, 0, all.batch, nonzero);
     Grads g = all;  // a row of zeros is a missing row
     const void* rows[kMaxRows];
-    int places[kMaxRows];
+    int row_index[kMaxRows];
     g.rows = rows;
-    g.places = places;
+    g.row_index = row_index;
     g.k = 0;
     for (int i = 0; i < all.k; ++i)
-      if (present[static_cast<int64_t>(all.places[i]) * (all.K + 1)] != 0.0) {
+      if (nonzero[static_cast<int64_t>(all.row_index[i]) * (all.K + 1)] != 0.0) {
         rows[g.k] = all.rows[i];
-        places[g.k++] = all.places[i];
+        row_index[g.k++] = all.row_index[i];
       }
-    groups<T>(pool, g, [&](int64_t first, int count, const Present<T>& p) {
+    for_each_group<T>(pool, g, [&](int64_t first, int count, const PresentRows<T>& present) {
       Arena arena;
-      Acc* x = arena.take<Acc>(static_cast<int64_t>(p.k) * 64);
+      const int k = present.k;
+      A* x = arena.take<A>(static_cast<int64_t>(k) * 64);
       T* to = static_cast<T*>(out) + first;
-      if (p.k == 0) {
-        for (int t = 0; t < count; ++t) write(to + t, Acc(0));
+      if (k == 0) {
+        for (int t = 0; t < count; ++t) store_acc(to + t, A(0));
         return;
       }
-      for (int i = 0; i < p.k; ++i) {
+      for (int i = 0; i < k; ++i) {
         for (int t = count; t < 64; ++t) x[i * 64 + t] = 0;
-        load_some(p.rows[i] + first, count, x + i * 64);
+        load_row(present.rows[i] + first, count, x + i * 64);
       }
-      const int trim = a.trim < (p.k - 1) / 2 ? a.trim : (p.k - 1) / 2, kept = p.k - 2 * trim;
-      const Acc scale = Acc(1) / static_cast<Acc>(kept);
-      alignas(64) Acc mean[64];
+      const int max_trim = (k - 1) / 2, trim = a.trim < max_trim ? a.trim : max_trim;
+      const A scale = A(1) / static_cast<A>(k - 2 * trim);
+      alignas(64) A mean[64];
       for (int t = 0; t < count; t += V::width) {
-        Acc* column = x + t;
-        typename V::Reg finite = V::zero();
-        for (int i = 0; i < p.k; ++i) finite = V::fma(V::zero(), V::load(column + i * 64), finite);
+        A* column = x + t;
+        typename V::Reg zero = V::zero();  // or NaN where an element is not finite
+        for (int i = 0; i < k; ++i) zero = V::fma(V::zero(), V::load(column + i * 64), zero);
         // `trim` bubbles bring the smallest to the front, as many the largest to the end
         for (int r = 0; r < trim; ++r) {
-          typename V::Reg least = V::load(column + (p.k - 1) * 64);
-          for (int i = p.k - 2; i >= r; --i) {
+          typename V::Reg least = V::load(column + (k - 1) * 64);
+          for (int i = k - 2; i >= r; --i) {
             const typename V::Reg other = V::load(column + i * 64);
             V::store(column + (i + 1) * 64, V::max(least, other));
             least = V::min(least, other);
@@ -222,18 +213,18 @@ inline void trimmed_mean(const Pool& pool, const Grads& all, const ElementwiseAr
         }
         for (int r = 0; r < trim; ++r) {
           typename V::Reg most = V::load(column + trim * 64);
-          for (int i = trim + 1; i < p.k - r; ++i) {
+          for (int i = trim + 1; i < k - r; ++i) {
             const typename V::Reg other = V::load(column + i * 64);
             V::store(column + (i - 1) * 64, V::min(most, other));
             most = V::max(most, other);
           }
-          V::store(column + (p.k - 1 - r) * 64, most);
+          V::store(column + (k - 1 - r) * 64, most);
         }
-        typename V::Reg sum = finite;
-        for (int i = trim; i < p.k - trim; ++i) sum = V::add(sum, V::load(column + i * 64));
+        typename V::Reg sum = zero;
+        for (int i = trim; i < k - trim; ++i) sum = V::add(sum, V::load(column + i * 64));
         V::store(mean + t, V::mul(sum, V::set(scale)));
       }
-      for (int t = 0; t < count; ++t) write(to + t, mean[t]);
+      store_row(mean, count, to);
     });
   });
 }

@@ -10,24 +10,25 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-// Chunks read side by side, far apart where they may be: one or two rows alone are too few streams from memory, and too few chains.
+// Chunks whose sums are interleaved, far apart where they may be: one or two rows alone are too few streams from memory, and too few chains.
 template <int k>
-constexpr int kAbreast = k == 1 ? 4 : k == 2 ? 2 : 1;
+constexpr int kInterleave = k == 1 ? 4 : k == 2 ? 2 : 1;
 
-// All pairs of k rows in one sweep, of `abreast` chunks at once; `parts` parts of a step at a time, as many as have room in registers.
+// All pairs of k rows in one sweep, of `interleave` chunks at once; `parts` parts of a step at a time, as many as have room in registers.
 // Rows are T, converted on the way; those of chunk u stand at rows[u * k], its lanes at lanes[u * pairs].
-template <class T, int k, int abreast, class V>
-inline void triangle(const T* const* rows, int steps, typename V::Acc* lanes) {
-  constexpr int L = V::width * V::parts, P = k * (k + 1) / 2, parts = abreast * P * V::parts <= 12 ? V::parts : 1;
-  const T* p[abreast * k];
-  for (int i = 0; i < abreast * k; ++i) p[i] = rows[i];
+template <class T, int k, int interleave>
+inline void triangle(const T* const* rows, int steps, Acc<T>* lanes) {
+  using V = Vec<T>;
+  constexpr int L = V::width * V::parts, P = k * (k + 1) / 2, parts = interleave * P * V::parts <= 12 ? V::parts : 1;
+  const T* p[interleave * k];
+  for (int i = 0; i < interleave * k; ++i) p[i] = rows[i];
   for (int part = 0; part < V::parts; part += parts) {
-    typename V::Reg acc[abreast * parts * P];
+    typename V::Reg acc[interleave * parts * P];
 #pragma GCC unroll 32
-    for (int e = 0; e < abreast * parts * P; ++e) acc[e] = V::zero();
+    for (int e = 0; e < interleave * parts * P; ++e) acc[e] = V::zero();
     for (int64_t t = part * V::width; t < static_cast<int64_t>(steps) * L; t += L)
 #pragma GCC unroll 8
-      for (int u = 0; u < abreast * parts; ++u) {
+      for (int u = 0; u < interleave * parts; ++u) {
         typename V::Reg x[k];
 #pragma GCC unroll 8
         for (int i = 0; i < k; ++i) x[i] = V::load(p[u / parts * k + i] + t + u % parts * V::width);
@@ -40,87 +41,82 @@ inline void triangle(const T* const* rows, int steps, typename V::Acc* lanes) {
           }
       }
 #pragma GCC unroll 32
-    for (int e = 0; e < abreast * parts * P; ++e) {
-      typename V::Acc* to = lanes + (e / (parts * P) * P + e % P) * L + (part + e / P % parts) * V::width;
+    for (int e = 0; e < interleave * parts * P; ++e) {
+      Acc<T>* to = lanes + (e / (parts * P) * P + e % P) * L + (part + e / P % parts) * V::width;
       V::store(to, V::add(V::load(to), acc[e]));
     }
   }
 }
 
-// Elements [begin, end) of a row as whole steps of accumulator numbers, zeros behind the end.
+// Elements [begin, end) of a row as whole steps of accumulators, zeros behind the end.
 template <class T>
-inline void pack(const T* row, int64_t begin, int64_t end, int steps, typename Stored<T>::Vec::Acc* out) {
-  using V = typename Stored<T>::Vec;
-  const int64_t n = end - begin;
-  int64_t t = 0;
-  for (; t + V::width <= n; t += V::width) V::store(out + t, V::load(row + begin + t));
-  for (; t < n; ++t) read(row + begin + t, out + t);
-  for (; t < static_cast<int64_t>(steps) * kStep<T>; ++t) out[t] = 0;
+inline void pack(const T* row, int64_t begin, int64_t end, int steps, Acc<T>* out) {
+  load_row(row + begin, end - begin, out);
+  for (int64_t t = end - begin; t < static_cast<int64_t>(steps) * kLanes<T>; ++t) out[t] = 0;
 }
 
-// Adds the Gramians of `abreast` chunks from `chunk` on, `apart` from each other; all of them are whole if there are several.
-template <class T, int k, int abreast, class AccOf>
-inline void chunk_triangle(const T* const* rows, int64_t n, int64_t chunk, int64_t apart, const AccOf& acc_of) {
-  using V = typename Stored<T>::Vec;
-  using Acc = typename V::Acc;
-  constexpr int L = kStep<T>, P = k * (k + 1) / 2, kStretch = kSubSteps * L;
-  alignas(64) Acc lanes[abreast * P * L] = {};
+// Adds the Gramians of `interleave` chunks from `chunk` on, `chunk_stride` from each other; all of them are whole if there are several.
+template <class T, int k, int interleave, class SlotOf>
+inline void chunk_triangle(const T* const* rows, int64_t n, int64_t chunk, int64_t chunk_stride, const SlotOf& slot_of) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<T>, P = k * (k + 1) / 2, kStretch = kSubSteps * L;
+  alignas(64) A lanes[interleave * P * L] = {};
   const int64_t begin = chunk * kChunk, end = begin + kChunk < n ? begin + kChunk : n;
   for (int64_t s = begin; s < end; s += kStretch) {
     const int64_t stop = end - s < kStretch ? end : s + kStretch;
     const int steps = static_cast<int>((stop - s + L - 1) / L);
     if (stop - s == static_cast<int64_t>(steps) * L) {
-      const T* at[abreast * k];
-      for (int i = 0; i < abreast * k; ++i) at[i] = rows[i % k] + s + i / k * apart * kChunk;
-      triangle<T, k, abreast, V>(at, steps, lanes);
+      const T* stretch_rows[interleave * k];
+      for (int i = 0; i < interleave * k; ++i) stretch_rows[i] = rows[i % k] + s + i / k * chunk_stride * kChunk;
+      triangle<T, k, interleave>(stretch_rows, steps, lanes);
     } else {  // the last step of a row is not whole
-      alignas(64) Acc packed[k * kStretch];
-      const Acc* at[k];
+      alignas(64) A packed[k * kStretch];
+      const A* packed_rows[k];
       for (int i = 0; i < k; ++i) {
         pack(rows[i], s, stop, steps, packed + i * kStretch);
-        at[i] = packed + i * kStretch;
+        packed_rows[i] = packed + i * kStretch;
       }
-      triangle<Acc, k, 1, V>(at, steps, lanes);
+      triangle<A, k, 1>(packed_rows, steps, lanes);
     }
   }
-  for (int u = 0; u < abreast; ++u) {
-    double* out = acc_of(chunk + u * apart);
-    for (int e = 0; e < P; ++e) out[e] += fold(lanes + (u * P + e) * L);
+  for (int u = 0; u < interleave; ++u) {
+    double* slot = slot_of(chunk + u * chunk_stride);
+    for (int e = 0; e < P; ++e) slot[e] += reduce_lanes(lanes + (u * P + e) * L);
   }
 }
 
-template <class T, int k, class AccOf>
-inline void chunks_triangle(const T* const* rows, int64_t n, int64_t first, int64_t last, bool by_slots, const AccOf& acc_of) {
-  constexpr int abreast = kAbreast<k>;
+template <class T, int k, class SlotOf>
+inline void chunks_triangle(const T* const* rows, int64_t n, int64_t first, int64_t last, bool by_slots, const SlotOf& slot_of) {
+  constexpr int interleave = kInterleave<k>;
   const int64_t whole = last * kChunk <= n ? last : n / kChunk, group = by_slots ? group_size((n + kChunk - 1) / kChunk) : 1;
   // chunks of one slot come in order, so streams that begin at different slots may run side by side; next to each other they would all stop
   // and begin anew every few pages, which takes a fifth of the time where memory is fast
-  if (const int64_t apart = by_slots && abreast > 1 ? (whole - first) / (abreast * group) * group : 0) {
-    for (int64_t i = 0; i < apart; ++i) chunk_triangle<T, k, abreast>(rows, n, first + i, apart, acc_of);
-    first += abreast * apart;
+  if (const int64_t chunk_stride = by_slots && interleave > 1 ? (whole - first) / (interleave * group) * group : 0) {
+    for (int64_t i = 0; i < chunk_stride; ++i) chunk_triangle<T, k, interleave>(rows, n, first + i, chunk_stride, slot_of);
+    first += interleave * chunk_stride;
   }
-  for (; abreast > 1 && first + abreast <= whole; first += abreast) chunk_triangle<T, k, abreast>(rows, n, first, 1, acc_of);
-  for (; first < last; ++first) chunk_triangle<T, k, 1>(rows, n, first, 1, acc_of);
+  for (; interleave > 1 && first + interleave <= whole; first += interleave) chunk_triangle<T, k, interleave>(rows, n, first, 1, slot_of);
+  for (; first < last; ++first) chunk_triangle<T, k, 1>(rows, n, first, 1, slot_of);
 }
 
-// Adds the Gramians of chunks [first, last) of k rows of n elements; acc_of(chunk) says where to. They come in order, or by_slots: in order inside
+// Adds the Gramians of chunks [first, last) of k rows of n elements; slot_of(chunk) says where to. They come in order, or by_slots: in order inside
 // each slot, with whole slots in the range.
-template <class T, class AccOf>
-inline void gram_chunks(const T* const* rows, int k, int64_t n, int64_t first, int64_t last, bool by_slots, const AccOf& acc_of) {
+template <class T, class SlotOf>
+inline void gram_chunks(const T* const* rows, int k, int64_t n, int64_t first, int64_t last, bool by_slots, const SlotOf& slot_of) {
   switch (k) {
-    case 1: return chunks_triangle<T, 1>(rows, n, first, last, by_slots, acc_of);
-    case 2: return chunks_triangle<T, 2>(rows, n, first, last, by_slots, acc_of);
-    case 3: return chunks_triangle<T, 3>(rows, n, first, last, by_slots, acc_of);
-    case 4: return chunks_triangle<T, 4>(rows, n, first, last, by_slots, acc_of);
+    case 1: return chunks_triangle<T, 1>(rows, n, first, last, by_slots, slot_of);
+    case 2: return chunks_triangle<T, 2>(rows, n, first, last, by_slots, slot_of);
+    case 3: return chunks_triangle<T, 3>(rows, n, first, last, by_slots, slot_of);
+    case 4: return chunks_triangle<T, 4>(rows, n, first, last, by_slots, slot_of);
 #if defined(__AVX512F__)
-    case 5: return chunks_triangle<T, 5>(rows, n, first, last, by_slots, acc_of);
-    case 6: return chunks_triangle<T, 6>(rows, n, first, last, by_slots, acc_of);
+    case 5: return chunks_triangle<T, 5>(rows, n, first, last, by_slots, slot_of);
+    case 6: return chunks_triangle<T, 6>(rows, n, first, last, by_slots, slot_of);
 #endif
-    default: return gram_panels(rows, k, n, first, last, acc_of);
+    default: return gram_panels(rows, k, n, first, last, slot_of);
   }
 }
 
-// Sums units 0..units-1 in the order of gramian.h; range(first, last, by_slots, acc_of) adds those of unit u to acc_of(u), in order, or by_slots
+// Sums units 0..units-1 in the order of gramian.h; range(first, last, by_slots, slot_of) adds those of unit u to slot_of(u), in order, or by_slots
 // as gram_chunks says. `work` decides whether threads pay.
 template <class Range>
 inline void sum_units(const Pool& pool, int64_t units, int64_t work, int64_t pairs, const Range& range, double* total) {
@@ -147,36 +143,36 @@ inline void sum_units(const Pool& pool, int64_t units, int64_t work, int64_t pai
     add(slot);
     return;
   }
-  double* all = arena.take<double>(slots * pairs);
+  double* sums = arena.take<double>(slots * pairs);
   auto part = [&](int64_t begin, int64_t end) {
     range(begin * group, end * group < units ? end * group : units, true, [&](int64_t u) {
-      double* slot = all + u / group * pairs;
+      double* slot = sums + u / group * pairs;
       return u % group == 0 ? clear(slot) : slot;
     });
   };
-  run(pool, slots, work, part);
-  for (int64_t s = 0; s < slots; ++s) add(all + s * pairs);
+  parallel_for(pool, slots, work, part);
+  for (int64_t s = 0; s < slots; ++s) add(sums + s * pairs);
 }
 
 template <class T>
 inline void gram_rows(const Pool& pool, const T* const* rows, int k, int64_t n, double* total) {
   sum_units(
       pool, (n + kChunk - 1) / kChunk, n * k, pair_count(k),
-      [&](int64_t first, int64_t last, bool by_slots, const auto& acc_of) {
-        if (k > 0 && first < last) gram_chunks<T>(rows, k, n, first, last, by_slots, acc_of);
+      [&](int64_t first, int64_t last, bool by_slots, const auto& slot_of) {
+        if (k > 0 && first < last) gram_chunks<T>(rows, k, n, first, last, by_slots, slot_of);
       },
       total);
 }
 
-// Pairs of the k rows at places[] to the full symmetric G [K, K]; the other rows and columns become zero.
-inline void spread(const double* pairs, int k, const int* places, int K, double* G) {
+// Pairs of the k rows row_index[] to the full symmetric G [K, K]; the other rows and columns become zero.
+inline void scatter_pairs(const double* pairs, int k, const int* row_index, int K, double* G) {
   if (k < K)
     for (int64_t e = 0; e < static_cast<int64_t>(K) * K; ++e) G[e] = 0.0;
   for (int i = 0; i < k; ++i)
     for (int j = i; j < k; ++j) {
       const double g = pairs[pair_index(k, i, j)];
-      G[static_cast<int64_t>(places[i]) * K + places[j]] = g;
-      G[static_cast<int64_t>(places[j]) * K + places[i]] = g;
+      G[static_cast<int64_t>(row_index[i]) * K + row_index[j]] = g;
+      G[static_cast<int64_t>(row_index[j]) * K + row_index[i]] = g;
     }
 }
 

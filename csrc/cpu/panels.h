@@ -17,61 +17,63 @@ constexpr int kTileRows = 6, kTileCols = 4;  // 24 accumulators, 6 rows and a co
 #else
 constexpr int kTileRows = 3, kTileCols = 4;  // 12 accumulators, 3 rows and a column in 16 registers
 #endif
-constexpr int kRound = 4;  // steps that a tile's loop takes at once
+constexpr int kTileUnroll = 4;  // steps that a tile's loop takes at once
 
 // From one packed row to the next: a register of padding lets rows of odd and even number begin in different halves of a cache line,
 // for two loads of the same half would wait for each other.
 template <class V>
 constexpr int kPackedRow = (kSubSteps * V::parts + 1) * V::width;
 
-// Where the rows of a stretch stand. A part of a tile fetches one of `pieces` pieces of a row, of the row `ahead` places behind its own.
+// Where the rows of a stretch stand: elements from one step, or part of all steps, to the next. A part of a tile prefetches one of `pieces` pieces of a
+// row, of the row `ahead` behind its own.
 // Packed: part after part; a row has to be there when it is copied.
 template <class V>
-struct Packed {
-  static constexpr int step = V::width, part = kSubSteps * V::width, pieces = V::parts == 1 ? 1 : 4, ahead = 2;
+struct PackedRows {
+  static constexpr int step_stride = V::width, part_stride = kSubSteps * V::width, pieces = V::parts == 1 ? 1 : 4, ahead = 2;
   const typename V::Acc* first;
-  MMFAST_INLINE Packed from(int i) const { return {first + i * kPackedRow<V>}; }
+  MMFAST_INLINE PackedRows from(int i) const { return {first + i * kPackedRow<V>}; }
   MMFAST_INLINE const typename V::Acc* operator[](int i) const { return first + i * kPackedRow<V>; }
 };
 // Few enough to be read where they are, and to be fetched as fast as they are read.
 template <class V>
-struct InPlace {
-  static constexpr int step = V::width * V::parts, part = V::width, pieces = 1, ahead = 0;
+struct InPlaceRows {
+  static constexpr int step_stride = V::width * V::parts, part_stride = V::width, pieces = 1, ahead = 0;
   const typename V::Acc* const* rows;
   int64_t begin;
-  MMFAST_INLINE InPlace from(int i) const { return {rows + i, begin}; }
+  MMFAST_INLINE InPlaceRows from(int i) const { return {rows + i, begin}; }
   MMFAST_INLINE const typename V::Acc* operator[](int i) const { return rows[i] + begin; }
 };
-constexpr int kInPlace = 10;
+constexpr int kMaxInPlaceRows = 10;
 
-// What a tile does besides, while the multipliers are busy: fetches a piece of a row per part and, if it copies, packs a row.
+// What a tile does besides, while the multipliers are busy: prefetches a piece of a row per part and, if it packs, copies a row.
 template <class T>
-struct Chore {
-  const T *fetch[Stored<T>::Vec::parts], *from;
-  typename Stored<T>::Vec::Acc* to = nullptr;
+struct SideWork {
+  const T *prefetch[Vec<T>::parts], *pack_from;
+  Acc<T>* pack_to = nullptr;
 };
 
 // The pairs of R rows with C others, or with themselves when C is 0; lanes of the pairs stand one after the other.
 // The first chain of a chunk starts the lane sums, the others add to them.
-template <class T, int R, int C, bool copies, class Rows, class V = typename Stored<T>::Vec>
-void tile(Rows rows, Rows columns, int rounds, bool first, const Chore<T>& chore, typename V::Acc* lanes) {
-  constexpr int L = kStep<T>, P = C ? R * C : R * (R + 1) / 2;
-  const typename V::Acc *a[R], *b[C ? C : 1];
+template <class T, int R, int C, bool packs, class Rows>
+void tile(Rows rows, Rows columns, int iterations, bool first, const SideWork<T>& side, Acc<T>* lanes) {
+  using V = Vec<T>;
+  constexpr int L = kLanes<T>, P = C ? R * C : R * (R + 1) / 2, stride = Rows::step_stride;
+  const Acc<T>*a[R], *b[C ? C : 1];
   for (int i = 0; i < R; ++i) a[i] = rows[i];
   for (int j = 0; j < C; ++j) b[j] = columns[j];
-  typename V::Acc* to = chore.to;
+  Acc<T>* pack_to = side.pack_to;
   for (int part = 0; part < V::parts; ++part, lanes += V::width) {
     typename V::Reg acc[P];
 #pragma GCC unroll 32
     for (int e = 0; e < P; ++e) acc[e] = V::zero();
-    const T *fetch = chore.fetch[part], *from = chore.from + part * V::width;
-    const int64_t begin = part * Rows::part, end = begin + static_cast<int64_t>(rounds) * (kRound * Rows::step);
-    for (int64_t round = begin; round < end; round += kRound * Rows::step) {
+    const T *prefetch = side.prefetch[part], *pack_from = side.pack_from + part * V::width;
+    const int64_t begin = part * Rows::part_stride, end = begin + static_cast<int64_t>(iterations) * (kTileUnroll * stride);
+    for (int64_t base = begin; base < end; base += kTileUnroll * stride) {
 #pragma GCC unroll 4
-      for (int u = 0; u < kRound; ++u) {
-        const int64_t t = round + u * Rows::step;
-        if (u % Rows::pieces == 0) __builtin_prefetch(fetch + u / Rows::pieces * L, 0, 2);
-        if constexpr (copies) V::store(to + u * V::width, V::load(from + u * L));
+      for (int u = 0; u < kTileUnroll; ++u) {
+        const int64_t t = base + u * stride;
+        if (u % Rows::pieces == 0) __builtin_prefetch(prefetch + u / Rows::pieces * L, 0, 2);
+        if constexpr (packs) V::store(pack_to + u * V::width, V::load(pack_from + u * L));
         typename V::Reg x[R];
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) x[i] = V::load(a[i] + t);
@@ -92,10 +94,10 @@ void tile(Rows rows, Rows columns, int rounds, bool first, const Chore<T>& chore
           }
         }
       }
-      fetch += kRound / Rows::pieces * L;
-      if constexpr (copies) {
-        from += kRound * L;
-        to += kRound * V::width;
+      prefetch += kTileUnroll / Rows::pieces * L;
+      if constexpr (packs) {
+        pack_from += kTileUnroll * L;
+        pack_to += kTileUnroll * V::width;
       }
     }
 #pragma GCC unroll 32
@@ -103,33 +105,33 @@ void tile(Rows rows, Rows columns, int rounds, bool first, const Chore<T>& chore
   }
 }
 
-// The tiles of all shapes, [R - 1][C][copies].
+// The tiles of all shapes, [R - 1][C][packs].
 template <class T, class Rows>
-struct TileRuns {
-  using Run = void (*)(Rows, Rows, int, bool, const Chore<T>&, typename Stored<T>::Vec::Acc*);
-  Run run[kTileRows][kTileCols + 1][2];
+struct TileKernels {
+  using Kernel = void (*)(Rows, Rows, int, bool, const SideWork<T>&, Acc<T>*);
+  Kernel kernel[kTileRows][kTileCols + 1][2];
   template <int R, int C>
   constexpr void set() {
-    run[R - 1][C][0] = tile<T, R, C, false, Rows>;
-    run[R - 1][C][1] = tile<T, R, C, true, Rows>;
+    kernel[R - 1][C][0] = tile<T, R, C, false, Rows>;
+    kernel[R - 1][C][1] = tile<T, R, C, true, Rows>;
     if constexpr (C < kTileCols) set<R, C + 1>();
     else if constexpr (R < kTileRows) set<R + 1, 0>();
   }
-  constexpr TileRuns() : run() { set<1, 0>(); }
+  constexpr TileKernels() : kernel() { set<1, 0>(); }
 };
 template <class T, class Rows>
-constexpr TileRuns<T, Rows> kTileRuns;
+constexpr TileKernels<T, Rows> kTileKernels;
 
 // A tile of a stretch: its first row and column among the stretch's rows, its shape, where its lanes begin, and the first piece it
-// fetches and the first row it packs of the next stretch; those of the tile behind it are where it stops.
+// prefetches and the first row it packs of the next stretch; those of the tile behind it are where it stops.
 struct Tile {
-  int row, column, R, C, lanes, fetch, pack;
+  int row, column, R, C, lanes, prefetch, pack;
 };
 constexpr int kMaxTiles = (kPanel / kTileRows + 1) * (kPanel / kTileCols + 1);
 
 // Cuts the pairs of rows 0..na-1 with themselves (nb = 0), or with the nb rows behind them, into tiles. Two strips of rows take turns
 // at the columns, so that those come half as often from the second cache.
-inline int cut(int na, int nb, int L, Tile* tiles) {
+inline int cut_tiles(int na, int nb, int L, Tile* tiles) {
   int count = 0, lanes = 0;
   auto add = [&](int row, int column, int R, int C) {
     tiles[count++] = {row, column, R, C, lanes, 0, 0};
@@ -156,67 +158,64 @@ inline int cut(int na, int nb, int L, Tile* tiles) {
 }
 
 // Shares out what is to be done for the next stretch.
-inline void assign(Tile* tiles, int count, int fetches, int packs) {
+inline void assign_side_work(Tile* tiles, int count, int prefetches, int packs) {
   for (int i = 0; i <= count; ++i) {
-    tiles[i].fetch = fetches * i / count;
+    tiles[i].prefetch = prefetches * i / count;
     tiles[i].pack = packs * i / count;
   }
 }
 
-// The parts of a row of `length` numbers, and zeros up to a whole round behind its end.
+// The parts of a row of `length` elements, and zeros up to a whole iteration behind its end.
 template <class T>
-inline void pack_row(const T* row, int64_t length, typename Stored<T>::Vec::Acc* out) {
-  using V = typename Stored<T>::Vec;
-  constexpr int64_t L = kStep<T>, R = kRound * L;
-  const int64_t padded = (length + R - 1) / R * R;
+inline void pack_row(const T* row, int64_t length, Acc<T>* out) {
+  using V = Vec<T>;
+  constexpr int64_t L = kLanes<T>, kIteration = kTileUnroll * L;
+  const int64_t padded = (length + kIteration - 1) / kIteration * kIteration;
   for (int part = 0; part < V::parts; ++part, out += kSubSteps * V::width) {
-    typename V::Acc* to = out;
+    Acc<T>* to = out;
     int64_t t = part * V::width;
     for (; t + V::width <= length; t += L, to += V::width) V::store(to, V::load(row + t));
     for (; t < padded; t += L)
-      for (int lane = 0; lane < V::width; ++lane, ++to) {
-        *to = 0;
-        if (t + lane < length) read(row + t + lane, to);
-      }
+      for (int lane = 0; lane < V::width; ++lane, ++to) *to = t + lane < length ? load_acc(row + t + lane) : 0;
   }
 }
 
 // The stretch behind the one that is worked off.
 template <class T>
-struct Next {
-  using V = typename Stored<T>::Vec;
-  const T* rows[2 * kPanel + Packed<V>::ahead];  // its rows, from where it begins; then the first ones of the stretch behind it
+struct NextStretch {
+  const T* rows[2 * kPanel + PackedRows<Vec<T>>::ahead];  // its rows, from where it begins; then the first ones of the stretch behind it
   int count, packs;                              // how many rows, and how many of them are to be packed
   bool whole;                                    // both stretches have all their steps: a tile can copy a row
   int64_t length;
-  typename V::Acc* packed;
+  Acc<T>* packed;
 };
 
-template <class T, class Rows, class V = typename Stored<T>::Vec>
-inline void run_tiles(const Tile* tiles, int count, Rows rows, int steps, bool first, const Next<T>& next, typename V::Acc* lanes) {
-  const int rounds = (steps + kRound - 1) / kRound;
-  constexpr unsigned kPiece = kSubSteps * kStep<T> / Rows::pieces;
+template <class T, class Rows>
+inline void run_tiles(const Tile* tiles, int count, Rows rows, int steps, bool first, const NextStretch<T>& next, Acc<T>* lanes) {
+  using V = Vec<T>;
+  const int iterations = (steps + kTileUnroll - 1) / kTileUnroll;
+  constexpr unsigned kPiece = kSubSteps * kLanes<T> / Rows::pieces;
   auto piece = [&](unsigned i) { return next.rows[Rows::ahead + i / Rows::pieces] + i % Rows::pieces * kPiece; };
   for (const Tile* t = tiles; t < tiles + count; ++t) {
-    Chore<T> chore;
-    int fetch = t->fetch, pack = t->pack;
-    for (int part = 0; part < V::parts; ++part) chore.fetch[part] = piece(fetch < t[1].fetch ? fetch++ : 0);
-    for (; fetch < t[1].fetch; ++fetch)  // more than its loop has room for
-      for (unsigned e = 0; e < kPiece; e += kStep<T>) __builtin_prefetch(piece(fetch) + e, 0, 2);
-    chore.from = next.rows[pack];
-    if (pack < t[1].pack && next.whole) chore.to = next.packed + pack++ * kPackedRow<V>;
+    SideWork<T> side;
+    int prefetch = t->prefetch, pack = t->pack;
+    for (int part = 0; part < V::parts; ++part) side.prefetch[part] = piece(prefetch < t[1].prefetch ? prefetch++ : 0);
+    for (; prefetch < t[1].prefetch; ++prefetch)  // more than its loop has room for
+      for (unsigned e = 0; e < kPiece; e += kLanes<T>) __builtin_prefetch(piece(prefetch) + e, 0, 2);
+    side.pack_from = next.rows[pack];
+    if (pack < t[1].pack && next.whole) side.pack_to = next.packed + pack++ * kPackedRow<V>;
     for (; pack < t[1].pack; ++pack) pack_row(next.rows[pack], next.length, next.packed + pack * kPackedRow<V>);
-    kTileRuns<T, Rows>.run[t->R - 1][t->C][chore.to != nullptr](rows.from(t->row), rows.from(t->column), rounds, first, chore, lanes + t->lanes);
+    kTileKernels<T, Rows>.kernel[t->R - 1][t->C][side.pack_to != nullptr](rows.from(t->row), rows.from(t->column), iterations, first, side, lanes + t->lanes);
   }
 }
 
 // Adds the lanes of a whole chunk to its pairs: a tile's row i is row pa + i of all, its column j is pb + j.
-template <class Acc>
-inline void fold_tiles(const Tile* tiles, int count, int k, int pa, int pb, const Acc* lanes, double* out) {
+template <class A>
+inline void fold_tiles(const Tile* tiles, int count, int k, int pa, int pb, const A* lanes, double* out) {
   for (const Tile* t = tiles; t < tiles + count; ++t)
     for (int i = 0; i < t->R; ++i)
-      for (int j = t->C ? 0 : i; j < (t->C ? t->C : t->R); ++j, lanes += 64 / sizeof(Acc))
-        out[pair_index(k, pa + t->row + i, pb + t->column + j)] += fold(lanes);
+      for (int j = t->C ? 0 : i; j < (t->C ? t->C : t->R); ++j, lanes += kLanes<A>)
+        out[pair_index(k, pa + t->row + i, pb + t->column + j)] += reduce_lanes(lanes);
 }
 
 // One stretch of one pair of panels: the order in which a range of chunks is worked off.
@@ -225,24 +224,24 @@ struct Stretch {
   int pa, pb;
 };
 
-// Adds the Gramians of chunks [first, last) of k rows of n elements, in order; acc_of(chunk) says where to.
-template <class T, class AccOf>
-inline void gram_panels(const T* const* rows, int k, int64_t n, int64_t first, int64_t last, const AccOf& acc_of) {
-  using V = typename Stored<T>::Vec;
-  using Acc = typename V::Acc;
-  constexpr int L = kStep<T>, kStretch = kSubSteps * L;
-  constexpr bool readable = std::is_same<T, Acc>::value;  // without a conversion
+// Adds the Gramians of chunks [first, last) of k rows of n elements, in order; slot_of(chunk) says where to.
+template <class T, class SlotOf>
+inline void gram_panels(const T* const* rows, int k, int64_t n, int64_t first, int64_t last, const SlotOf& slot_of) {
+  using V = Vec<T>;
+  using A = Acc<T>;
+  constexpr int L = kLanes<T>, kStretch = kSubSteps * L;
+  constexpr bool readable = std::is_same_v<T, A>;  // without a conversion
   Arena arena;
-  const int most = k < 2 * kPanel ? k : 2 * kPanel;
-  Acc* lanes = arena.take<Acc>(k <= kPanel ? pair_count(k) * L : kPanel * kPanel * L);
-  Acc* packed[2] = {arena.take<Acc>(most * kPackedRow<V>), arena.take<Acc>(most * kPackedRow<V>)};
+  const int packed_rows = k < 2 * kPanel ? k : 2 * kPanel;
+  A* lanes = arena.take<A>(k <= kPanel ? pair_count(k) * L : kPanel * kPanel * L);
+  A* packed[2] = {arena.take<A>(packed_rows * kPackedRow<V>), arena.take<A>(packed_rows * kPackedRow<V>)};
   Tile* tiles = arena.take<Tile>(kMaxTiles + 1);
 
   auto end_of = [&](int64_t chunk) { return (chunk + 1) * kChunk < n ? (chunk + 1) * kChunk : n; };
   auto stretch = [&](int64_t begin, int64_t chunk, int pa, int pb) {
     return Stretch{begin, end_of(chunk) - begin < kStretch ? end_of(chunk) : begin + kStretch, chunk, pa, pb};
   };
-  auto following = [&](const Stretch& s) {
+  auto stretch_after = [&](const Stretch& s) {
     if (s.end < end_of(s.chunk)) return stretch(s.end, s.chunk, s.pa, s.pb);
     if (s.pb + kPanel < k) return stretch(s.chunk * kChunk, s.chunk, s.pa, s.pb + kPanel);
     if (s.pa + kPanel < k) return stretch(s.chunk * kChunk, s.chunk, s.pa + kPanel, s.pa + kPanel);
@@ -251,14 +250,14 @@ inline void gram_panels(const T* const* rows, int k, int64_t n, int64_t first, i
   };
   auto rows_of = [&](int panel) { return k - panel < kPanel ? k - panel : kPanel; };
   auto whole = [&](const Stretch& s) { return s.end - s.begin == kStretch; };
-  auto in_place = [&](const Stretch& s) { return readable && k <= kInPlace && whole(s); };
-  auto describe = [&](const Stretch& s, Acc* to) {
-    Next<T> next;
+  auto in_place = [&](const Stretch& s) { return readable && k <= kMaxInPlaceRows && whole(s); };
+  auto describe = [&](const Stretch& s, A* to) {
+    NextStretch<T> next;
     const int na = rows_of(s.pa), nb = s.pa == s.pb ? 0 : rows_of(s.pb);
     for (int i = 0; i < na; ++i) next.rows[i] = rows[s.pa + i] + s.begin;
     for (int j = 0; j < nb; ++j) next.rows[na + j] = rows[s.pb + j] + s.begin;
-    const Stretch behind = following(s);
-    for (int i = 0; i < Packed<V>::ahead; ++i) next.rows[na + nb + i] = rows[behind.pa + (behind.pa + i < k ? i : 0)] + behind.begin;
+    const Stretch upcoming = stretch_after(s);
+    for (int i = 0; i < PackedRows<V>::ahead; ++i) next.rows[na + nb + i] = rows[upcoming.pa + (upcoming.pa + i < k ? i : 0)] + upcoming.begin;
     next.count = s.chunk == last ? 0 : na + nb;
     next.packs = in_place(s) ? 0 : next.count;
     next.length = s.end - s.begin;
@@ -266,30 +265,30 @@ inline void gram_panels(const T* const* rows, int k, int64_t n, int64_t first, i
     return next;
   };
 
-  Stretch now = stretch(first * kChunk, first, 0, 0);
-  const Next<T> start = describe(now, packed[0]);
+  Stretch current = stretch(first * kChunk, first, 0, 0);
+  const NextStretch<T> start = describe(current, packed[0]);
   for (int i = 0; i < start.packs; ++i) pack_row(start.rows[i], start.length, packed[0] + i * kPackedRow<V>);
-  int turn = 0, count = 0, tiled_a = 0, tiled_b = 0, fetches = -1, packs = -1;
-  double* acc = nullptr;
-  while (now.chunk < last) {
-    const Stretch behind = following(now);
-    const int na = rows_of(now.pa), nb = now.pa == now.pb ? 0 : rows_of(now.pb), steps = static_cast<int>((now.end - now.begin + L - 1) / L);
-    const bool opens = now.begin == now.chunk * kChunk, reads_rows = in_place(now);
-    Next<T> next = describe(behind, packed[1 - turn]);
-    next.whole = whole(now) && whole(behind);
-    const int pieces = next.count * (reads_rows ? InPlace<V>::pieces : Packed<V>::pieces);
-    const bool cuts = na != tiled_a || nb != tiled_b;
-    if (cuts) count = cut(tiled_a = na, tiled_b = nb, L, tiles);
-    if (cuts || pieces != fetches || next.packs != packs) assign(tiles, count, fetches = pieces, packs = next.packs);
+  int buffer = 0, count = 0, tiled_a = 0, tiled_b = 0, prefetches = -1, packs = -1;
+  double* slot = nullptr;
+  while (current.chunk < last) {
+    const Stretch upcoming = stretch_after(current);
+    const int na = rows_of(current.pa), nb = current.pa == current.pb ? 0 : rows_of(current.pb), steps = static_cast<int>((current.end - current.begin + L - 1) / L);
+    const bool first_of_chunk = current.begin == current.chunk * kChunk, reads_rows = in_place(current);
+    NextStretch<T> next = describe(upcoming, packed[1 - buffer]);
+    next.whole = whole(current) && whole(upcoming);
+    const int pieces = next.count * (reads_rows ? InPlaceRows<V>::pieces : PackedRows<V>::pieces);
+    const bool recut = na != tiled_a || nb != tiled_b;
+    if (recut) count = cut_tiles(tiled_a = na, tiled_b = nb, L, tiles);
+    if (recut || pieces != prefetches || next.packs != packs) assign_side_work(tiles, count, prefetches = pieces, packs = next.packs);
     if constexpr (readable)
-      if (reads_rows) run_tiles(tiles, count, InPlace<V>{rows, now.begin}, steps, opens, next, lanes);
-    if (!reads_rows) run_tiles(tiles, count, Packed<V>{packed[turn]}, steps, opens, next, lanes);
-    if (now.end == end_of(now.chunk)) {
-      if (now.pa == 0 && now.pb == 0) acc = acc_of(now.chunk);
-      fold_tiles(tiles, count, k, now.pa, nb ? now.pb - na : now.pa, lanes, acc);
+      if (reads_rows) run_tiles(tiles, count, InPlaceRows<V>{rows, current.begin}, steps, first_of_chunk, next, lanes);
+    if (!reads_rows) run_tiles(tiles, count, PackedRows<V>{packed[buffer]}, steps, first_of_chunk, next, lanes);
+    if (current.end == end_of(current.chunk)) {
+      if (current.pa == 0 && current.pb == 0) slot = slot_of(current.chunk);
+      fold_tiles(tiles, count, k, current.pa, nb ? current.pb - na : current.pa, lanes, slot);
     }
-    now = behind;
-    turn = 1 - turn;
+    current = upcoming;
+    buffer = 1 - buffer;
   }
 }
 

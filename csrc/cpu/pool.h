@@ -1,11 +1,8 @@
 // Work shared out over torch's threads.
 #pragma once
 
+#include "../isa.h"
 #include "kernels.h"
-
-#ifndef MMFAST_ISA
-#define MMFAST_ISA portable
-#endif
 
 namespace mmfast {
 namespace MMFAST_ISA {
@@ -17,21 +14,21 @@ constexpr int64_t kSmallWork = 32768;  // elements: below it a second thread cos
 // it read last time is still in its caches; it takes it in pieces (from the end when `backwards`), and then helps the others with
 // theirs: a thread that the system holds up does not hold up the call.
 template <bool backwards = false, class F>
-inline void share(const Pool& pool, int64_t n, const F& f) {
-  constexpr int64_t kMostParts = 256, kPieces = 16;
+inline void parallel_for(const Pool& pool, int64_t n, const F& f) {
+  constexpr int64_t kMaxParts = 256, kPieces = 16;
   struct alignas(64) Part {
     int64_t taken;
   };
   struct Call {
     const F& f;
     int64_t n, parts;
-    Part part[kMostParts];
+    Part part[kMaxParts];
     Call(const F& f, int64_t n, int64_t parts) : f(f), n(n), parts(parts) {
       for (int64_t p = 0; p < parts; ++p) part[p].taken = 0;
     }
-    void work(int64_t own) {
+    void work(int64_t first) {
       for (int64_t i = 0; i < parts; ++i) {
-        const int64_t p = (own + i) % parts, begin = n * p / parts, end = n * (p + 1) / parts;
+        const int64_t p = (first + i) % parts, begin = n * p / parts, end = n * (p + 1) / parts;
         const int64_t size = (end - begin + kPieces - 1) / kPieces;
         for (;;) {
           const int64_t done = size * __atomic_fetch_add(&part[p].taken, 1, __ATOMIC_RELAXED);
@@ -42,7 +39,7 @@ inline void share(const Pool& pool, int64_t n, const F& f) {
       }
     }
   };
-  int64_t parts = pool.threads < kMostParts ? pool.threads : kMostParts;
+  int64_t parts = pool.threads < kMaxParts ? pool.threads : kMaxParts;
   if (parts > n) parts = n;
   Call call(f, n, parts);
   pool.run(parts, 1, [](int64_t begin, int64_t end, void* ctx) {
@@ -50,11 +47,11 @@ inline void share(const Pool& pool, int64_t n, const F& f) {
   }, &call);
 }
 
-// share(), in this thread alone when there is little `work` (elements read).
+// The same, in this thread alone when there is little `work` (elements read).
 template <class F>
-inline void run(const Pool& pool, int64_t n, int64_t work, const F& f) {
+inline void parallel_for(const Pool& pool, int64_t n, int64_t work, const F& f) {
   if (work <= kSmallWork || pool.threads == 1 || n <= 1) return f(int64_t{0}, n);
-  share(pool, n, f);
+  parallel_for(pool, n, f);
 }
 
 }  // namespace MMFAST_ISA

@@ -2,31 +2,14 @@
 // narrower registers take a step in several parts. Every lane does the same operations everywhere, so all sets give equal bits.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#include "kernels.h"
-
-#ifndef MMFAST_ISA
-#define MMFAST_ISA portable
-#endif
-
-#define MMFAST_INLINE inline __attribute__((always_inline))
+#include "../numbers.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
-
-struct Half {
-  uint16_t bits;
-};
-struct Bfloat {
-  uint16_t bits;
-};
 
 #if defined(__AVX512F__)
 
@@ -45,6 +28,9 @@ struct VecF {
   static MMFAST_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static MMFAST_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static MMFAST_INLINE Reg load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static MMFAST_INLINE void store(Half* p, Reg v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   static MMFAST_INLINE Reg load(const Bfloat* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
@@ -83,6 +69,9 @@ struct VecF {
   static MMFAST_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static MMFAST_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static MMFAST_INLINE Reg load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static MMFAST_INLINE void store(Half* p, Reg v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   static MMFAST_INLINE Reg load(const Bfloat* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
   }
@@ -149,26 +138,13 @@ struct VecPortable {
     return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
   static MMFAST_INLINE Reg load(const Half* p) {
-    return make([&](int i) { return half_to_float(p[i].bits); });
+    return make([&](int i) { return load_acc(p + i); });
   }
   static MMFAST_INLINE Reg load(const Bfloat* p) {
-    return make([&](int i) {
-      const uint32_t bits = static_cast<uint32_t>(p[i].bits) << 16;
-      float x;
-      std::memcpy(&x, &bits, 4);
-      return x;
-    });
+    return make([&](int i) { return load_acc(p + i); });
   }
-  static MMFAST_INLINE float half_to_float(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
-    if (exponent == 0) {  // zero and subnormal
-      const float x = static_cast<float>(fraction) * 5.9604644775390625e-8f;
-      return sign ? -x : x;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (fraction << 13);
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
+  static MMFAST_INLINE void store(Half* p, Reg r) {
+    for (int i = 0; i < W; ++i) store_acc(p + i, r.v[i]);
   }
 };
 using VecF = VecPortable<float, 4>;
@@ -177,10 +153,10 @@ using VecD = VecPortable<double, 4>;
 #endif
 
 // The lanes of a step added in a tree: i and i + L/2, then i and i + L/4, ...
-template <class Acc>
-MMFAST_INLINE double fold(const Acc* lanes) {
+template <class A>
+MMFAST_INLINE double reduce_lanes(const A* lanes) {
 #if defined(__AVX2__)
-  if constexpr (sizeof(Acc) == 4) {
+  if constexpr (sizeof(A) == 4) {
     const __m256 eight = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -191,8 +167,8 @@ MMFAST_INLINE double fold(const Acc* lanes) {
     return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
   }
 #else
-  constexpr int L = 64 / sizeof(Acc);
-  Acc t[L];
+  constexpr int L = kLanes<A>;
+  A t[L];
   std::memcpy(t, lanes, sizeof(t));
   for (int stride = L / 2; stride > 0; stride /= 2)
     for (int i = 0; i < stride; ++i) t[i] += t[i + stride];
@@ -200,60 +176,27 @@ MMFAST_INLINE double fold(const Acc* lanes) {
 #endif
 }
 
-// What a stored type is computed in, and how one number is written back (round to nearest even).
+// What elements of a type are computed in.
 template <class T>
-struct Stored {
-  using Vec = VecF;
-};
-template <>
-struct Stored<double> {
-  using Vec = VecD;
-};
+using Vec = std::conditional_t<std::is_same_v<T, double>, VecD, VecF>;
 
+// n elements as accumulators.
 template <class T>
-constexpr int kStep = static_cast<int>(64 / sizeof(typename Stored<T>::Vec::Acc));  // elements of one step
-
-MMFAST_INLINE void write(float* p, float x) { *p = x; }
-MMFAST_INLINE void write(double* p, double x) { *p = x; }
-MMFAST_INLINE void write(Bfloat* p, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  p->bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : rounded);
-}
-MMFAST_INLINE void write(Half* p, float x) {
-#if defined(__F16C__)
-  p->bits = static_cast<uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), 0));
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
-  const float a = std::fabs(x);
-  if (x != x) {
-    p->bits = static_cast<uint16_t>(sign | 0x7e00);
-  } else if (a >= 65520.0f) {
-    p->bits = static_cast<uint16_t>(sign | 0x7c00);
-  } else if (a < 6.103515625e-5f) {  // subnormal: a multiple of 2^-24, rounded by the addition of 2^23 ulps
-    p->bits = static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(a * 16777216.0f)));
-  } else {
-    const uint32_t rounded = (bits & 0x7fffffff) + 0xfff + ((bits >> 13) & 1);
-    p->bits = static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
-  }
-#endif
+inline void load_row(const T* row, int64_t n, Acc<T>* out) {
+  using V = Vec<T>;
+  int64_t t = 0;
+  for (; t + V::width <= n; t += V::width) V::store(out + t, V::load(row + t));
+  for (; t < n; ++t) out[t] = load_acc(row + t);
 }
 
-MMFAST_INLINE void read(const float* p, float* x) { *x = *p; }
-MMFAST_INLINE void read(const double* p, double* x) { *x = *p; }
-MMFAST_INLINE void read(const Bfloat* p, float* x) {
-  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
-  std::memcpy(x, &bits, 4);
-}
-MMFAST_INLINE void read(const Half* p, float* x) {
-#if defined(__F16C__)
-  *x = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p->bits)));
-#else
-  *x = VecF::half_to_float(p->bits);
-#endif
+// n sums rounded to elements.
+template <class T>
+inline void store_row(const Acc<T>* sums, int64_t n, T* out) {
+  using V = Vec<T>;
+  int64_t t = 0;
+  if constexpr (!std::is_same_v<T, Bfloat>)  // whose rounding the compiler turns into vectors
+    for (; t + V::width <= n; t += V::width) V::store(out + t, V::load(sums + t));
+  for (; t < n; ++t) store_acc(out + t, sums[t]);
 }
 
 }  // namespace MMFAST_ISA

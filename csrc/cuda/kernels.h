@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../cpu/kernels.h"
+#include "../args.h"
 #include "plan.h"
 
 namespace mmfast {
@@ -43,7 +43,7 @@ Limits limits(int device);
 Plan plan(const Grads& g, int state_size, const Limits& limits);
 // Gramian, solve() and combine() in one launch, as a plan of another path than two_pass says; slots are plan.workspace doubles.
 // False, and nothing is done, where the device cannot: the three then do it.
-bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream);
+bool resolve_fused(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream);
 
 // Of linear branches what CpuKernels::heads writes; `head_of` [outputs] on the device names the branch of each output in ascending order, every branch
 // of K, and is not checked; h.sizes is not looked at. `sums` holds rows * outputs numbers in accumulator precision for per = batch_sum.

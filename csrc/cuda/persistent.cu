@@ -15,15 +15,15 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-struct Work {
+struct PersistentArgs {
   Dtype dtype;
   FewRows rows;
   Units units;              // of one problem
   int64_t samples;          // that are a problem each, or 0
   bool cluster;             // all blocks are one
   int64_t sample_bytes;     // of a row
-  int64_t kept_steps;
-  Steps<4, 64> chain;
+  int64_t staged_steps;
+  ChainArrays<4, 64> chain;
   int n_steps, K, state_size;
   bool preserve_norm;
   double precision;
@@ -35,148 +35,132 @@ struct Work {
 
 constexpr int kRowsDoubles = (sizeof(FewRows) + 15) / 16 * 2;
 
-// Numbers of a block in shared memory beside its rows, seed and counter, and what it keeps: Gramian, weights, state, scratch of the solver, a multiple of 16 bytes.
+// Doubles of a block in shared memory for Gramian, weights, state and scratch of the solver: a multiple of 16 bytes.
 MMFAST_HD inline int64_t solver_doubles(int K, int state_size) {
   return (K * K + K + state_size + scratch_doubles(K) + 1) / 2 * 2;
 }
+// All of a block's shared memory but what it stages.
 template <class T>
 MMFAST_HD inline int64_t fixed_bytes(int K, int state_size) {
-  return (kRowsDoubles + 2 + solver_doubles(K, state_size)) * 8 + tile_shared<T>() * static_cast<int64_t>(sizeof(Acc<T>));
+  return (kRowsDoubles + 2 + solver_doubles(K, state_size)) * 8 + reduce_shared_size<T>() * static_cast<int64_t>(sizeof(Acc<T>));
 }
 
-// A block's shared memory: its rows, seed and counter, Gramian, weights, state and scratch of the solver, then what its type decides.
+// A block's shared memory: its rows, seed and counter, Gramian, weights, state and scratch of the solver; then, as its type decides, where chains are
+// reduced, what is staged, and in a cluster its slots.
 extern __shared__ double shared_memory[];
-struct Memory {
+struct SharedMemory {
   FewRows& rows;
   int64_t* rng;
-  double *G, *w, *state, *scratch, *rest;
-  __device__ explicit Memory(const Work& work)
+  double *G, *w, *state, *scratch, *typed;
+  __device__ explicit SharedMemory(const PersistentArgs& args)
       : rows(*reinterpret_cast<FewRows*>(shared_memory)), rng(reinterpret_cast<int64_t*>(shared_memory + kRowsDoubles)), G(shared_memory + kRowsDoubles + 2),
-        w(G + work.K * work.K), state(w + work.K), scratch(state + work.state_size), rest(G + solver_doubles(work.K, work.state_size)) {}
-  // Doubles from the solver's scratch to the end of where chains meet: free between the two.
-  __device__ int stage_room(const Work& work) const {
-    const int meeting = work.dtype == Dtype::f64 ? tile_shared<double>() : tile_shared<float>() / 2;
-    return static_cast<int>(rest - scratch) + meeting;
+        w(G + args.K * args.K), state(w + args.K), scratch(state + args.state_size), typed(G + solver_doubles(args.K, args.state_size)) {}
+  // Doubles from the solver's scratch to the end of where chains are reduced: free between the two.
+  __device__ int fold_buffer_size(const PersistentArgs& args) const {
+    const int reduce_doubles = args.dtype == Dtype::f64 ? reduce_shared_size<double>() : reduce_shared_size<float>() / 2;
+    return static_cast<int>(typed - scratch) + reduce_doubles;
   }
   template <class T>
-  __device__ Acc<T>* meeting() const {
-    return reinterpret_cast<Acc<T>*>(rest);
+  __device__ Acc<T>* reduce_buffer() const {
+    return reinterpret_cast<Acc<T>*>(typed);
   }
   template <class T>
-  __device__ Kept<T> kept(const Work& work) const {
-    return {reinterpret_cast<T*>(meeting<T>() + tile_shared<T>()), work.kept_steps, rows.k};
+  __device__ Staged<T> staged(const PersistentArgs& args) const {
+    return {reinterpret_cast<T*>(reduce_buffer<T>() + reduce_shared_size<T>()), args.staged_steps, rows.k};
   }
-  // Behind all that is kept.
   template <class T>
-  __device__ double* slots(const Work& work) const {
-    return reinterpret_cast<double*>(kept<T>(work).at(work.kept_steps, 0, 0));
+  __device__ double* slots(const PersistentArgs& args) const {
+    return reinterpret_cast<double*>(staged<T>(args).ptr(args.staged_steps, 0, 0));
   }
 };
 
 // All blocks share one problem, or each has its own.
-__device__ Share share_of(const Work& work) { return work.samples ? Share{0, 1} : Share{blockIdx.x, gridDim.x}; }
-__device__ Slots slots_of(const Work& work) {
-  if (!work.cluster) return {work.slots + (work.samples ? blockIdx.x * work.units.slots() * pair_count(work.rows.k) : 0), 0};
-  double* at = nullptr;
-  with_type(work.dtype, [&](auto zero) { at = Memory(work).slots<decltype(zero)>(work); });
-  return {at, gridDim.x};
+__device__ BlockChunks block_chunks(const PersistentArgs& args) { return args.samples ? BlockChunks{0, 1} : BlockChunks{blockIdx.x, gridDim.x}; }
+__device__ Slots block_slots(const PersistentArgs& args) {
+  if (!args.cluster) return {args.slots + (args.samples ? blockIdx.x * args.units.slots() * pair_count(args.rows.k) : 0), 0};
+  double* partials = nullptr;
+  with_type(args.dtype, [&](auto tag) { partials = SharedMemory(args).slots<decltype(tag)>(args); });
+  return {partials, gridDim.x};
 }
 
 // The phases are functions of their own and the kernel is one: the assembler goes through all solvers once for every kernel that calls them.
 // What they share is in shared memory, for a register that lives through a call is missing in it.
-__device__ __noinline__ void begin_phase(const Work& work, int64_t problem) {
-  const Memory memory(work);
-  const int S = work.state_size, thread = static_cast<int>(threadIdx.x);
+__device__ __noinline__ void begin_phase(const PersistentArgs& args, int64_t problem) {
+  const SharedMemory memory(args);
+  const int S = args.state_size, thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
-    memory.rows = work.rows;
-    for (int i = 0; i < work.rows.k; ++i) memory.rows.at[i] = static_cast<const char*>(work.rows.at[i]) + problem * work.sample_bytes;
-    if (work.rows.mask) memory.rows.mask += problem * work.rows.mask_stride;
-    memory.rng[0] = work.rng ? work.rng[0] : 0, memory.rng[1] = work.rng ? work.rng[1] : 0;
+    memory.rows = args.rows;
+    for (int i = 0; i < args.rows.k; ++i) memory.rows.ptr[i] = static_cast<const char*>(args.rows.ptr[i]) + problem * args.sample_bytes;
+    if (args.rows.mask) memory.rows.mask += problem * args.rows.mask_stride;
+    memory.rng[0] = args.rng ? args.rng[0] : 0, memory.rng[1] = args.rng ? args.rng[1] : 0;
   }
-  for (int i = thread; i < S; i += kThreads) memory.state[i] = work.state[problem * S + i];
+  for (int i = thread; i < S; i += kThreads) memory.state[i] = args.state[problem * S + i];
 }
 
 template <class T, int R>
-__device__ __noinline__ void read_phase(const Work& work) {
-  const Memory memory(work);
-  const Kept<T> kept = memory.kept<T>(work);
-  ask<T, R>(Block{}, memory.rows, work.units, share_of(work), kept);
-  sum_kept<T, R>(Block{}, memory.rows, work.units, share_of(work), kept, memory.meeting<T>(), slots_of(work));
+__device__ __noinline__ void read_phase(const PersistentArgs& args) {
+  const SharedMemory memory(args);
+  const Staged<T> staged = memory.staged<T>(args);
+  prefetch<T, R>(Block{}, memory.rows, args.units, block_chunks(args), staged);
+  sum_staged<T, R>(Block{}, memory.rows, args.units, block_chunks(args), staged, memory.reduce_buffer<T>(), block_slots(args));
 }
 
 // Every block of one problem solves: the same numbers, and nobody has to wait for them; block 0 writes them.
-__device__ __noinline__ void solve_phase(const Work& work, int64_t problem) {
-  const Memory memory(work);
-  const int K = work.K, S = work.state_size, thread = static_cast<int>(threadIdx.x);
-  fold_few(Block{}, memory.rows, K, slots_of(work), work.units.slots(), memory.scratch, memory.stage_room(work), memory.G);
+__device__ __noinline__ void solve_phase(const PersistentArgs& args, int64_t problem) {
+  const SharedMemory memory(args);
+  const int K = args.K, S = args.state_size, thread = static_cast<int>(threadIdx.x);
+  fold_slots_by_block(Block{}, memory.rows, K, block_slots(args), args.units.slots(), memory.scratch, memory.fold_buffer_size(args), memory.G);
   __syncthreads();
-  if (work.cluster) arrive_in_cluster();  // this block reads no other's slots any more: those may end
+  if (args.cluster) cluster_arrive();  // this block reads no other's slots any more: those may end
   if (thread < kTeamLanes) {
-    const Chain chain{work.chain.steps, work.n_steps, work.chain.params, work.preserve_norm, work.precision};
+    const Chain chain{args.chain.steps, args.n_steps, args.chain.params, args.preserve_norm, args.precision};
     const Io io{memory.G, memory.rows.mask, S ? memory.state : nullptr, static_cast<uint64_t>(memory.rng[0]), static_cast<uint32_t>(memory.rng[1]),
                 static_cast<uint32_t>(problem), memory.w};
     solve(Warp{}, chain, K, io, memory.scratch, reinterpret_cast<int*>(memory.scratch + solve_work_size(K)));
   }
   __syncthreads();
-  if (!work.samples && blockIdx.x) return;
-  double* info = work.info + problem * (K + K * K);
+  if (!args.samples && blockIdx.x) return;
+  double* info = args.info + problem * (K + K * K);
   for (int i = thread; i < K; i += kThreads) info[i] = memory.w[i];
   for (int i = thread; i < K * K; i += kThreads) info[K + i] = memory.G[i];
-  for (int i = thread; i < S; i += kThreads) work.state[problem * S + i] = memory.state[i];
-  if (thread == 0 && work.rng && !work.samples) work.rng[1] = memory.rng[1] + 1;
+  for (int i = thread; i < S; i += kThreads) args.state[problem * S + i] = memory.state[i];
+  if (thread == 0 && args.rng && !args.samples) args.rng[1] = memory.rng[1] + 1;
 }
 
 template <class T>
-__device__ __noinline__ void write_phase(const Work& work, int64_t problem) {
-  const Memory memory(work);
-  static_assert(sizeof(Entering<T>) <= tile_shared<T>() * sizeof(Acc<T>), "nothing meets any more: the room is free");
-  Entering<T>& entering = *reinterpret_cast<Entering<T>*>(memory.rest);
-  combine_kept(Block{}, memory.rows, work.units, share_of(work), memory.kept<T>(work), memory.w, entering,
-               static_cast<T*>(work.out) + problem * work.units.elements);
+__device__ __noinline__ void write_phase(const PersistentArgs& args, int64_t problem) {
+  const SharedMemory memory(args);
+  static_assert(sizeof(ActiveRows<T>) <= reduce_shared_size<T>() * sizeof(Acc<T>), "nothing is reduced any more: the room is free");
+  ActiveRows<T>& active = *reinterpret_cast<ActiveRows<T>*>(memory.typed);
+  combine_staged(Block{}, memory.rows, args.units, block_chunks(args), memory.staged<T>(args), memory.w, active,
+                 static_cast<T*>(args.out) + problem * args.units.elements);
 }
 
-__global__ void __launch_bounds__(kThreads, kPersistentPerProcessor) persistent_kernel(const __grid_constant__ Work work) {
-  for (int64_t problem = work.samples ? blockIdx.x : 0; problem < (work.samples ? work.samples : 1); problem += gridDim.x) {
+__global__ void __launch_bounds__(kThreads, kPersistentBlocksPerProcessor) persistent_kernel(const __grid_constant__ PersistentArgs args) {
+  for (int64_t problem = args.samples ? blockIdx.x : 0; problem < (args.samples ? args.samples : 1); problem += gridDim.x) {
     __syncthreads();  // nobody still reads what the problem before left
-    begin_phase(work, problem);
+    begin_phase(args, problem);
     __syncthreads();
-    with_type(work.dtype, [&](auto zero) {
-      using T = decltype(zero);
-      if (work.rows.k <= 2) return read_phase<T, 2>(work);
-      if (work.rows.k <= 4) return read_phase<T, 4>(work);
-      if constexpr (sizeof(T) < 8) read_phase<T, 8>(work);
+    with_type(args.dtype, [&](auto tag) {
+      using T = decltype(tag);
+      if (args.rows.k <= 2) return read_phase<T, 2>(args);
+      if (args.rows.k <= 4) return read_phase<T, 4>(args);
+      if constexpr (sizeof(T) < 8) read_phase<T, 8>(args);
     });
     // state and counter were read before the barrier, and are written after it
-    if (work.samples) __syncthreads();
-    else if (work.cluster) arrive_in_cluster(), wait_for_cluster();
+    if (args.samples) __syncthreads();
+    else if (args.cluster) cluster_arrive(), cluster_wait();
     else cooperative_groups::this_grid().sync();
-    solve_phase(work, problem);
-    with_type(work.dtype, [&](auto zero) { write_phase<decltype(zero)>(work, problem); });
+    solve_phase(args, problem);
+    with_type(args.dtype, [&](auto tag) { write_phase<decltype(tag)>(args, problem); });
   }
-  if (work.cluster) wait_for_cluster();
+  if (args.cluster) cluster_wait();
 }
 
-// One launch of the kernel: of a cluster, of blocks that wait for each other, or of blocks each by itself.
-struct Launch {
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
-  Launch(Path path, int64_t blocks, int64_t shared, cudaStream_t stream) {
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(shared);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = path == Path::per_sample ? 0 : 1;
-    if (path == Path::cluster) {
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-    } else {
-      attribute.id = cudaLaunchAttributeCooperative;
-      attribute.val.cooperative = 1;
-    }
-  }
-  Launch(const Launch&) = delete;
-};
+Launch launch_of(Path path, int64_t blocks, int64_t shared, cudaStream_t stream) {
+  const LaunchMode mode = path == Path::cluster ? LaunchMode::cluster : path == Path::persistent ? LaunchMode::cooperative : LaunchMode::plain;
+  return {mode, dim3(static_cast<unsigned>(blocks)), kThreads, stream, shared};
+}
 
 // What a device has, and what the kernel may ask it for from now on; nothing where it did not answer.
 std::optional<Limits> prepare(int device) {
@@ -186,34 +170,34 @@ std::optional<Limits> prepare(int device) {
     cudaGetLastError();  // asking is no error of the caller's
     return answered = false;
   };
-  auto ask = [&](cudaDeviceAttr what) {
+  auto attribute = [&](cudaDeviceAttr what) {
     int value = 0;
     return check(cudaDeviceGetAttribute(&value, what, device)) ? value : 0;
   };
-  Limits limits{ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                ask(cudaDevAttrCooperativeLaunch) != 0, 0, false};
-  auto may = [](cudaFuncAttribute what, int64_t value) { return cudaFuncSetAttribute(persistent_kernel, what, static_cast<int>(value)); };
+  Limits limits{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                attribute(cudaDevAttrCooperativeLaunch) != 0, 0, false};
+  auto set_attribute = [](cudaFuncAttribute what, int64_t value) { return cudaFuncSetAttribute(persistent_kernel, what, static_cast<int>(value)); };
   cudaFuncAttributes kernel{};
-  if (!answered || !check(may(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_block)) ||
-      !check(may(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) || !check(cudaFuncGetAttributes(&kernel, persistent_kernel)))
+  if (!answered || !check(set_attribute(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_block)) ||
+      !check(set_attribute(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) || !check(cudaFuncGetAttributes(&kernel, persistent_kernel)))
     return std::nullopt;
-  if (ask(cudaDevAttrComputeCapabilityMajor) < 9 || kernel.ptxVersion < 90) return limits;  // what was written for older GPUs knows neither
+  if (attribute(cudaDevAttrComputeCapabilityMajor) < 9 || kernel.ptxVersion < 90) return limits;  // what was written for older GPUs knows neither
   int driver = 0;
   limits.overlap = check(cudaDriverGetVersion(&driver)) && driver >= 12030;  // that captures such launches
-  if (!ask(cudaDevAttrClusterLaunch)) return limits;
+  if (!attribute(cudaDevAttrClusterLaunch)) return limits;
   // more than eight blocks are not promised on every device, nor that some group of processors is large enough for so many
   int clusters = 0;
-  const bool more = may(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
-  for (int64_t blocks = more ? 16 : 8; blocks && !limits.cluster; blocks /= 2) {
-    const Launch launch(Path::cluster, blocks, limits.shared_block, nullptr);
-    if (cudaOccupancyMaxActiveClusters(&clusters, persistent_kernel, &launch.config) == cudaSuccess && clusters) limits.cluster = blocks;
+  const bool non_portable = set_attribute(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  for (int64_t blocks = non_portable ? 16 : 8; blocks && !limits.cluster; blocks /= 2) {
+    const Launch launch = launch_of(Path::cluster, blocks, limits.shared_block, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&clusters, persistent_kernel, launch.config()) == cudaSuccess && clusters) limits.cluster = blocks;
     else cudaGetLastError();
   }
   return limits;
 }
 
 // Whether those blocks that wait for each other all run at once.
-bool fits(const Plan& plan, const Limits& limits) {
+bool all_resident(const Plan& plan, const Limits& limits) {
   if (plan.path != Path::persistent) return true;
   int fitting = 0;
   if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, persistent_kernel, kThreads, static_cast<size_t>(plan.shared)) != cudaSuccess) cudaGetLastError();
@@ -227,12 +211,12 @@ namespace gpu {
 
 Plan plan(const Grads& g, int state_size, const Limits& limits) {
   Plan found{};
-  cuda::with_type(g.dtype, [&](auto zero) {
-    using T = decltype(zero);
+  cuda::with_type(g.dtype, [&](auto tag) {
+    using T = decltype(tag);
     const int64_t fixed = cuda::fixed_bytes<T>(g.K <= kPersistentRows ? g.K : kPersistentRows, state_size);
-    const bool one = g.per == Per::batch && g.mask_stride == 0 && g.K <= kPersistentRows;
+    const bool one_problem = g.per == Per::batch && g.mask_stride == 0 && g.K <= kPersistentRows;
     found = g.per == Per::sample && g.K <= kPersistentRows ? plan_samples(g.k, g.batch, g.inner, sizeof(T), fixed, limits)
-                                                           : plan_resolve(g.k, g.batch * g.inner, sizeof(T), fixed, one, limits);
+                                                           : plan_resolve(g.k, g.batch * g.inner, sizeof(T), fixed, one_problem, limits);
   });
   return found;
 }
@@ -246,27 +230,26 @@ Limits limits(int device) {
   return limits ? known[device] = *limits : Limits{};  // no path but that of two passes, until it answers
 }
 
-bool resolve_at_once(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream) {
-  cuda::Work work{};
-  if (!work.chain.take(args) || !cuda::fits(plan, limits)) return false;
-  work.rows = cuda::rows_of<kPersistentRows>(g);
+bool resolve_fused(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream) {
+  cuda::PersistentArgs kernel_args{};
+  if (!kernel_args.chain.copy(args) || !cuda::all_resident(plan, limits)) return false;
+  kernel_args.rows = cuda::rows_of<kPersistentRows>(g);
   const bool samples = plan.path == Path::per_sample;
-  work.units = cuda::whole_units(samples ? g.inner : g.batch * g.inner);
-  work.samples = samples ? g.batch : 0;
-  work.cluster = plan.path == Path::cluster;
-  work.kept_steps = plan.kept_steps;
-  work.n_steps = args.n_steps, work.K = args.K, work.state_size = static_cast<int>(args.state ? args.state_stride : 0);
-  work.preserve_norm = args.preserve_norm, work.precision = args.precision;
-  work.info = args.w, work.state = args.state, work.rng = rng, work.slots = slots;
-  work.dtype = g.dtype, work.out = out;
-  cuda::with_type(g.dtype, [&](auto zero) { work.sample_bytes = g.inner * static_cast<int64_t>(sizeof zero); });
-  const cuda::Launch launch(plan.path, plan.blocks, plan.shared, cuda::raw(stream));
-  const cudaError_t error = cudaLaunchKernelEx(&launch.config, cuda::persistent_kernel, work);
-  if (work.cluster && (error == cudaErrorInvalidClusterSize || error == cudaErrorLaunchOutOfResources || error == cudaErrorInvalidConfiguration)) {
+  kernel_args.units = cuda::whole_units(samples ? g.inner : g.batch * g.inner);
+  kernel_args.samples = samples ? g.batch : 0;
+  kernel_args.cluster = plan.path == Path::cluster;
+  kernel_args.staged_steps = plan.staged_steps;
+  kernel_args.n_steps = args.n_steps, kernel_args.K = args.K, kernel_args.state_size = static_cast<int>(args.state ? args.state_stride : 0);
+  kernel_args.preserve_norm = args.preserve_norm, kernel_args.precision = args.precision;
+  kernel_args.info = args.w, kernel_args.state = args.state, kernel_args.rng = rng, kernel_args.slots = slots;
+  kernel_args.dtype = g.dtype, kernel_args.out = out;
+  cuda::with_type(g.dtype, [&](auto tag) { kernel_args.sample_bytes = g.inner * static_cast<int64_t>(sizeof tag); });
+  const cudaError_t error = cuda::launch_of(plan.path, plan.blocks, plan.shared, cuda::cuda_stream(stream))(cuda::persistent_kernel, kernel_args);
+  if (kernel_args.cluster && (error == cudaErrorInvalidClusterSize || error == cudaErrorLaunchOutOfResources || error == cudaErrorInvalidConfiguration)) {
     cudaGetLastError();  // there are fewer processors than when the device was asked, and nothing has run
     return false;
   }
-  cuda::check_launch(samples ? "per_sample" : work.cluster ? "cluster" : "persistent");
+  cuda::check_launch(samples ? "per_sample" : kernel_args.cluster ? "cluster" : "persistent");
   if (samples && rng) cuda::advance(rng, stream);
   return true;
 }

@@ -1,5 +1,5 @@
-// One launch that reads the gradients once: each block keeps what it reads in shared memory, adds it up, and after the Gramian is known combines
-// what it kept. What does not fit is read again, the newest first. The order of all sums is that of gram.h and combine.h.
+// One launch that reads the gradients once: each block stages what it reads in shared memory, adds it up, and after the Gramian is known combines
+// what it staged. What does not fit is read again, the newest first. The order of all sums is that of gram.h and combine.h.
 #pragma once
 
 #include "combine.h"
@@ -8,36 +8,41 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-static_assert(kThreads == kPersistentThreads && kThreads * kSubSteps == kChunk, "a step of a chunk is one number of every row and thread");
+static_assert(kThreads == kPersistentThreads && kThreads * kSubSteps == kChunk, "a step of a chunk is one element of every row and thread");
 
 using FewRows = RowsUpTo<kPersistentRows>;
 
-// What a block keeps: the first `steps` steps of its chunks, [steps, k, kThreads]. A thread reads and writes its own numbers only.
+// What a block has staged in shared memory: the first `steps` steps of its chunks, [steps, k, kThreads]. A thread reads and writes its own elements only.
 template <class T>
-struct Kept {
+struct Staged {
   static constexpr int kGroups = 4;  // in which they arrive
-  T* numbers;
+  T* data;
   int64_t steps;
   int k;
-  MMFAST_BLOCK T* at(int64_t step, int row, int thread) const { return numbers + (step * k + row) * kThreads + thread; }
+  MMFAST_BLOCK T* ptr(int64_t step, int row, int thread) const { return data + (step * k + row) * kThreads + thread; }
   MMFAST_BLOCK int64_t group_end(int group) const { return steps * (group + 1) / kGroups; }
+  // Steps that are staged of the block's chunk number `ordinal`.
+  MMFAST_BLOCK int steps_of_chunk(int64_t ordinal) const {
+    const int64_t left = steps - ordinal * kSubSteps;
+    return static_cast<int>(left < 0 ? 0 : left < kSubSteps ? left : kSubSteps);
+  }
 };
 
 // The chunks of one block: those of slots `block`, block + blocks, ...
-struct Share {
+struct BlockChunks {
   int64_t block, blocks;
   // f(slot, chunk, ordinal among the block's chunks), in order
   template <class F>
-  MMFAST_BLOCK void each_chunk(const Units& units, F f) const {
+  MMFAST_BLOCK void for_each(const Units& units, F f) const {
     int64_t ordinal = 0;
     for (int64_t slot = block; slot < units.slots(); slot += blocks)
       for (int64_t chunk = slot * units.group; chunk < (slot + 1) * units.group && chunk < units.count; ++chunk) f(slot, chunk, ordinal++);
   }
   // f(chunk, ordinal), the last first
   template <class F>
-  MMFAST_BLOCK void each_chunk_back(const Units& units, F f) const {
-    const int64_t slots = units.slots(), own = (slots - block + blocks - 1) / blocks;
-    for (int64_t i = own - 1; i >= 0; --i)
+  MMFAST_BLOCK void for_each_reverse(const Units& units, F f) const {
+    const int64_t slots = units.slots(), block_slots = (slots - block + blocks - 1) / blocks;
+    for (int64_t i = block_slots - 1; i >= 0; --i)
       for (int64_t c = units.group - 1; c >= 0; --c) {
         const int64_t chunk = (block + i * blocks) * units.group + c;
         if (chunk < units.count) f(chunk, i * units.group + c);
@@ -45,44 +50,39 @@ struct Share {
   }
 };
 
-// Where the pair sums of the slots stand: one after the other in memory, or, in a cluster, each with the block that sums it.
+// Where the pair sums of the slots are: one after the other in memory, or, in a cluster, each in the shared memory of the block that sums it.
 struct Slots {
-  double* at;
-  unsigned blocks;  // of the cluster, that share them out as Share says; 0 in memory
+  double* partials;
+  unsigned cluster_blocks;  // that share them out as BlockChunks says; 0 in memory
   // fewer than 2^32 of them, and so short divisions
-  MMFAST_BLOCK double* own(int64_t slot, int64_t pairs) const { return at + (blocks ? static_cast<unsigned>(slot) / blocks : slot) * pairs; }
-  MMFAST_BLOCK double read(unsigned slot, unsigned pairs, unsigned pair) const {
-    return blocks ? of_peer(at, slot % blocks)[slot / blocks * pairs + pair] : from_others(at + static_cast<int64_t>(slot) * pairs + pair);
+  MMFAST_BLOCK double* ptr(int64_t slot, int64_t pairs) const { return partials + (cluster_blocks ? static_cast<unsigned>(slot) / cluster_blocks : slot) * pairs; }
+  MMFAST_BLOCK double load(unsigned slot, unsigned pairs, unsigned pair) const {
+    return cluster_blocks ? peer_shared(partials, slot % cluster_blocks)[slot / cluster_blocks * pairs + pair] : load_partial(partials + static_cast<int64_t>(slot) * pairs + pair);
   }
 };
 
-// Steps of the chunk that are kept, and the elements at which chunk and gradient end.
-template <class T>
-MMFAST_BLOCK inline int kept_of(const Kept<T>& kept, int64_t ordinal) {
-  const int64_t left = kept.steps - ordinal * kSubSteps;
-  return static_cast<int>(left < 0 ? 0 : left < kSubSteps ? left : kSubSteps);
-}
+// The element at which a chunk ends, or the gradient.
 MMFAST_HD inline int64_t chunk_end(const Units& units, int64_t chunk) { return (chunk + 1) * kChunk < units.elements ? (chunk + 1) * kChunk : units.elements; }
 
-// Asks for all that is kept, in groups. Where a row is masked or ends, nothing is asked for, and nothing is read later.
+// Starts the copies of all that is staged, in groups. Where a row is masked or ends, nothing is copied, and nothing is read later.
 template <class T, int R>
-MMFAST_BLOCK inline void ask(const Block& block, const FewRows& rows, const Units& units, const Share& share, const Kept<T>& kept) {
-  constexpr int L = 64 / sizeof(Acc<T>), U = kStepsAtOnce;
+MMFAST_BLOCK inline void prefetch(const Block& block, const FewRows& rows, const Units& units, const BlockChunks& chunks, const Staged<T>& staged) {
+  constexpr int L = kLanes<T>, U = kCombineUnroll;
   const T* a[R];
-  tile_rows<T, R>(rows, 0, 0, 0, a);
+  tile_row_ptrs<T, R>(rows, 0, 0, 0, a);
   int group = 0;
-  share.each_chunk(units, [&](int64_t, int64_t chunk, int64_t ordinal) {
+  chunks.for_each(units, [&](int64_t, int64_t chunk, int64_t ordinal) {
     const int64_t end = chunk_end(units, chunk), first = ordinal * kSubSteps;
-    for (int s = 0; s < kept_of(kept, ordinal); s += U) {
-      block.each([&](int t) {
+    for (int s = 0; s < staged.steps_of_chunk(ordinal); s += U) {
+      block.each_thread([&](int t) {
         const int64_t e = chunk * kChunk + chain_start<T>(t) + s * L;
-        T* to = kept.at(first + s, 0, t);
+        T* to = staged.ptr(first + s, 0, t);
         if constexpr (sizeof(T) >= 4) {
 #pragma unroll
           for (int i = 0; i < R; ++i)
 #pragma unroll
             for (int u = 0; u < U; ++u)
-              if (a[i] && e + u * L < end) copy_ahead(to + (u * kept.k + i) * kThreads, a[i] + e + u * L);
+              if (a[i] && e + u * L < end) cp_async(to + (u * staged.k + i) * kThreads, a[i] + e + u * L);
         } else {  // through registers, and so all reads before the first write
           T x[R * U];
 #pragma unroll
@@ -93,167 +93,168 @@ MMFAST_BLOCK inline void ask(const Block& block, const FewRows& rows, const Unit
           for (int i = 0; i < R; ++i)
 #pragma unroll
             for (int u = 0; u < U; ++u)
-              if (a[i]) to[(u * kept.k + i) * kThreads] = x[i * U + u];
+              if (a[i]) to[(u * staged.k + i) * kThreads] = x[i * U + u];
         }
       });
-      for (; group < Kept<T>::kGroups && first + s + U >= kept.group_end(group); ++group) end_group();
+      for (; group < Staged<T>::kGroups && first + s + U >= staged.group_end(group); ++group) commit_group();
     }
   });
-  for (; group < Kept<T>::kGroups; ++group) end_group();
+  for (; group < Staged<T>::kGroups; ++group) commit_group();
 }
 
-// Lets what is kept up to a step through, and returns how far that reaches.
+// Waits for the group that a step is staged in, and returns the step at which that group ends.
 template <class T>
-MMFAST_BLOCK inline int64_t await(const Kept<T>& kept, int64_t step) {
-  if (step < kept.group_end(0)) return wait_but_for<3>(), kept.group_end(0);
-  if (step < kept.group_end(1)) return wait_but_for<2>(), kept.group_end(1);
-  if (step < kept.group_end(2)) return wait_but_for<1>(), kept.group_end(2);
-  return wait_but_for<0>(), kept.steps;
+MMFAST_BLOCK inline int64_t wait_staged(const Staged<T>& staged, int64_t step) {
+  if (step < staged.group_end(0)) return wait_group<3>(), staged.group_end(0);
+  if (step < staged.group_end(1)) return wait_group<2>(), staged.group_end(1);
+  if (step < staged.group_end(2)) return wait_group<1>(), staged.group_end(2);
+  return wait_group<0>(), staged.steps;
 }
 
-// Pair sums of the block's slots, written to where those stand, at pair_index.
+// Pair sums of the block's slots at pair_index, written to where the slots are.
 template <class T, int R>
-MMFAST_BLOCK inline void sum_kept(const Block& block, const FewRows& rows, const Units& units, const Share& share, const Kept<T>& kept, Acc<T>* shared, const Slots& slots) {
+MMFAST_BLOCK inline void sum_staged(const Block& block, const FewRows& rows, const Units& units, const BlockChunks& chunks, const Staged<T>& staged, Acc<T>* shared,
+                                    const Slots& slots) {
   constexpr int P = R * (R + 1) / 2;
-  using Meet = Meeting<T, P>;
-  typename Meet::PerRound total;
-  typename Meet::PerPair sums;
+  using Reduce = ChainReduce<T, P>;
+  typename Reduce::PairSums slot_sums;
+  typename Reduce::ChainSums chain_sums;
   const T* a[R];
-  tile_rows<T, R>(rows, 0, 0, 0, a);
-  share.each_chunk(units, [&](int64_t slot, int64_t chunk, int64_t ordinal) {
+  tile_row_ptrs<T, R>(rows, 0, 0, 0, a);
+  chunks.for_each(units, [&](int64_t slot, int64_t chunk, int64_t ordinal) {
     const int64_t end = chunk_end(units, chunk), first = ordinal * kSubSteps;
     const bool whole = end - chunk * kChunk == kChunk;
-    const int here = kept_of(kept, ordinal);
-    if (chunk == slot * units.group) Meet::clear(block, total);
-    block.each([&](int t) {
-      const int64_t at = chunk * kChunk + chain_start<T>(t);
+    const int staged_steps = staged.steps_of_chunk(ordinal);
+    if (chunk == slot * units.group) Reduce::clear(block, slot_sums);
+    block.each_thread([&](int t) {
+      const int64_t start = chunk * kChunk + chain_start<T>(t);
 #pragma unroll
-      for (int e = 0; e < P; ++e) sums(t)[e] = 0;
-      auto from_kept = [&](int s, int64_t, Acc<T>* x, Acc<T>*) {
+      for (int e = 0; e < P; ++e) chain_sums(t)[e] = 0;
+      auto load_staged = [&](int s, int64_t, Acc<T>* x, Acc<T>*) {
 #pragma unroll
-        for (int i = 0; i < R; ++i) x[i] = a[i] ? number(kept.at(first + s, i, t)) : Acc<T>(0);
+        for (int i = 0; i < R; ++i) x[i] = a[i] ? load_acc(staged.ptr(first + s, i, t)) : Acc<T>(0);
       };
-      auto from_memory = [&](int, int64_t e, Acc<T>* x, Acc<T>*) {
+      auto load_global = [&](int, int64_t e, Acc<T>* x, Acc<T>*) {
 #pragma unroll
-        for (int i = 0; i < R; ++i) x[i] = a[i] ? number(a[i] + e) : Acc<T>(0);
+        for (int i = 0; i < R; ++i) x[i] = a[i] ? load_acc(a[i] + e) : Acc<T>(0);
       };
-      for (int s = 0; s < here;) {
-        const int64_t reach = await(kept, first + s) - first;
-        const int stop = reach < here ? static_cast<int>(reach) : here;
-        chain_steps<T, R, 0>(s, stop, at, end, whole, from_kept, sums(t));
+      for (int s = 0; s < staged_steps;) {
+        const int64_t arrived = wait_staged(staged, first + s) - first;
+        const int stop = arrived < staged_steps ? static_cast<int>(arrived) : staged_steps;
+        chain_steps<T, R, 0>(s, stop, start, end, whole, load_staged, chain_sums(t));
         s = stop;
       }
-      chain_steps<T, R, 0>(here, kSubSteps, at, end, whole, from_memory, sums(t));
+      chain_steps<T, R, 0>(staged_steps, kSubSteps, start, end, whole, load_global, chain_sums(t));
     });
-    Meet::add(block, sums, shared, total);
-    if (chunk + 1 == (slot + 1) * units.group || chunk + 1 == units.count) put_pairs<T, R, 0>(block, rows.k, 0, 0, total, slots.own(slot, pair_count(rows.k)));
+    Reduce::add(block, chain_sums, shared, slot_sums);
+    if (chunk + 1 == (slot + 1) * units.group || chunk + 1 == units.count) store_pairs<T, R, 0>(block, rows.k, 0, 0, slot_sums, slots.ptr(slot, pair_count(rows.k)));
   });
 }
 
-// The Gramian [K, K] of rows at their places, from the slots of all blocks in order; they come by way of `stage`, which holds `room` numbers,
-// for one after the other would wait for memory each time.
-MMFAST_BLOCK inline void fold_few(const Block& block, const FewRows& rows, int K, const Slots& slots, int64_t count, double* stage, int room, double* G) {
-  constexpr int kOnce = 8;
-  const int pairs = static_cast<int>(pair_count(rows.k)), fit = room / pairs;
-  Block::Per<double> total;
-  block.each([&](int t) { total(t) = 0.0; });
-  for (int64_t s = 0; s < count; s += fit) {
-    const int some = static_cast<int>(count - s < fit ? count - s : fit), numbers = some * pairs;
+// The Gramian [K, K] of few rows by one block, from the `count` slots of all blocks in order; they come by way of `buffer`, which has room for `size`
+// doubles, for one after the other would wait for memory each time.
+MMFAST_BLOCK inline void fold_slots_by_block(const Block& block, const FewRows& rows, int K, const Slots& slots, int64_t count, double* buffer, int size, double* G) {
+  constexpr int kInFlight = 8;
+  const int pairs = static_cast<int>(pair_count(rows.k)), max_slots = size / pairs;
+  Block::PerThread<double> pair_sum;
+  block.each_thread([&](int t) { pair_sum(t) = 0.0; });
+  for (int64_t s = 0; s < count; s += max_slots) {
+    const int n_slots = static_cast<int>(count - s < max_slots ? count - s : max_slots), n = n_slots * pairs;
     block.sync();
-    for (int base = 0; base < numbers; base += kOnce * kThreads)
-      block.each([&](int t) {
-        double x[kOnce];
+    for (int base = 0; base < n; base += kInFlight * kThreads)
+      block.each_thread([&](int t) {
+        double x[kInFlight];
 #pragma unroll
-        for (int u = 0; u < kOnce; ++u) {
+        for (int u = 0; u < kInFlight; ++u) {
           const int e = base + u * kThreads + t;
-          x[u] = e < numbers ? slots.read(static_cast<unsigned>(s) + e / pairs, pairs, e % pairs) : 0.0;
+          x[u] = e < n ? slots.load(static_cast<unsigned>(s) + e / pairs, pairs, e % pairs) : 0.0;
         }
 #pragma unroll
-        for (int u = 0; u < kOnce; ++u)
-          if (base + u * kThreads + t < numbers) stage[base + u * kThreads + t] = x[u];
+        for (int u = 0; u < kInFlight; ++u)
+          if (base + u * kThreads + t < n) buffer[base + u * kThreads + t] = x[u];
       });
     block.sync();
-    block.each([&](int t) {
+    block.each_thread([&](int t) {
       if (t < pairs)
 #pragma unroll 4
-        for (int i = 0; i < some; ++i) total(t) += stage[i * pairs + t];
+        for (int i = 0; i < n_slots; ++i) pair_sum(t) += buffer[i * pairs + t];
     });
   }
   block.sync();
-  block.each([&](int t) {
-    if (t < pairs) stage[t] = total(t);
+  block.each_thread([&](int t) {
+    if (t < pairs) buffer[t] = pair_sum(t);
   });
   block.sync();
-  block.each([&](int t) {
+  block.each_thread([&](int t) {
     for (int e = t; e < K * K; e += kThreads) {
       int i = -1, j = -1;
       for (int row = 0; row < rows.k; ++row) {
-        if (rows.places[row] == e / K) i = row;
-        if (rows.places[row] == e % K) j = row;
+        if (rows.row_index[row] == e / K) i = row;
+        if (rows.row_index[row] == e % K) j = row;
       }
       const bool hidden = rows.mask && !(rows.mask[e / K] && rows.mask[e % K]);
-      G[e] = i < 0 || j < 0 || hidden ? 0.0 : stage[pair_index(rows.k, i < j ? i : j, i < j ? j : i)];
+      G[e] = i < 0 || j < 0 || hidden ? 0.0 : buffer[pair_index(rows.k, i < j ? i : j, i < j ? j : i)];
     }
   });
 }
 
-// The rows that enter the sum: where they are in memory, and where their first kept number is.
+// The rows that take part in the sum: where they are in memory, and where their first staged element is.
 template <class T>
-struct Entering {
-  const T *memory[kPersistentRows], *kept[kPersistentRows];
+struct ActiveRows {
+  const T *global[kPersistentRows], *staged[kPersistentRows];
   Acc<T> weight[kPersistentRows];
   int count;
 };
 
-// Elements e + i * L of the result below `end`, i below kStepsAtOnce; the rows' numbers stand at `from`, `stride` apart.
+// Elements e + i * L of the result below `end`, i below kCombineUnroll; the rows' elements are at `from`, `stride` apart.
 template <class T>
-MMFAST_BLOCK inline void combine_steps(const T* const* rows, const Entering<T>& in, int64_t from, int stride, int64_t e, int64_t end, T* out) {
-  constexpr int L = 64 / sizeof(Acc<T>);
-  Acc<T> sum[kStepsAtOnce];
-  if (e + (kStepsAtOnce - 1) * L < end) {
-    weighted<T, kStepsAtOnce>(rows, in.weight, in.count, from, stride, sum);
+MMFAST_BLOCK inline void combine_steps(const T* const* rows, const ActiveRows<T>& active, int64_t from, int stride, int64_t e, int64_t end, T* out) {
+  constexpr int L = kLanes<T>;
+  Acc<T> sum[kCombineUnroll];
+  if (e + (kCombineUnroll - 1) * L < end) {
+    weighted_sum<T, kCombineUnroll>(rows, active.weight, active.count, from, stride, sum);
 #pragma unroll
-    for (int i = 0; i < kStepsAtOnce; ++i) put(out + e + i * L, sum[i]);
+    for (int i = 0; i < kCombineUnroll; ++i) store_acc(out + e + i * L, sum[i]);
   } else {
-    for (int i = 0; i < kStepsAtOnce && e + i * L < end; ++i) {
-      weighted<T, 1>(rows, in.weight, in.count, from + i * stride, stride, sum);
-      put(out + e + i * L, sum[0]);
+    for (int i = 0; i < kCombineUnroll && e + i * L < end; ++i) {
+      weighted_sum<T, 1>(rows, active.weight, active.count, from + i * stride, stride, sum);
+      store_acc(out + e + i * L, sum[0]);
     }
   }
 }
 
-// The weighted sum over the block's chunks: first what must be read again, the newest first, then what was kept.
+// The weighted sum over the block's chunks: first what must be read again, the newest first, then what is staged.
 template <class T>
-MMFAST_BLOCK inline void combine_kept(const Block& block, const FewRows& rows, const Units& units, const Share& share, const Kept<T>& kept, const double* w, Entering<T>& in,
-                                      T* out) {
-  constexpr int L = 64 / sizeof(Acc<T>);
-  block.each([&](int t) {
+MMFAST_BLOCK inline void combine_staged(const Block& block, const FewRows& rows, const Units& units, const BlockChunks& chunks, const Staged<T>& staged, const double* w,
+                                        ActiveRows<T>& active, T* out) {
+  constexpr int L = kLanes<T>;
+  block.each_thread([&](int t) {
     if (t) return;
-    in.count = 0;
+    active.count = 0;
     for (int i = 0; i < rows.k; ++i)
-      if (enters(rows, i, w, rows.mask, true)) {
-        in.memory[in.count] = static_cast<const T*>(rows.at[i]);
-        in.kept[in.count] = kept.at(0, i, 0);
-        in.weight[in.count++] = static_cast<Acc<T>>(w[rows.places[i]]);
+      if (is_active(rows, i, w, rows.mask, true)) {
+        active.global[active.count] = static_cast<const T*>(rows.ptr[i]);
+        active.staged[active.count] = staged.ptr(0, i, 0);
+        active.weight[active.count++] = static_cast<Acc<T>>(w[rows.row_index[i]]);
       }
   });
   block.sync();
-  share.each_chunk_back(units, [&](int64_t chunk, int64_t ordinal) {
+  chunks.for_each_reverse(units, [&](int64_t chunk, int64_t ordinal) {
     const int64_t end = chunk_end(units, chunk);
-    const int here = kept_of(kept, ordinal);
-    block.each([&](int t) {
-      for (int s = kSubSteps - kStepsAtOnce; s >= here; s -= kStepsAtOnce) {
+    const int staged_steps = staged.steps_of_chunk(ordinal);
+    block.each_thread([&](int t) {
+      for (int s = kSubSteps - kCombineUnroll; s >= staged_steps; s -= kCombineUnroll) {
         const int64_t e = chunk * kChunk + chain_start<T>(t) + s * L;
-        combine_steps<T>(in.memory, in, e, L, e, end, out);
+        combine_steps<T>(active.global, active, e, L, e, end, out);
       }
     });
   });
-  share.each_chunk(units, [&](int64_t, int64_t chunk, int64_t ordinal) {
+  chunks.for_each(units, [&](int64_t, int64_t chunk, int64_t ordinal) {
     const int64_t end = chunk_end(units, chunk);
-    const int here = kept_of(kept, ordinal), apart = rows.k * kThreads;
-    block.each([&](int t) {
-      for (int s = 0; s < here; s += kStepsAtOnce)
-        combine_steps<T>(in.kept, in, (ordinal * kSubSteps + s) * apart + t, apart, chunk * kChunk + chain_start<T>(t) + s * L, end, out);
+    const int staged_steps = staged.steps_of_chunk(ordinal), step_stride = rows.k * kThreads;
+    block.each_thread([&](int t) {
+      for (int s = 0; s < staged_steps; s += kCombineUnroll)
+        combine_steps<T>(active.staged, active, (ordinal * kSubSteps + s) * step_stride + t, step_stride, chunk * kChunk + chain_start<T>(t) + s * L, end, out);
     });
   });
 }

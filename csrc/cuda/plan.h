@@ -21,95 +21,95 @@ constexpr int kPaths = 4;
 
 struct Plan {
   Path path;
-  int64_t blocks;      // of the kernel that keeps what it reads; all run at once, but for those of samples
-  int64_t kept_steps;  // of kPersistentThreads elements of every row that a block keeps in shared memory
-  int64_t shared;      // bytes that it asks for
-  int64_t workspace;   // doubles of slots for all blocks, in memory
+  int64_t blocks;        // of the kernel that stages what it reads; all run at once, but for those of samples
+  int64_t staged_steps;  // of kPersistentThreads elements of every row that a block stages in shared memory
+  int64_t shared;        // bytes that it asks for
+  int64_t workspace;     // doubles of slots for all blocks, in memory
   int64_t read, written;
   int64_t launches;
 };
 
 constexpr int kPersistentThreads = 128, kPersistentRows = 8;
-constexpr int kStepsAtOnce = 4;                 // that are combined, so what is kept are multiples of it
-constexpr int64_t kPersistentPerProcessor = 4;  // blocks: its registers allow no more
-constexpr int64_t kReserved = 1024;             // bytes of each block that the system keeps for itself
-constexpr int64_t kClusterBytes = 1 << 20;      // beyond it a few processors read longer than all of them wait for each other
+constexpr int kCombineUnroll = 4;                     // steps that are combined at once, so what is staged are multiples of it
+constexpr int64_t kPersistentBlocksPerProcessor = 4;  // its registers allow no more
+constexpr int64_t kReservedShared = 1024;             // bytes of each block that the system keeps for itself
+constexpr int64_t kMaxClusterBytes = 1 << 20;         // beyond it a few processors read longer than all of them wait for each other
 
 // Bytes that each of so many blocks to a processor may ask for, in whole units of 128.
-inline int64_t shared_of_each(int64_t per_processor, const Limits& limits) {
-  const int64_t share = limits.shared_processor / per_processor - kReserved;
-  return (share < limits.shared_block ? share : limits.shared_block) / 128 * 128;
+inline int64_t shared_per_block(int64_t per_processor, const Limits& limits) {
+  const int64_t bytes = limits.shared_processor / per_processor - kReservedShared;
+  return (bytes < limits.shared_block ? bytes : limits.shared_block) / 128 * 128;
 }
 
 // The general kernels, for k rows of n elements of `size` bytes in all.
 inline Plan two_pass_plan(int64_t k, int64_t n, int64_t size) { return {Path::two_pass, 0, 0, 0, 0, 2 * k * n * size, n * size, k > kPersistentRows ? 5 : 4}; }
 
 // Whether the pairs of k rows have room in registers.
-inline bool few_enough(int64_t k, int64_t size) { return k >= 1 && k <= (size == 8 ? kPersistentRows / 2 : kPersistentRows); }
+inline bool pairs_fit_registers(int64_t k, int64_t size) { return k >= 1 && k <= (size == 8 ? kPersistentRows / 2 : kPersistentRows); }
 
 inline int64_t slot_count(int64_t chunks) { return (chunks + group_size(chunks) - 1) / group_size(chunks); }
 
 // Steps of `step` bytes that fit into `bytes`, of `steps`.
-inline int64_t steps_kept(int64_t bytes, int64_t step, int64_t steps) {
-  const int64_t fit = bytes / step / kStepsAtOnce * kStepsAtOnce;
+inline int64_t steps_that_fit(int64_t bytes, int64_t step, int64_t steps) {
+  const int64_t fit = bytes / step / kCombineUnroll * kCombineUnroll;
   return fit < steps ? fit : steps;
 }
 
 // One cluster, whose blocks hold their slots too: a smaller launch and a shorter wait than those of all processors.
 inline Plan plan_cluster(int64_t k, int64_t n, int64_t size, int64_t fixed, const Limits& limits) {
   const int64_t bytes = k * n * size, slots = slot_count((n + kChunk - 1) / kChunk), group = group_size((n + kChunk - 1) / kChunk);
-  if (limits.cluster < 1 || bytes > kClusterBytes) return two_pass_plan(k, n, size);
+  if (limits.cluster < 1 || bytes > kMaxClusterBytes) return two_pass_plan(k, n, size);
   int64_t blocks = 1;
   while (blocks < slots && 2 * blocks <= limits.cluster) blocks *= 2;
-  const int64_t slots_each = (slots + blocks - 1) / blocks, kept = slots_each * group * (kChunk / kPersistentThreads);
-  const int64_t shared = fixed + kept * k * kPersistentThreads * size + slots_each * pair_count(k) * 8;
-  if (shared > shared_of_each(1, limits)) return two_pass_plan(k, n, size);
-  return {Path::cluster, blocks, kept, shared, 0, bytes, n * size, 1};
+  const int64_t slots_each = (slots + blocks - 1) / blocks, staged = slots_each * group * (kChunk / kPersistentThreads);
+  const int64_t shared = fixed + staged * k * kPersistentThreads * size + slots_each * pair_count(k) * 8;
+  if (shared > shared_per_block(1, limits)) return two_pass_plan(k, n, size);
+  return {Path::cluster, blocks, staged, shared, 0, bytes, n * size, 1};
 }
 
-// k rows of n elements of `size` bytes; a persistent block needs `fixed` bytes beside what it keeps.
+// k rows of n elements of `size` bytes; a persistent block needs `fixed` bytes beside what it stages.
 inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, const Limits& limits) {
   const int64_t bytes = k * n * size;
   const Plan two_pass = two_pass_plan(k, n, size);
-  if (!one_problem || !few_enough(k, size) || n < 1) return two_pass;
+  if (!one_problem || !pairs_fit_registers(k, size) || n < 1) return two_pass;
   if (const Plan cluster = plan_cluster(k, n, size, fixed, limits); cluster.path == Path::cluster) return cluster;
   if (!limits.cooperative) return two_pass;
   const int64_t chunks = (n + kChunk - 1) / kChunk, group = group_size(chunks), slots = slot_count(chunks);
-  // as few blocks to a processor as hold a slot each: the larger share of its shared memory has each of them
+  // as few blocks to a processor as give every slot a block: each of them has more of its shared memory
   int64_t per_processor = 1;
-  while (per_processor < kPersistentPerProcessor && per_processor * limits.processors < slots) ++per_processor;
-  const int64_t room = per_processor * limits.processors, blocks = slots < room ? slots : room;
-  const int64_t most = shared_of_each(per_processor, limits);
-  if (most < fixed) return two_pass;
+  while (per_processor < kPersistentBlocksPerProcessor && per_processor * limits.processors < slots) ++per_processor;
+  const int64_t resident = per_processor * limits.processors, blocks = slots < resident ? slots : resident;
+  const int64_t shared = shared_per_block(per_processor, limits);
+  if (shared < fixed) return two_pass;
   const int64_t step = k * kPersistentThreads * size, chunk_steps = kChunk / kPersistentThreads;
   const int64_t slots_each = (slots + blocks - 1) / blocks, steps = slots_each * group * chunk_steps;
-  const int64_t kept = steps_kept(most - fixed, step, steps);
-  // blocks with a slot less keep no more than they have
-  const int64_t longer = slots - (slots_each - 1) * blocks, shorter_steps = (slots_each - 1) * group * chunk_steps;
-  const int64_t kept_all = longer * kept + (blocks - longer) * (kept < shorter_steps ? kept : shorter_steps);
-  const int64_t kept_bytes = kept_all * step < bytes ? kept_all * step : bytes;
-  if (4 * kept_bytes < bytes) return two_pass;  // little is saved, and more blocks read faster
-  return {Path::persistent, blocks, kept, fixed + kept * step, slots * pair_count(k), 2 * bytes - kept_bytes, n * size, 1};
+  const int64_t staged = steps_that_fit(shared - fixed, step, steps);
+  // blocks with a slot less stage no more than they have
+  const int64_t full_blocks = slots - (slots_each - 1) * blocks, fewer_steps = (slots_each - 1) * group * chunk_steps;
+  const int64_t staged_all = full_blocks * staged + (blocks - full_blocks) * (staged < fewer_steps ? staged : fewer_steps);
+  const int64_t staged_bytes = staged_all * step < bytes ? staged_all * step : bytes;
+  if (4 * staged_bytes < bytes) return two_pass;  // little is saved, and more blocks read faster
+  return {Path::persistent, blocks, staged, fixed + staged * step, slots * pair_count(k), 2 * bytes - staged_bytes, n * size, 1};
 }
 
 // A block for each of `batch` samples of `inner` elements; no block waits for another. Small samples would leave most of its threads idle.
 inline Plan plan_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, int64_t fixed, const Limits& limits) {
   const int64_t bytes = k * batch * inner * size;
   const Plan two_pass = two_pass_plan(k, batch * inner, size);
-  if (!few_enough(k, size) || batch < 1 || 2 * inner < kChunk) return two_pass;
+  if (!pairs_fit_registers(k, size) || batch < 1 || 2 * inner < kChunk) return two_pass;
   const int64_t chunks = (inner + kChunk - 1) / kChunk;
   const int64_t step = k * kPersistentThreads * size, steps = chunks * (kChunk / kPersistentThreads);
-  // as many blocks to a processor as keep a sample whole
-  int64_t per_processor = kPersistentPerProcessor;
-  while (per_processor > 1 && shared_of_each(per_processor, limits) < fixed + steps * step) --per_processor;
-  const int64_t most = shared_of_each(per_processor, limits), room = per_processor * limits.processors;
+  // as many blocks to a processor as stage a sample whole
+  int64_t per_processor = kPersistentBlocksPerProcessor;
+  while (per_processor > 1 && shared_per_block(per_processor, limits) < fixed + steps * step) --per_processor;
+  const int64_t shared = shared_per_block(per_processor, limits), resident = per_processor * limits.processors;
   // few blocks solve few problems at once
-  if (most < fixed || (per_processor < kPersistentPerProcessor && batch > room)) return two_pass;
-  const int64_t kept = steps_kept(most - fixed, step, steps);
-  const int64_t sample_bytes = k * inner * size, kept_bytes = batch * (kept * step < sample_bytes ? kept * step : sample_bytes);
-  if (4 * kept_bytes < bytes) return two_pass;
-  const int64_t blocks = batch < room ? batch : room;
-  return {Path::per_sample, blocks, kept, fixed + kept * step, blocks * slot_count(chunks) * pair_count(k), 2 * bytes - kept_bytes, batch * inner * size, 1};
+  if (shared < fixed || (per_processor < kPersistentBlocksPerProcessor && batch > resident)) return two_pass;
+  const int64_t staged = steps_that_fit(shared - fixed, step, steps);
+  const int64_t sample_bytes = k * inner * size, staged_bytes = batch * (staged * step < sample_bytes ? staged * step : sample_bytes);
+  if (4 * staged_bytes < bytes) return two_pass;
+  const int64_t blocks = batch < resident ? batch : resident;
+  return {Path::per_sample, blocks, staged, fixed + staged * step, blocks * slot_count(chunks) * pair_count(k), 2 * bytes - staged_bytes, batch * inner * size, 1};
 }
 
 }  // namespace mmfast

@@ -3,8 +3,6 @@
 #define MMFAST_ISA cuda
 #include <cooperative_groups.h>
 
-#include <type_traits>
-
 #include "heads.h"
 #include "launch.h"
 #include "warp.h"
@@ -13,68 +11,69 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-constexpr int64_t kMostWarps = 1024;            // that solve at once, each with scratch of its own,
-constexpr int64_t kMostScratch = int64_t{1} << 25;  // of so many doubles for all
-constexpr int64_t kWarpsPerProcessor = 4;       // that wait for each other: their registers have room on every GPU
+constexpr int64_t kMaxWarps = 1024;                       // that solve at once, each with scratch of its own,
+constexpr int64_t kMaxScratchDoubles = int64_t{1} << 25;  // for all
+constexpr int64_t kWarpsPerProcessor = 4;                 // that wait for each other: their registers have room on every GPU
 
-using AllSteps = Steps<gpu::kMaxSteps, gpu::kMaxParams>;
+using LongChain = ChainArrays<gpu::kMaxSteps, gpu::kMaxParams>;
 
-// What linear branches add to a launch; none where `parts` is null.
-struct Factors {
+// What linear branches add to a launch; none where `partials` is null.
+struct LinearArgs {
   Branches branches;
-  double* parts;           // of the one problem, or of the problem that each warp has in hand
-  bool samples;            // a problem each
-  Dtype dtype;             // of W
-  const void* factor;      // delta as the last product takes it, float where it was float16
-  void *left, *right;      // where it goes scaled, for samples; W scaled
-  int64_t sample;          // numbers of a sample of delta
-  double* used;            // [K] not zero where a branch has weight in some sample
+  double* partials;         // of the one problem, or of the problem that each warp has in hand
+  bool samples;             // a problem each
+  Dtype dtype;              // of W
+  const void* delta;        // as the last product takes it, float where it was float16
+  void *left, *right;       // where it goes scaled, for samples; W scaled
+  int64_t sample_elements;  // of delta
+  double* has_weight;       // [K] not zero where a branch has weight in some sample
 };
 
-__device__ inline void meet() {
+__device__ inline void grid_sync() {
   if (gridDim.x > 1) cooperative_groups::this_grid().sync();
   else __syncwarp();
 }
 
 // W times the weights of its branches. Of a branch without weight nothing is read: it may hold anything.
 template <class T>
-__device__ void scale_weight(const Factors& f, const double* w, int64_t thread, int64_t threads) {
+__device__ void scale_weight(const LinearArgs& linear, const double* w, int64_t thread, int64_t threads) {
   using A = Acc<T>;
-  using P = std::conditional_t<std::is_same_v<T, Half>, float, T>;
-  const T* weight = static_cast<const T*>(f.branches.weight.data);
-  const int64_t inputs = f.branches.weight.rows;
-  for (int64_t e = thread; e < f.branches.outputs * inputs; e += threads) {
-    const int64_t head = f.branches.head_of[e / inputs];
-    const A scale = f.samples ? A(f.used[head] != 0.0 ? 1 : 0) : static_cast<A>(w[head]);
-    put(static_cast<P*>(f.right) + e, scale != A(0) ? number(weight + e) * scale : A(0));
+  const T* weight = static_cast<const T*>(linear.branches.weight.data);
+  const int64_t inputs = linear.branches.weight.rows;
+  for (int64_t e = thread; e < linear.branches.outputs * inputs; e += threads) {
+    const int64_t head = linear.branches.head_of[e / inputs];
+    const A scale = linear.samples ? A(linear.has_weight[head] != 0.0 ? 1 : 0) : static_cast<A>(w[head]);
+    store_acc(static_cast<Factor<T>*>(linear.right) + e, scale != A(0) ? load_acc(weight + e) * scale : A(0));
   }
 }
 
-// A sample of delta from its first number on, times the weights of its branches.
-template <class P>
-__device__ void scale_sample(const Factors& f, int64_t first, const double* w, int64_t thread, int64_t threads) {
-  const P* from = static_cast<const P*>(f.factor) + first;
-  P* to = static_cast<P*>(f.left) + first;
-  for (int64_t e = thread; e < f.sample; e += threads) put(to + e, number(from + e) * static_cast<Acc<P>>(w[f.branches.head_of[e % f.branches.outputs]]));
+// A sample of delta from its first element on, times the weights of its branches.
+template <class T>
+__device__ void scale_sample(const LinearArgs& linear, int64_t first, const double* w, int64_t thread, int64_t threads) {
+  const T* from = static_cast<const T*>(linear.delta) + first;
+  T* to = static_cast<T*>(linear.left) + first;
+  for (int64_t e = thread; e < linear.sample_elements; e += threads)
+    store_acc(to + e, load_acc(from + e) * static_cast<Acc<T>>(w[linear.branches.head_of[e % linear.branches.outputs]]));
 }
 
 // The first `solvers` warps share out the problems.
-__global__ void solve_kernel(const __grid_constant__ AllSteps chain, const __grid_constant__ SolveArgs args, const __grid_constant__ Factors f, const int64_t* rng, int64_t solvers,
-                             int64_t scratch, double* workspace) {
+__global__ void solve_kernel(const __grid_constant__ LongChain chain, const __grid_constant__ SolveArgs args, const __grid_constant__ LinearArgs linear, const int64_t* rng,
+                             int64_t solvers, int64_t scratch, double* workspace) {
   __shared__ int begin[kMaxRows + 1];
   const Warp warp;
   const int rank = warp.rank(), size = warp.size();
   const int64_t thread = blockIdx.x * int64_t{kTeamLanes} + rank, threads = gridDim.x * int64_t{kTeamLanes};
   double* work = workspace + blockIdx.x * scratch;
-  const Parts parts{f.parts + (f.samples ? blockIdx.x * Parts::size(args.K, f.branches.outputs) : 0), f.branches.outputs, args.K};
-  if (!f.parts) let_next_begin();
-  wait_for_previous();
-  if (f.parts) {
-    find_branches(f.branches, rank, size, begin);
+  const BranchPartials partials{linear.partials + (linear.samples ? blockIdx.x * BranchPartials::size(args.K, linear.branches.outputs) : 0), linear.branches.outputs, args.K};
+  if (!linear.partials) grid_dependency_launch();
+  grid_dependency_wait();
+  if (linear.partials) {
+    find_branches(linear.branches, rank, size, begin);
     __syncwarp();
-    if (!f.samples) {
-      put_parts(f.branches, begin, [&](int64_t i, int64_t j) { return fold_products(f.branches.sent, f.branches.deltas, i, j); }, thread, threads, parts);
-      meet();
+    if (!linear.samples) {
+      auto product = [&](int64_t i, int64_t j) { return fold_products(linear.branches.delta, linear.branches.delta_products, i, j); };
+      store_partials(linear.branches, begin, product, thread, threads, partials);
+      grid_sync();
     }
   }
   const Chain c{chain.steps, args.n_steps, chain.params, args.preserve_norm, args.precision};
@@ -82,50 +81,52 @@ __global__ void solve_kernel(const __grid_constant__ AllSteps chain, const __gri
   const uint32_t counter = rng ? static_cast<uint32_t>(rng[1]) : 0;
   for (int64_t b = blockIdx.x < solvers ? blockIdx.x : args.batch; b < args.batch; b += solvers) {
     double* w = args.w + b * args.w_stride;
-    if (f.samples) {
-      with_type(f.branches.sent.dtype, [&](auto zero) {  // never float16
-        const auto* sample = static_cast<const decltype(zero)*>(f.factor) + b * f.sample;
-        put_parts(f.branches, begin, [&](int64_t i, int64_t j) { return multiply_columns(f.branches.sent, sample, i, j); }, rank, size, parts);
+    if (linear.samples) {
+      with_type(linear.branches.delta.dtype, [&](auto tag) {  // never float16
+        const auto* sample = static_cast<const decltype(tag)*>(linear.delta) + b * linear.sample_elements;
+        auto product = [&](int64_t i, int64_t j) { return column_product(linear.branches.delta, sample, i, j); };
+        store_partials(linear.branches, begin, product, rank, size, partials);
       });
       __syncwarp();
     }
-    if (f.parts) {
-      put_gramian(begin, args.precision, parts, rank, size, const_cast<double*>(args.G) + b * args.G_stride);
+    if (linear.partials) {
+      store_gramian(begin, args.precision, partials, rank, size, const_cast<double*>(args.G) + b * args.G_stride);
       __syncwarp();
     }
     const Io io{args.G + b * args.G_stride, args.mask ? args.mask + b * args.mask_stride : nullptr,
                 args.state ? args.state + b * args.state_stride : nullptr, seed, counter, static_cast<uint32_t>(b), w};
     solve(warp, c, args.K, io, work, reinterpret_cast<int*>(work + solve_work_size(args.K)));
     __syncwarp();
-    if (!f.samples) continue;
-    with_type(f.branches.sent.dtype, [&](auto zero) { scale_sample<decltype(zero)>(f, b * f.sample, w, rank, size); });
+    if (!linear.samples) continue;
+    with_type(linear.branches.delta.dtype, [&](auto tag) { scale_sample<decltype(tag)>(linear, b * linear.sample_elements, w, rank, size); });
     for (int a = rank; a < args.K; a += size)
-      if (w[a] != 0.0) f.used[a] = 1.0;
+      if (w[a] != 0.0) linear.has_weight[a] = 1.0;
   }
-  if (!f.parts) return;
-  meet();
-  with_type(f.dtype, [&](auto zero) { scale_weight<decltype(zero)>(f, args.w, thread, threads); });
+  if (!linear.partials) return;
+  grid_sync();
+  with_type(linear.dtype, [&](auto tag) { scale_weight<decltype(tag)>(linear, args.w, thread, threads); });
 }
 
 int64_t warps_of(const SolveArgs& args) {
-  const int64_t room = kMostScratch / scratch_doubles(args.K), most = room < kMostWarps ? room : kMostWarps;
-  return args.batch < most ? args.batch : most;
+  const int64_t fitting = kMaxScratchDoubles / scratch_doubles(args.K), max_warps = fitting < kMaxWarps ? fitting : kMaxWarps;
+  return args.batch < max_warps ? args.batch : max_warps;
 }
 
-AllSteps steps_of(const SolveArgs& args) {
-  AllSteps chain{};
-  if (!chain.take(args)) throw std::runtime_error("mmfast: a chain of at most 16 rules with at most 1024 numbers among them runs on the GPU");
+LongChain chain_of(const SolveArgs& args) {
+  LongChain chain{};
+  if (!chain.copy(args)) throw std::runtime_error("mmfast: a chain of at most 16 rules with at most 1024 numbers among them runs on the GPU");
   return chain;
 }
 
-Dtype product_type(Dtype dtype) { return dtype == Dtype::f16 ? Dtype::f32 : dtype; }
+// That of Factor<T>.
+Dtype factor_type(Dtype dtype) { return dtype == Dtype::f16 ? Dtype::f32 : dtype; }
 
 // What the Gramian is formed from: delta, a sample of it or its sum, and W.
-Branches branches_of(const Heads& h, const int64_t* head_of, const void* sent) {
+Branches branches_of(const Heads& h, const int64_t* head_of, const void* delta) {
   const bool sums = h.per == Per::batch_sum;
-  const Dtype type = product_type(h.dtype), wide = h.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const Dtype type = factor_type(h.dtype), acc_type = h.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
   const int64_t O = h.outputs;
-  return {head_of, O, h.K, {sums ? wide : type, sent, h.per == Per::batch ? h.batch * h.rows : h.rows, O, O, 1}, {h.dtype, h.weight, h.inputs, O, 1, h.inputs}, nullptr, nullptr};
+  return {head_of, O, h.K, {sums ? acc_type : type, delta, h.per == Per::batch ? h.batch * h.rows : h.rows, O, O, 1}, {h.dtype, h.weight, h.inputs, O, 1, h.inputs}, nullptr, nullptr};
 }
 
 }  // namespace
@@ -136,10 +137,10 @@ namespace gpu {
 int64_t solve_workspace(const SolveArgs& args) { return cuda::warps_of(args) * cuda::scratch_doubles(args.K); }
 
 void solve(const SolveArgs& args, int64_t* rng, double* workspace, bool overlap, Stream stream) {
-  const cuda::AllSteps chain = cuda::steps_of(args);
+  const cuda::LongChain chain = cuda::chain_of(args);
   if (args.batch) {
-    cuda::start(cuda::soon(overlap), dim3(static_cast<unsigned>(cuda::warps_of(args))), cuda::kTeamLanes, cuda::raw(stream), cuda::solve_kernel, chain, args, cuda::Factors{}, rng,
-                cuda::warps_of(args), cuda::scratch_doubles(args.K), workspace);
+    cuda::Launch(cuda::dependent_if(overlap), dim3(static_cast<unsigned>(cuda::warps_of(args))), cuda::kTeamLanes, cuda::cuda_stream(stream))(
+        cuda::solve_kernel, chain, args, cuda::LinearArgs{}, rng, cuda::warps_of(args), cuda::scratch_doubles(args.K), workspace);
     cuda::check_launch("solve");
   }
   if (rng) cuda::advance(rng, stream);
@@ -148,42 +149,43 @@ void solve(const SolveArgs& args, int64_t* rng, double* workspace, bool overlap,
 HeadsPlan plan_heads(const Heads& h, const SolveArgs& args, const Limits& limits) {
   const cuda::Branches b = cuda::branches_of(h, nullptr, nullptr);
   const bool samples = h.per == Per::sample;
-  // enough to fold the parts of one problem, to solve those of samples, and to scale W
+  // enough to fold the partial sums of one problem, to solve those of samples, and to scale W
   const int64_t work = h.outputs * ((samples ? 0 : h.K / 2) + h.inputs / 8) / cuda::kTeamLanes + 1, solvers = cuda::warps_of(args), wanted = work < solvers ? solvers : work;
   int fitting = 0;
   if (limits.cooperative && cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, cuda::solve_kernel, cuda::kTeamLanes, 0) != cudaSuccess) cudaGetLastError();
-  const int64_t most = (fitting < cuda::kWarpsPerProcessor ? fitting : cuda::kWarpsPerProcessor) * limits.processors, room = most < 1 ? 1 : most;
-  HeadsPlan plan{wanted < room ? wanted : room, solvers < room ? solvers : room, 0};
-  const int64_t slots = (samples ? 0 : b.sent.slots()) + b.weight.slots();
-  plan.workspace = slots * h.outputs * h.outputs + (samples ? plan.solvers : 1) * cuda::Parts::size(h.K, h.outputs) + h.K + plan.solvers * cuda::scratch_doubles(h.K);
+  const int64_t resident = (fitting < cuda::kWarpsPerProcessor ? fitting : cuda::kWarpsPerProcessor) * limits.processors, max_warps = resident < 1 ? 1 : resident;
+  HeadsPlan plan{wanted < max_warps ? wanted : max_warps, solvers < max_warps ? solvers : max_warps, 0};
+  const int64_t slots = (samples ? 0 : b.delta.slots()) + b.weight.slots();
+  plan.workspace = slots * h.outputs * h.outputs + (samples ? plan.solvers : 1) * cuda::BranchPartials::size(h.K, h.outputs) + h.K + plan.solvers * cuda::scratch_doubles(h.K);
   return plan;
 }
 
 void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_t* rng, const HeadsPlan& plan, double* workspace, void* sums, void* left, void* right, Stream stream) {
-  const cuda::AllSteps chain = cuda::steps_of(args);
-  const bool samples = h.per == Per::sample, sent_first = h.mask || h.dtype == Dtype::f16;
-  if (sent_first) cuda::send(h, head_of, left, stream);
-  const void* sent = sent_first ? left : h.delta;
-  cuda::Factors f{};
-  f.branches = cuda::branches_of(h, head_of, sent);
+  const cuda::LongChain chain = cuda::chain_of(args);
+  const bool samples = h.per == Per::sample, copies = h.mask || h.dtype == Dtype::f16;
+  if (copies) cuda::mask_delta(h, head_of, left, stream);
+  const void* delta = copies ? left : h.delta;
+  cuda::LinearArgs linear{};
+  linear.branches = cuda::branches_of(h, head_of, delta);
   if (h.per == Per::batch_sum) {
-    const int place = 0;
-    batch_sums({cuda::product_type(h.dtype), &sent, 1, &place, 1, h.batch, h.rows * h.outputs, h.per, nullptr, 0}, sums, stream);
-    f.branches.sent.data = sums;
+    const int row_index = 0;
+    batch_sums({cuda::factor_type(h.dtype), &delta, 1, &row_index, 1, h.batch, h.rows * h.outputs, h.per, nullptr, 0}, sums, stream);
+    linear.branches.delta.data = sums;
   }
-  const int64_t size = h.outputs * h.outputs, sent_slots = samples ? 0 : f.branches.sent.slots();
-  cuda::multiply(f.branches.sent, f.branches.weight, !samples, workspace, stream);
-  f.branches.deltas = workspace;
-  f.branches.weights = workspace + sent_slots * size;
-  f.parts = workspace + (sent_slots + f.branches.weight.slots()) * size;
-  f.used = f.parts + (samples ? plan.solvers : 1) * cuda::Parts::size(h.K, h.outputs);
-  f.samples = samples, f.dtype = h.dtype, f.factor = sent, f.left = left, f.right = right, f.sample = h.rows * h.outputs;
+  const int64_t size = h.outputs * h.outputs, delta_slots = samples ? 0 : linear.branches.delta.slots();
+  cuda::multiply_columns(linear.branches.delta, linear.branches.weight, !samples, workspace, stream);
+  linear.branches.delta_products = workspace;
+  linear.branches.weight_products = workspace + delta_slots * size;
+  linear.partials = workspace + (delta_slots + linear.branches.weight.slots()) * size;
+  linear.has_weight = linear.partials + (samples ? plan.solvers : 1) * cuda::BranchPartials::size(h.K, h.outputs);
+  linear.samples = samples, linear.dtype = h.dtype, linear.delta = delta, linear.left = left, linear.right = right, linear.sample_elements = h.rows * h.outputs;
   if (samples) {
-    cudaMemsetAsync(f.used, 0, sizeof(double) * h.K, cuda::raw(stream));
+    cudaMemsetAsync(linear.has_weight, 0, sizeof(double) * h.K, cuda::cuda_stream(stream));
     cuda::check_launch("memset");
   }
-  cuda::start(plan.warps > 1 ? cuda::Begin::together : cuda::Begin::after, dim3(static_cast<unsigned>(plan.warps)), cuda::kTeamLanes, cuda::raw(stream), cuda::solve_kernel, chain, args, f,
-              rng, plan.solvers, cuda::scratch_doubles(h.K), f.used + h.K);
+  const cuda::LaunchMode mode = plan.warps > 1 ? cuda::LaunchMode::cooperative : cuda::LaunchMode::plain;
+  cuda::Launch(mode, dim3(static_cast<unsigned>(plan.warps)), cuda::kTeamLanes, cuda::cuda_stream(stream))(
+      cuda::solve_kernel, chain, args, linear, rng, plan.solvers, cuda::scratch_doubles(h.K), linear.has_weight + h.K);
   cuda::check_launch("heads");
   if (rng) cuda::advance(rng, stream);
 }

@@ -15,27 +15,27 @@ namespace MMFAST_ISA {
 class Threads {
  public:
   // What the members share.
-  struct Meeting {
+  struct SharedState {
     pthread_barrier_t barrier;
     double values[kTeamLanes];
-    Meeting() { pthread_barrier_init(&barrier, nullptr, kTeamLanes); }
-    ~Meeting() { pthread_barrier_destroy(&barrier); }
+    SharedState() { pthread_barrier_init(&barrier, nullptr, kTeamLanes); }
+    ~SharedState() { pthread_barrier_destroy(&barrier); }
   };
 
-  Threads(Meeting& meeting, int rank) : meeting_(meeting), rank_(rank) {}
+  Threads(SharedState& shared, int rank) : shared_(shared), rank_(rank) {}
   int rank() const { return rank_; }
   int size() const { return kTeamLanes; }
-  void sync() const { pthread_barrier_wait(&meeting_.barrier); }
+  void sync() const { pthread_barrier_wait(&shared_.barrier); }
 
   // warp.h, with an array in place of shuffles
   template <class F>
   double sum(int n, F f) const {
     double value = rank_ < n ? f(rank_) : 0.0;
     for (int i = rank_ + kTeamLanes; i < n; i += kTeamLanes) value += f(i);
-    meeting_.values[rank_] = value;
+    shared_.values[rank_] = value;
     sync();
     double lanes[kTeamLanes];
-    std::copy(meeting_.values, meeting_.values + kTeamLanes, lanes);
+    std::copy(shared_.values, shared_.values + kTeamLanes, lanes);
     sync();
     int m = 1;
     while (m < n && m < kTeamLanes) m *= 2;
@@ -45,16 +45,16 @@ class Threads {
   }
 
  private:
-  Meeting& meeting_;
+  SharedState& shared_;
   int rank_;
 };
 
 // f(team) by each of its 32 members at once.
 template <class F>
 void as_team(F f) {
-  Threads::Meeting meeting;
+  Threads::SharedState shared;
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < kTeamLanes; ++rank) threads.emplace_back([&, rank] { f(Threads(meeting, rank)); });
+  for (int rank = 0; rank < kTeamLanes; ++rank) threads.emplace_back([&, rank] { f(Threads(shared, rank)); });
   for (std::thread& thread : threads) thread.join();
 }
 

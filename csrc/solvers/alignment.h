@@ -17,12 +17,6 @@ struct Multiples {
   double square;   // |sum_i a_i g_i|^2; 0 where the rows admit no such direction
 };
 
-// The preference of row i: what follows the first parameter, if anything does.
-MMFAST_HD inline double preference(const Problem& p, int i, double otherwise) {
-  if (p.n_params == 1) return otherwise;
-  return 1 + p.rows[i] < p.n_params ? p.params[1 + p.rows[i]] : NAN;
-}
-
 template <class Team, class F>
 MMFAST_HD inline Multiples multiples(const Team& team, Problem& p, F b) {
   const int k = p.k;
@@ -42,11 +36,11 @@ MMFAST_HD inline Multiples multiples(const Team& team, Problem& p, F b) {
     for (int i = 0; i < k; ++i) largest = fmax(largest, values[i]);
     const double cut = largest * rank_cut(k, p.precision);
     each(team, k, [&](int i) { out.cosine[i] = values[i] > cut ? out.a[i] : 0.0; });
-    const double kept = team.sum(k, [&](int i) { return out.cosine[i] * out.cosine[i]; });
-    const double whole = team.sum(k, [&](int i) { return out.a[i] * out.a[i]; });
+    const double kept_square = team.sum(k, [&](int i) { return out.cosine[i] * out.cosine[i]; });
+    const double b_square = team.sum(k, [&](int i) { return out.a[i] * out.a[i]; });
     each(team, k, [&](int i) { out.a[i] = values[i] > cut ? out.a[i] / values[i] : 0.0; });
     const double square = team.sum(k, [&](int i) { return out.a[i] * out.cosine[i]; });
-    out.square = kept > 1e-24 * whole ? square : 0.0;  // below it, what is left of b is rounding
+    out.square = kept_square > 1e-24 * b_square ? square : 0.0;  // below it, what is left of b is rounding
     team.sync();
     spectrum.apply(team, out.a);
     spectrum.apply(team, out.cosine);
@@ -66,8 +60,8 @@ struct Rule<13> : Rule<-1> {
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const alignment::Multiples m = alignment::multiples(team, p, [](int) { return 1.0; });
     const double total = team.sum(p.k, [&](int i) { return m.a[i]; });
-    const double reach = team.sum(p.k, [&](int i) { return fabs(m.a[i]); });
-    const bool defined = m.square > 0.0 && fabs(total) > 1e-12 * reach;
+    const double abs_total = team.sum(p.k, [&](int i) { return fabs(m.a[i]); });
+    const bool defined = m.square > 0.0 && fabs(total) > 1e-12 * abs_total;
     each(team, p.k, [&](int i) { p.w[i] = defined ? m.a[i] / total : 0.0; });
   }
 };
@@ -85,13 +79,13 @@ struct Rule<14> : Rule<-1> {
     double* x = A + k * k;
     int* order = p.iwork + Spectrum::iwork_size(k);  // rows by ascending norm, for the sake of the small eigenvalues
     each(team, k, [&](int i) {
-      int place = 0;
-      for (int j = 0; j < k; ++j) place += p.G[j * k + j] < p.G[i * k + i] || (p.G[j * k + j] == p.G[i * k + i] && j < i);
-      order[place] = i;
+      int rank = 0;
+      for (int j = 0; j < k; ++j) rank += p.G[j * k + j] < p.G[i * k + i] || (p.G[j * k + j] == p.G[i * k + i] && j < i);
+      order[rank] = i;
     });
     each(team, k, [&](int i) {
       for (int j = 0; j < k; ++j) A[i * k + j] = p.G[order[i] * k + order[j]];
-      x[i] = alignment::preference(p, order[i], 1.0 / k);
+      x[i] = preference(p, order[i], 1, 1.0 / k);
     });
     const Spectrum spectrum(team, k, A, x, p.work, p.iwork);
     double* values = spectrum.values;
@@ -113,9 +107,9 @@ struct Rule<14> : Rule<-1> {
     const int target = kind == 0 ? 0 : (static_cast<int>(count) - 1) / 2;
     double found = 0.0;
     for (int i = 0; i < k; ++i) {
-      int place = 0;
-      for (int j = 0; j < k; ++j) place += values[j] > cut && (values[j] < values[i] || (values[j] == values[i] && j < i));
-      if (values[i] > cut && place == target) found = values[i];
+      int rank = 0;
+      for (int j = 0; j < k; ++j) rank += values[j] > cut && (values[j] < values[i] || (values[j] == values[i] && j < i));
+      if (values[i] > cut && rank == target) found = values[i];
     }
     return found;
   }
@@ -131,16 +125,16 @@ struct Rule<15> : Rule<-1> {
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k, kind = static_cast<int>(p.params[0]);
-    const alignment::Multiples m = alignment::multiples(team, p, [&](int i) { return alignment::preference(p, i, 1.0); });
+    const alignment::Multiples m = alignment::multiples(team, p, [&](int i) { return preference(p, i, 1, 1.0); });
     const double along = kind == 0 ? team.sum(k, [&](int i) { return m.norm[i] * m.cosine[i]; })
-                                   : tracked(team, k, m.norm, kind) * team.sum(k, [&](int i) { return m.cosine[i]; });
+                                   : tracked_length(team, k, m.norm, kind) * team.sum(k, [&](int i) { return m.cosine[i]; });
     const double factor = m.square > 0.0 ? along / m.square : 0.0;
     each(team, k, [&](int i) { p.w[i] = factor * m.a[i]; });
   }
 
  private:
   template <class Team>
-  MMFAST_HD static double tracked(const Team& team, int k, const double* norm, int kind) {
+  MMFAST_HD static double tracked_length(const Team& team, int k, const double* norm, int kind) {
     double least = norm[0], most = norm[0];
     for (int i = 1; i < k; ++i) least = fmin(least, norm[i]), most = fmax(most, norm[i]);
     if (kind == 1) return least;

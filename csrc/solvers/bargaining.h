@@ -13,7 +13,6 @@
 
 #include "linalg.h"
 
-
 namespace mmfast {
 namespace MMFAST_ISA {
 
@@ -52,9 +51,9 @@ MMFAST_HD inline void solve(const Team& team, Problem& p, double alpha) {
   double* step = curve + k;
   cosines(team, k, p.G, norm, C);
   each(team, k, [&](int i) { m[i] = alpha == 1.0 ? 1.0 : pow(norm[i], (1.0 - alpha) / (1.0 + alpha)); });
-  double most = 0.0;
-  for (int i = 0; i < k; ++i) most = fmax(most, m[i]);
-  const Side side{1.0 / alpha, most * pow(kFlat, -fmax(alpha / (1.0 + alpha), 1.0 / 3.0))};
+  double max_m = 0.0;
+  for (int i = 0; i < k; ++i) max_m = fmax(max_m, m[i]);
+  const Side side{1.0 / alpha, max_m * pow(kFlat, -fmax(alpha / (1.0 + alpha), 1.0 / 3.0))};
 
   // the best multiple of what the rows would take alone
   multiply(team, k, C, k, m, Cx);
@@ -63,7 +62,7 @@ MMFAST_HD inline void solve(const Team& team, Problem& p, double alpha) {
   const double start = alpha == 1.0 ? sqrt(alone / together) : pow(alone / together, alpha / (1.0 + alpha));
   each(team, k, [&](int i) { x[i] = start * m[i]; });
 
-  double last = 1.0;
+  double last_change = 1.0;
   for (int iteration = 0; iteration < kMaxNewton; ++iteration) {
     multiply(team, k, C, k, x, Cx);
     each(team, k, [&](int i) {
@@ -84,8 +83,8 @@ MMFAST_HD inline void solve(const Team& team, Problem& p, double alpha) {
       const double next = fabs(part) < 0.1 ? x[i] + step[i] : x[i] * exp(fmax(-2.0, fmin(2.0, part)));
       x[i] = fmin(next, 10.0 * side.ceiling);
     });
-    if (change < 1e-8 || (change < 1e-4 && change > 0.5 * last)) break;  // quadratic: the next step would be rounding
-    last = change;
+    if (change < 1e-8 || (change < 1e-4 && change > 0.5 * last_change)) break;  // quadratic: the next step would be rounding
+    last_change = change;
   }
   each(team, k, [&](int i) { p.w[i] = x[i] / norm[i]; });
 }
@@ -104,7 +103,7 @@ struct Rule<11> : Rule<-1> {
     bargaining::solve(team, p, 1.0);
     double factor = 1.0 / sqrt(p.scale);
     if (p.params[0] > 0.0) {  // |d|^2 = w'Gw does not depend on the scale of G
-      const double square = team.sum(k * k, [&](int e) { return p.w[e / k] * p.G[e] * p.w[e % k]; });
+      const double square = quadratic_form(team, k, p.G, p.w);
       factor *= fmin(1.0, p.params[0] / sqrt(fmax(square, DBL_MIN)));
     }
     team.sync();

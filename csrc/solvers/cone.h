@@ -10,7 +10,17 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-MMFAST_HD inline double preference(const Problem& p, int i) { return p.n_params ? p.params[p.rows[i]] : 1.0 / p.k; }
+namespace cone {
+
+// min 1/2 l'Cl + q'l over l >= 0 with C the cosines of the rows; q is to be filled. C is written to p.work, norms [k] are behind it, the solver's own
+// numbers behind them.
+template <class Team>
+MMFAST_HD inline NonNegative<Team> on_cosines(const Team& team, const Problem& p, double* norms) {
+  cosines(team, p.k, p.G, norms, p.work);
+  return {team, p.k, p.work, norms + p.k, p.iwork};
+}
+
+}  // namespace cone
 
 // Quinton & Rey, "Jacobian descent for multi-objective optimization" (2024): the sum of the K gradients' projections on the dual cone.
 template <>
@@ -21,20 +31,18 @@ struct Rule<8> : Rule<-1> {
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k;
-    double* C = p.work;
-    double* norms = C + static_cast<long>(k) * k;
-    cosines(team, k, p.G, norms, C);
-    NonNegative<Team> qp(team, k, C, norms + k, p.iwork);
-    each(team, k, [&](int i) { p.w[i] = preference(p, i); });
+    double* norms = p.work + static_cast<long>(k) * k;
+    NonNegative<Team> qp = cone::on_cosines(team, p, norms);
+    each(team, k, [&](int i) { p.w[i] = preference(p, i, 0, 1.0 / k); });
     for (int i = 0; i < k; ++i) {
-      const double* row = C + static_cast<long>(i) * k;
+      const double* row = qp.C + static_cast<long>(i) * k;
       double least = 0.0;
       for (int j = 0; j < k; ++j) least = fmin(least, row[j]);
-      const double size = preference(p, i) * norms[i];
-      if (least == 0.0 || size == 0.0) continue;
+      const double length = preference(p, i, 0, 1.0 / k) * norms[i];
+      if (least == 0.0 || length == 0.0) continue;
       each(team, k, [&](int j) { qp.q[j] = row[j]; });
       qp.solve(1.0, true);
-      each(team, k, [&](int j) { p.w[j] += size * qp.x[j] / norms[j]; });
+      each(team, k, [&](int j) { p.w[j] += length * qp.x[j] / norms[j]; });
     }
   }
 };
@@ -48,19 +56,17 @@ struct Rule<9> : Rule<-1> {
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k;
-    double* C = p.work;
-    double* norms = C + static_cast<long>(k) * k;
-    cosines(team, k, p.G, norms, C);
-    NonNegative<Team> qp(team, k, C, norms + k, p.iwork);
-    const double reach = team.sum(k, [&](int i) { return preference(p, i) * norms[i]; });
+    double* norms = p.work + static_cast<long>(k) * k;
+    NonNegative<Team> qp = cone::on_cosines(team, p, norms);
+    const double norm_bound = team.sum(k, [&](int i) { return preference(p, i, 0, 1.0 / k) * norms[i]; });
     each(team, k, [&](int i) { qp.q[i] = 0.0; });
     for (int j = 0; j < k; ++j) {
-      const double u = preference(p, j) * norms[j];
-      const double* row = C + static_cast<long>(j) * k;
-      each(team, k, [&](int i) { qp.q[i] += u * row[i]; });
+      const double length = preference(p, j, 0, 1.0 / k) * norms[j];
+      const double* row = qp.C + static_cast<long>(j) * k;
+      each(team, k, [&](int i) { qp.q[i] += length * row[i]; });
     }
-    qp.solve(reach, true);
-    each(team, k, [&](int i) { p.w[i] = preference(p, i) + qp.x[i] / norms[i]; });
+    qp.solve(norm_bound, true);
+    each(team, k, [&](int i) { p.w[i] = preference(p, i, 0, 1.0 / k) + qp.x[i] / norms[i]; });
   }
 };
 
@@ -82,15 +88,15 @@ struct Rule<10> : Rule<-1> {
     double* norms = C + static_cast<long>(k) * k;
     double* length = norms + k;  // |g_i| over its average
     double* others = length + k;  // [m, m] cosines of the secondary gradients
-    const double kept = beta * p.state[p.K], total = kept + (1.0 - beta);
+    const double old_weight = beta * p.state[p.K], total_weight = old_weight + (1.0 - beta);
     team.sync();
     each(team, k, [&](int i) {
-      double& average = p.state[p.rows[i]];
+      double& average = p.state[p.row_index[i]];
       const double square = p.G[static_cast<long>(i) * k + i] * p.scale;
-      average = average > 0.0 ? (kept * average + (1.0 - beta) * square) / total : square;
+      average = average > 0.0 ? (old_weight * average + (1.0 - beta) * square) / total_weight : square;
       length[i] = sqrt(square / average);
     });
-    if (team.rank() == 0) p.state[p.K] = total;
+    if (team.rank() == 0) p.state[p.K] = total_weight;
     cosines(team, k, p.G, norms, C);
     NonNegative<Team> qp(team, m, others, others + static_cast<long>(m) * m, p.iwork);
     each(team, m, [&](int i) {
@@ -98,13 +104,13 @@ struct Rule<10> : Rule<-1> {
       for (int j = 0; j < m; ++j) others[static_cast<long>(i) * m + j] = row[j + 1];
       qp.q[i] = length[0] * row[0] - tau * length[i + 1];
     });
-    const double reach = team.sum(k, [&](int i) { return i == 0 ? length[0] : tau * length[i]; });
-    bool feasible = qp.solve(reach, false);
+    const double norm_bound = team.sum(k, [&](int i) { return i == 0 ? length[0] : tau * length[i]; });
+    bool feasible = qp.solve(norm_bound, false);
 
     // |d|^2 of d = length_1 c_1 + sum_j x_j c_j. Below the rounding of its own summands it is zero, which no constraint with
     // tau > 0 allows: then the constraints contradict each other after all.
     each(team, m, [&](int i) { length[i + 1] = qp.x[i]; });
-    const double square = team.sum(k * k, [&](int e) { return length[e / k] * C[e] * length[e % k]; });
+    const double square = quadratic_form(team, k, C, length);
     const double sum = team.sum(k, [&](int i) { return length[i]; });
     const bool vanishes = square <= 1e-14 * sum * sum;
     feasible = feasible && !(vanishes && tau > 0.0);

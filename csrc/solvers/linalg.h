@@ -21,15 +21,15 @@ MMFAST_HD inline void cosines(const Team& team, int k, const double* G, double* 
   each(team, k, [&](int i) {
     const double* __restrict__ from = G + i * k;
     double* __restrict__ row = C + i * k;
-    const double mine = norm[i];
-    for (int j = 0; j < k; ++j) row[j] = from[j] / (mine * norm[j]);
+    const double norm_i = norm[i];
+    for (int j = 0; j < k; ++j) row[j] = from[j] / (norm_i * norm[j]);
     row[i] = 1.0;
   });
 }
 
 // The first column from `begin` on that belongs to this member.
 template <class Team>
-MMFAST_HD inline int own(const Team& team, int begin) {
+MMFAST_HD inline int first_column(const Team& team, int begin) {
   const int column = begin - begin % team.size() + team.rank();
   return column < begin ? column + team.size() : column;
 }
@@ -37,7 +37,7 @@ MMFAST_HD inline int own(const Team& team, int begin) {
 // y[0..n-1] = A x for symmetric A with leading dimension ld.
 template <class Team>
 MMFAST_HD inline void multiply(const Team& team, int n, const double* A, int ld, const double* __restrict__ x, double* __restrict__ y) {
-  const int begin = own(team, 0);
+  const int begin = first_column(team, 0);
   for (int j = begin; j < n; j += team.size()) y[j] = 0.0;
   for (int i = 0; i < n; ++i) {
     const double* __restrict__ row = A + i * ld;
@@ -45,6 +45,12 @@ MMFAST_HD inline void multiply(const Team& team, int n, const double* A, int ld,
     for (int j = begin; j < n; j += team.size()) y[j] += row[j] * xi;
   }
   team.sync();
+}
+
+// x'Ax for A [n, n].
+template <class Team>
+MMFAST_HD inline double quadratic_form(const Team& team, int n, const double* A, const double* x) {
+  return team.sum(n * n, [&](int e) { return x[e / n] * A[e] * x[e % n]; });
 }
 
 // Factors A = R'R in place: R above the diagonal, 1 / R_ii on it. A pivot below floor(i) is raised to it; returns the least pivot met.
@@ -57,13 +63,13 @@ MMFAST_HD inline double cholesky(const Team& team, int n, double* A, Floor floor
     least = fmin(least, pivot);
     const double inverse = 1.0 / sqrt(fmax(pivot, floor(j)));
     team.sync();
-    for (int l = own(team, j + 1); l < n; l += team.size()) top[l] *= inverse;
+    for (int l = first_column(team, j + 1); l < n; l += team.size()) top[l] *= inverse;
     if (team.rank() == 0) top[j] = inverse;
     team.sync();
     for (int i = j + 1; i < n; ++i) {
       double* __restrict__ row = A + i * n;
       const double factor = top[i];
-      for (int l = own(team, i); l < n; l += team.size()) row[l] -= factor * top[l];
+      for (int l = first_column(team, i); l < n; l += team.size()) row[l] -= factor * top[l];
     }
     team.sync();
   }
@@ -77,7 +83,7 @@ MMFAST_APART void cholesky_solve(const Team& team, int n, const double* R, doubl
     const double* __restrict__ row = R + j * n;
     const double xj = x[j] * row[j];
     team.sync();
-    for (int l = own(team, j + 1); l < n; l += team.size()) x[l] -= row[l] * xj;
+    for (int l = first_column(team, j + 1); l < n; l += team.size()) x[l] -= row[l] * xj;
     if (team.rank() == 0) x[j] = xj;
     team.sync();
   }
@@ -103,7 +109,7 @@ class Spectrum {
   // grow towards the last row keep their small eigenvalues accurate.
   template <class Team>
   MMFAST_HD Spectrum(const Team& team, int n, double* A, double* x, double* work, int* iwork)
-      : values(work), n_(n), A_(A), off_(values + n), inverse_h_(off_ + n), spare_(inverse_h_ + n), turns_(spare_ + n), sweeps_(iwork) {
+      : values(work), n_(n), A_(A), off_(values + n), inverse_h_(off_ + n), scratch_(inverse_h_ + n), rotations_(scratch_ + n), sweeps_(iwork) {
     tridiagonalise(team);
     for (int m = n - 1; m >= 2; --m) reflect(team, m, x);
     if (team.rank() == 0) diagonalise(x);
@@ -115,14 +121,14 @@ class Spectrum {
   MMFAST_HD void apply(const Team& team, double* x) const {
     if (team.rank() == 0) {
       const int n_sweeps = sweeps_[0];
-      const double* turn = turns_;
-      for (int s = 0; s < n_sweeps; ++s) turn += 2 * (sweeps_[1 + 2 * s] - sweeps_[2 + 2 * s] + 1);
+      const double* rotation = rotations_;
+      for (int s = 0; s < n_sweeps; ++s) rotation += 2 * (sweeps_[1 + 2 * s] - sweeps_[2 + 2 * s] + 1);
       for (int s = n_sweeps - 1; s >= 0; --s)
         for (int i = sweeps_[2 + 2 * s]; i <= sweeps_[1 + 2 * s]; ++i) {
-          turn -= 2;
+          rotation -= 2;
           const double a = x[i], b = x[i + 1];
-          x[i] = turn[0] * a + turn[1] * b;
-          x[i + 1] = turn[0] * b - turn[1] * a;
+          x[i] = rotation[0] * a + rotation[1] * b;
+          x[i + 1] = rotation[0] * b - rotation[1] * a;
         }
     }
     team.sync();
@@ -134,15 +140,15 @@ class Spectrum {
   double* A_;          // row m holds, in its first m columns, the reflection that cleared it
   double* off_;        // [n] off-diagonal of the tridiagonal matrix
   double* inverse_h_;  // [n] 2 / v'v of each reflection, 0 where none was needed
-  double* spare_;
-  double* turns_;      // (cosine, sine) of every rotation, in order
-  int* sweeps_;        // their number, then (first, last) row of each: a sweep turns rows i, i + 1 for i = first down to last
+  double* scratch_;
+  double* rotations_;      // (cosine, sine) of every rotation, in order
+  int* sweeps_;        // their number, then (first, last) row of each: a sweep rotates rows i, i + 1 for i = first down to last
 
   // A = Q T Q' with Q a product of reflections, from the last row up.
   template <class Team>
   MMFAST_APART void tridiagonalise(const Team& team) {
-    const int n = n_, begin = own(team, 0);
-    double* __restrict__ q = spare_;
+    const int n = n_, begin = first_column(team, 0);
+    double* __restrict__ q = scratch_;
     for (int m = n - 1; m >= 2; --m) {
       double* __restrict__ v = A_ + m * n;
       const double rest = team.sum(m - 1, [&](int j) { return v[j] * v[j]; });
@@ -177,22 +183,22 @@ class Spectrum {
     const double* __restrict__ v = A_ + m * n_;
     const double along = inverse_h_[m] * team.sum(m, [&](int j) { return v[j] * x[j]; });
     team.sync();
-    for (int j = own(team, 0); j < m; j += team.size()) x[j] -= along * v[j];
+    for (int j = first_column(team, 0); j < m; j += team.size()) x[j] -= along * v[j];
     team.sync();
   }
 
   // Implicit QL with Wilkinson's shift on (values, off_): applies every rotation to x and keeps it.
   MMFAST_APART void diagonalise(double* x) {
     const int n = n_;
-    const long max_turns = 3L * n * n;
+    const long max_rotations = 3L * n * n;
     double* d = values;
-    double* turn = turns_;
+    double* rotation = rotations_;
     int n_sweeps = 0;
     for (int l = 0; l < n - 1; ++l) {
       for (;;) {
         int m = l;
         while (m < n - 1 && fabs(off_[m]) > DBL_EPSILON * (fabs(d[m]) + fabs(d[m + 1])) + 1e-150) ++m;
-        if (m == l || n_sweeps == 3 * n - 1 || (turn - turns_) / 2 + (m - l) > max_turns) break;
+        if (m == l || n_sweeps == 3 * n - 1 || (rotation - rotations_) / 2 + (m - l) > max_rotations) break;
         const double gap = (d[l + 1] - d[l]) / (2.0 * off_[l]);
         double g = d[m] - d[l] + off_[l] / (gap + copysign(sqrt(gap * gap + 1.0), gap));
         double cosine = 1.0, sine = 1.0, shift = 0.0;
@@ -209,9 +215,9 @@ class Spectrum {
           shift = sine * t;
           d[i + 1] = g + shift;
           g = cosine * t - b;
-          turn[0] = cosine;
-          turn[1] = sine;
-          turn += 2;
+          rotation[0] = cosine;
+          rotation[1] = sine;
+          rotation += 2;
           const double upper = x[i + 1];
           x[i + 1] = sine * x[i] + cosine * upper;
           x[i] = cosine * x[i] - sine * upper;

@@ -8,19 +8,19 @@ namespace MMFAST_ISA {
 
 namespace magnitude {
 
-// Counts the call and keeps the norms of the call number update_at, or of the first one after it that has the row.
+// Counts the call and keeps the norms of the call number update_at in first_norms, or of the first one after it that has the row.
 // norm[i] <- the true norm; change[i] <- norm over kept norm (over 1 until one is kept).
 template <class Team>
-MMFAST_HD inline void observe(const Team& team, const Problem& p, double update_at, double* first, double* calls, double* norm, double* change) {
+MMFAST_HD inline void track_norms(const Team& team, const Problem& p, double update_at, double* first_norms, double* calls, double* norm, double* change) {
   const double call = *calls + 1.0;
   team.sync();
   if (team.rank() == 0) *calls = call;
   const double unit = sqrt(p.scale);
   each(team, p.k, [&](int i) {
-    double& kept = first[p.rows[i]];
+    double& first_norm = first_norms[p.row_index[i]];
     norm[i] = unit * sqrt(p.G[static_cast<long>(i) * p.k + i]);
-    if (call >= update_at && kept == 0.0) kept = norm[i];
-    change[i] = kept > 0.0 ? norm[i] / kept : norm[i];
+    if (call >= update_at && first_norm == 0.0) first_norm = norm[i];
+    change[i] = first_norm > 0.0 ? norm[i] / first_norm : norm[i];
   });
 }
 
@@ -41,28 +41,28 @@ struct Rule<16> : Rule<-1> {
     constexpr double kSame = 1e-12;                                  // two norms closer than this are equal but for rounding
     const int k = p.k, K = p.K;
     const double alpha = p.params[0], lr = p.params[1];
-    double *logit = p.state, *moment1 = logit + K, *moment2 = moment1 + K, *first = moment2 + K, *steps = first + K;
+    double *logit = p.state, *moment1 = logit + K, *moment2 = moment1 + K, *first_norms = moment2 + K, *steps = first_norms + K;
     double *norm = p.work, *change = norm + k, *slope = change + k;
-    magnitude::observe(team, p, p.params[2], first, steps + K, norm, change);
+    magnitude::track_norms(team, p, p.params[2], first_norms, steps + K, norm, change);
 
-    double top = logit[p.rows[0]];
-    for (int i = 1; i < k; ++i) top = fmax(top, logit[p.rows[i]]);
-    const double total = team.sum(k, [&](int i) { return exp(logit[p.rows[i]] - top); });
-    each(team, k, [&](int i) { p.w[i] = k * exp(logit[p.rows[i]] - top) / total; });
+    double max_logit = logit[p.row_index[0]];
+    for (int i = 1; i < k; ++i) max_logit = fmax(max_logit, logit[p.row_index[i]]);
+    const double total = team.sum(k, [&](int i) { return exp(logit[p.row_index[i]] - max_logit); });
+    each(team, k, [&](int i) { p.w[i] = k * exp(logit[p.row_index[i]] - max_logit) / total; });
 
     const double mean = team.sum(k, [&](int i) { return norm[i]; }) / k;
     const double mean_change = team.sum(k, [&](int i) { return change[i]; }) / k;
-    const double level = team.sum(k, [&](int i) { return p.w[i] * (norm[i] / mean); }) / k;
+    const double mean_weighted = team.sum(k, [&](int i) { return p.w[i] * (norm[i] / mean); }) / k;
     each(team, k, [&](int i) {
       const double size = norm[i] / mean, weighted = p.w[i] * size;
-      const double target = level * pow(change[i] / mean_change, alpha);
+      const double target = mean_weighted * pow(change[i] / mean_change, alpha);
       const double gap = weighted - target;
       slope[i] = fabs(gap) <= kSame * (weighted + target) ? 0.0 : copysign(size, gap);
     });
-    const double pull = team.sum(k, [&](int i) { return p.w[i] * slope[i]; }) / k;
+    const double mean_slope = team.sum(k, [&](int i) { return p.w[i] * slope[i]; }) / k;
     each(team, k, [&](int i) {
-      const int row = p.rows[i];
-      const double gradient = p.w[i] * (slope[i] - pull);  // through the softmax
+      const int row = p.row_index[i];
+      const double gradient = p.w[i] * (slope[i] - mean_slope);  // through the softmax
       const double step = steps[row] += 1.0;
       moment1[row] = kBeta1 * moment1[row] + (1.0 - kBeta1) * gradient;
       moment2[row] = kBeta2 * moment2[row] + (1.0 - kBeta2) * gradient * gradient;
@@ -84,7 +84,7 @@ struct Rule<17> : Rule<-1> {
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     double *norm = p.work, *change = norm + p.k;
-    magnitude::observe(team, p, p.params[0], p.state, p.state + p.K, norm, change);
+    magnitude::track_norms(team, p, p.params[0], p.state, p.state + p.K, norm, change);
     const double total = team.sum(p.k, [&](int i) { return change[i]; });
     const double target = team.sum(p.k, [&](int i) { return change[i] / total * norm[i]; });
     each(team, p.k, [&](int i) { p.w[i] = target / norm[i]; });
@@ -106,7 +106,7 @@ struct Rule<18> : Rule<-1> {
     const double alpha = p.params[0];
     double *mean = p.state, *seen = mean + p.K;
     each(team, p.k, [&](int i) {
-      const int row = p.rows[i];
+      const int row = p.row_index[i];
       p.w[i] = mean[row] = seen[row] != 0.0 ? alpha * mean[row] + (1.0 - alpha) * p.w[i] : p.w[i];
       seen[row] = 1.0;
     });

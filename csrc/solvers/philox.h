@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
-// a number is a function of (seed, counter, place), so every device and thread count draws the same.
+// a number is a function of (seed, counter, index), so every device and thread count draws the same.
 #pragma once
 
 #include "team.h"
@@ -26,7 +26,7 @@ MMFAST_HD inline Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_
   return {{c0, c1, c2, c3}};
 }
 
-// The random stream of one problem at one step of a chain. Word 0 of the draw at `place` is its integer;
+// The random stream of one problem at one step of a chain. Word 0 of the draw at `index` is its integer;
 // words 0 and 1 make its uniform. counter is the number of calls so far, taken modulo 2^32.
 struct Draw {
   uint64_t seed;
@@ -34,11 +34,11 @@ struct Draw {
   uint32_t problem;
   uint32_t step;
 
-  MMFAST_HD Philox4 bits(uint32_t place) const { return philox(seed, place, problem, step, counter); }
-  MMFAST_HD uint32_t integer(uint32_t place) const { return bits(place).v[0]; }
+  MMFAST_HD Philox4 bits(uint32_t index) const { return philox(seed, index, problem, step, counter); }
+  MMFAST_HD uint32_t integer(uint32_t index) const { return bits(index).v[0]; }
   // In the open interval (0, 1): 52 bits, so that adding one half stays exact.
-  MMFAST_HD double uniform(uint32_t place) const {
-    const Philox4 b = bits(place);
+  MMFAST_HD double uniform(uint32_t index) const {
+    const Philox4 b = bits(index);
     const uint64_t u = (static_cast<uint64_t>(b.v[0]) << 20) ^ (b.v[1] >> 12);
     return (static_cast<double>(u) + 0.5) * 2.220446049250313e-16;
   }

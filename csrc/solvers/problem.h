@@ -4,8 +4,8 @@
 // the dense rest: a rule never meets a zero row, a non-finite number, or an extreme overall scale.
 #pragma once
 
-#include "team.h"
 #include "philox.h"
+#include "team.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
@@ -15,7 +15,7 @@ constexpr double kCancelled = 1e-14;  // a squared norm below this part of its s
 struct Problem {
   int k;                 // rows that take part, >= 1
   int K;                 // rows of the whole problem
-  const int* rows;       // [k] their places in the whole problem, ascending
+  const int* row_index;  // [k] which rows of the whole problem they are, ascending
   const double* G;       // [k, k] Gramian / scale; its trace lies in [1, 4)
   double scale;          // a power of four, so that sqrt(scale) is exact
   const double* params;  // [n_params] hyper-parameters, in the order of the Python rule's params()
@@ -31,6 +31,11 @@ struct Problem {
 
 MMFAST_HD inline long work_size(int k) { return 8L * k * k + 64L * k + 64; }
 MMFAST_HD inline long iwork_size(int k) { return 8L * k + 64; }
+
+// The preference of row i: one of the K parameters that follow the `first` ones, or `otherwise` where there are none.
+MMFAST_HD inline double preference(const Problem& p, int i, int first, double otherwise) {
+  return p.n_params > first ? p.params[first + p.row_index[i]] : otherwise;
+}
 
 // A rule is a specialisation of this template in its family's header:
 //   exists = true; name = the Python class; maps_rows = whether it fills map (then w is summed by the driver);

@@ -9,19 +9,19 @@ namespace MMFAST_ISA {
 
 namespace projection {
 
-constexpr int kLanes = 8;
+constexpr int kDotLanes = 8;
 
-// order[s, i] <- 256 * draw + j, ascending in s, where j is the row that row i meets at place s; at place 0 it is row i itself.
+// order[s, i] <- 256 * draw + j, ascending in s, where j is the row that row i meets in step s; in step 0 it is row i itself.
 // A double holds such a key exactly. The draws are those of the whole problem's rows: a missing row changes no other one's order.
 template <class Team>
 MMFAST_HD inline void draw_order(const Team& team, const Problem& p, bool fixed, double* order) {
   const int k = p.k;
-  const int* rows = p.rows;
+  const int* row_index = p.row_index;
   const Draw draw = p.draw;
   const bool drawn = !fixed && k > 2;
   for (int j = 0; j < k; ++j)
     each(team, k, [=](int i) {
-      const double key = drawn ? 256.0 * draw.integer(256u * static_cast<uint32_t>(rows[i]) + static_cast<uint32_t>(rows[j])) + j : j;
+      const double key = drawn ? 256.0 * draw.integer(256u * static_cast<uint32_t>(row_index[i]) + static_cast<uint32_t>(row_index[j])) + j : j;
       order[j * k + i] = i == j ? j - 256.0 : key;
     });
   sort_columns(team, k, k, order);
@@ -30,10 +30,10 @@ MMFAST_HD inline void draw_order(const Team& team, const Problem& p, bool fixed,
 MMFAST_HD inline int row_of(double key) { return static_cast<int>(static_cast<int64_t>(key) & 255); }
 
 MMFAST_HD inline double dot(int k, const double* x, const double* y) {
-  double lane[kLanes] = {};
+  double lane[kDotLanes] = {};
   int base = 0;
-  for (; base + kLanes <= k; base += kLanes)
-    for (int l = 0; l < kLanes; ++l) lane[l] += x[base + l] * y[base + l];
+  for (; base + kDotLanes <= k; base += kDotLanes)
+    for (int l = 0; l < kDotLanes; ++l) lane[l] += x[base + l] * y[base + l];
   for (int l = 0; base + l < k; ++l) lane[l] += x[base + l] * y[base + l];
   return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
@@ -100,23 +100,23 @@ struct Rule<5> : Rule<-1> {
         v[j] = p.G[static_cast<long>(i) * k + j];
       }
       c[i] = 1.0;
-      double norm = length[i], reach = norm;
+      double norm = length[i], norm_bound = norm;
       for (int s = 1; s < k; ++s) {
         const int j = projection::row_of(order[s * k + i]);
-        double& kept = p.state[static_cast<long>(p.rows[i]) * p.K + p.rows[j]];
-        const double goal = fmin(kept, kCloseTo1);
+        double& mean_cosine = p.state[static_cast<long>(p.row_index[i]) * p.K + p.row_index[j]];
+        const double goal = fmin(mean_cosine, kCloseTo1);
         // a gradient that is gone has cosine 0 with all
         const double cosine = norm > 0.0 ? fmax(-1.0, fmin(1.0, v[j] / (norm * length[j]))) : 0.0;
-        kept = (1.0 - beta) * kept + beta * cosine;
+        mean_cosine = (1.0 - beta) * mean_cosine + beta * cosine;
         if (cosine >= goal) continue;
         const double sine = sqrt((1.0 - cosine) * (1.0 + cosine)), goal_sine = sqrt((1.0 - goal) * (1.0 + goal));
         const double t = norm * (goal * sine - cosine * goal_sine) / (length[j] * goal_sine);
         const double* row = p.G + static_cast<long>(j) * k;
         c[j] = t;
         for (int l = 0; l < k; ++l) v[l] += t * row[l];
-        reach += fabs(t) * length[j];
+        norm_bound += fabs(t) * length[j];
         const double square = projection::dot(k, c, v);
-        norm = square > kCancelled * reach * reach ? sqrt(square) : 0.0;
+        norm = square > kCancelled * norm_bound * norm_bound ? sqrt(square) : 0.0;
       }
     });
   }

@@ -33,7 +33,7 @@ struct Rule<2> : Rule<-1> {
   MMFAST_HD static bool takes(int K, int n_params) { return n_params == K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
-    each(team, p.k, [&](int i) { p.w[i] = p.params[p.rows[i]]; });
+    each(team, p.k, [&](int i) { p.w[i] = p.params[p.row_index[i]]; });
   }
 };
 
@@ -46,9 +46,9 @@ struct Rule<3> : Rule<-1> {
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     double* e = p.work;
     each(team, p.k, [&](int i) {
-      const uint32_t place = 2u * static_cast<uint32_t>(p.rows[i]);
-      const double radius = sqrt(-2.0 * log(p.draw.uniform(place)));
-      e[i] = exp(radius * cos(6.283185307179586 * p.draw.uniform(place + 1)));
+      const uint32_t index = 2u * static_cast<uint32_t>(p.row_index[i]);
+      const double radius = sqrt(-2.0 * log(p.draw.uniform(index)));
+      e[i] = exp(radius * cos(6.283185307179586 * p.draw.uniform(index + 1)));
     });
     const double total = team.sum(p.k, [&](int i) { return e[i]; });
     each(team, p.k, [&](int i) { p.w[i] = e[i] / total; });

@@ -14,7 +14,7 @@ struct Chain {
   int n_steps;
   const double* params;
   bool preserve_norm;
-  double precision = 2.220446049250313e-16;  // of the numbers that G was made of: what is smaller than it is rounding
+  double precision = DBL_EPSILON;  // of the numbers that G was made of: what is smaller than it is rounding
 };
 
 MMFAST_HD inline int chain_state_size(const Chain& chain, int K) {
@@ -40,11 +40,11 @@ struct Io {
 
 // Copies the rows of G (leading dimension K) that take part to dense[k, k], divided by a power of four; returns false if one is not finite.
 template <class Team>
-MMFAST_APART bool compact(const Team& team, const double* G, int K, const bool* mask, int* rows, double* dense, int* k_out, double* scale_out) {
+MMFAST_APART bool compact(const Team& team, const double* G, int K, const bool* mask, int* row_index, double* dense, int* k_out, double* scale_out) {
   int k = 0;
   for (int i = 0; i < K; ++i)
     if ((!mask || mask[i]) && G[static_cast<long>(i) * K + i] != 0.0) {
-      if (team.rank() == 0) rows[k] = i;
+      if (team.rank() == 0) row_index[k] = i;
       ++k;
     }
   team.sync();
@@ -52,10 +52,10 @@ MMFAST_APART bool compact(const Team& team, const double* G, int K, const bool* 
   double trace = 0.0;
   uint64_t largest = 0;  // bits without the sign are ordered like magnitudes, infinity and NaN last; a maximum of integers vectorises
   for (int i = 0; i < k; ++i) {
-    const double* from = G + static_cast<long>(rows[i]) * K;
-    trace += from[rows[i]];
+    const double* from = G + static_cast<long>(row_index[i]) * K;
+    trace += from[row_index[i]];
     for (int j = 0; j < k; ++j) {
-      const double g = k == K ? from[j] : from[rows[j]];
+      const double g = k == K ? from[j] : from[row_index[j]];
       uint64_t bits;
       memcpy(&bits, &g, sizeof bits);
       bits &= 0x7fffffffffffffffull;
@@ -68,11 +68,11 @@ MMFAST_APART bool compact(const Team& team, const double* G, int K, const bool* 
   *scale_out = ldexp(1.0, even);
   const double half = ldexp(1.0, -even / 2);  // twice, for the whole factor may not be a number where its halves are
   each(team, k, [&](int i) {
-    const double* from = G + static_cast<long>(rows[i]) * K;
+    const double* from = G + static_cast<long>(row_index[i]) * K;
     if (k == K)
       for (int j = 0; j < k; ++j) dense[i * k + j] = half * from[j] * half;
     else
-      for (int j = 0; j < k; ++j) dense[i * k + j] = half * from[rows[j]] * half;
+      for (int j = 0; j < k; ++j) dense[i * k + j] = half * from[row_index[j]] * half;
   });
   return true;
 }
@@ -81,51 +81,51 @@ MMFAST_APART bool compact(const Team& team, const double* G, int K, const bool* 
 template <class Team>
 MMFAST_APART double norm_factor(const Team& team, int k, const double* G, const double* w, double precision) {
   const double plain = team.sum(k * k, [&](int e) { return G[e]; });
-  const double ours = team.sum(k * k, [&](int e) { return w[e / k] * G[e] * w[e % k]; });
-  const double reach = team.sum(k, [&](int i) { return fabs(w[i]) * sqrt(G[i * k + i]); });
-  const double floor = 16.0 * precision * reach * reach;  // below it the length of d is rounding of G: not to be blown up
-  return reach > 0.0 ? sqrt(fmax(plain, 0.0) / fmax(ours, floor)) : 0.0;
+  const double resolved = quadratic_form(team, k, G, w);
+  const double norm_bound = team.sum(k, [&](int i) { return fabs(w[i]) * sqrt(G[i * k + i]); });
+  const double floor = 16.0 * precision * norm_bound * norm_bound;  // below it the length of d is rounding of G: not to be blown up
+  return norm_bound > 0.0 ? sqrt(fmax(plain, 0.0) / fmax(resolved, floor)) : 0.0;
 }
 
 // After a step that turns row i into sum_j map[i, j] g_j (w[i] g_i when map is null): total <- map * total, current <- map * dense * map' * scale.
 // Rows that did not take part become zero, and so do rows of which only rounding errors are left.
 template <class Team>
-MMFAST_APART void apply(const Team& team, int k, int K, const double* map, const double* w, const int* rows, const double* dense, double scale,
-                            double* total, double* current, double* spare) {
-  double* moved = spare;                                    // [k, K]
-  double* half = moved + static_cast<long>(k) * K;          // [k, k] map * dense
-  double* turned = half + static_cast<long>(k) * k;         // [k, k] map'
-  double* square = turned + static_cast<long>(k) * k;       // [k, k] map * dense * map'
+MMFAST_APART void apply_map(const Team& team, int k, int K, const double* map, const double* w, const int* row_index, const double* dense, double scale,
+                            double* total, double* current, double* scratch) {
+  double* new_total = scratch;                                  // [k, K]
+  double* map_dense = new_total + static_cast<long>(k) * K;     // [k, k] map * dense
+  double* map_t = map_dense + static_cast<long>(k) * k;         // [k, k] map'
+  double* new_dense = map_t + static_cast<long>(k) * k;         // [k, k] map * dense * map'
   each(team, k, [&](int i) {
-    double* __restrict__ out = moved + static_cast<long>(i) * K;
-    double* __restrict__ product = half + static_cast<long>(i) * k;
-    for (int c = 0; c < K; ++c) out[c] = map ? 0.0 : w[i] * total[static_cast<long>(rows[i]) * K + c];
+    double* __restrict__ out = new_total + static_cast<long>(i) * K;
+    double* __restrict__ product = map_dense + static_cast<long>(i) * k;
+    for (int c = 0; c < K; ++c) out[c] = map ? 0.0 : w[i] * total[static_cast<long>(row_index[i]) * K + c];
     for (int c = 0; c < k; ++c) product[c] = 0.0;
     for (int j = 0; map && j < k; ++j) {
       const double a = map[static_cast<long>(i) * k + j];
-      const double *from = total + static_cast<long>(rows[j]) * K, *of = dense + static_cast<long>(j) * k;
+      const double *from = total + static_cast<long>(row_index[j]) * K, *of = dense + static_cast<long>(j) * k;
       for (int c = 0; c < K; ++c) out[c] += a * from[c];
       for (int c = 0; c < k; ++c) product[c] += a * of[c];
-      turned[static_cast<long>(j) * k + i] = a;
+      map_t[static_cast<long>(j) * k + i] = a;
     }
   });
   each(team, k, [&](int i) {
-    double* __restrict__ out = square + static_cast<long>(i) * k;
+    double* __restrict__ out = new_dense + static_cast<long>(i) * k;
     for (int c = 0; c < k; ++c) out[c] = map ? 0.0 : w[i] * dense[static_cast<long>(i) * k + c] * w[c];
     for (int l = 0; map && l < k; ++l) {
-      const double a = half[static_cast<long>(i) * k + l];
-      const double* from = turned + static_cast<long>(l) * k;
+      const double a = map_dense[static_cast<long>(i) * k + l];
+      const double* from = map_t + static_cast<long>(l) * k;
       for (int c = 0; c < k; ++c) out[c] += a * from[c];
     }
-    double reach = 0.0;
-    for (int l = 0; l < k; ++l) reach += fabs(map ? map[static_cast<long>(i) * k + l] : l == i ? w[i] : 0.0) * sqrt(dense[static_cast<long>(l) * k + l]);
-    if (out[i] <= kCancelled * reach * reach) out[i] = 0.0;
+    double norm_bound = 0.0;
+    for (int l = 0; l < k; ++l) norm_bound += fabs(map ? map[static_cast<long>(i) * k + l] : l == i ? w[i] : 0.0) * sqrt(dense[static_cast<long>(l) * k + l]);
+    if (out[i] <= kCancelled * norm_bound * norm_bound) out[i] = 0.0;
   });
   each(team, K * K, [&](int e) { current[e] = total[e] = 0.0; });
   each(team, k, [&](int i) {
-    for (int c = 0; c < K; ++c) total[static_cast<long>(rows[i]) * K + c] = moved[static_cast<long>(i) * K + c];
+    for (int c = 0; c < K; ++c) total[static_cast<long>(row_index[i]) * K + c] = new_total[static_cast<long>(i) * K + c];
     for (int j = 0; j <= i; ++j)  // the lower half for both; a zero on the diagonal takes the row out
-      current[static_cast<long>(rows[i]) * K + rows[j]] = current[static_cast<long>(rows[j]) * K + rows[i]] = scale * square[static_cast<long>(i) * k + j];
+      current[static_cast<long>(row_index[i]) * K + row_index[j]] = current[static_cast<long>(row_index[j]) * K + row_index[i]] = scale * new_dense[static_cast<long>(i) * k + j];
   });
 }
 
@@ -142,11 +142,11 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
   double* current = map + static_cast<long>(K) * K;  // [K, K] the Gramian after the steps so far
   double* total = current + static_cast<long>(K) * K;  // [K, K] the row map of the steps so far
   double* w = total + static_cast<long>(K) * K;
-  double* spare = w + K;
-  int* rows = iwork;
+  double* scratch = w + K;
+  int* row_index = iwork;
   int k = 0;
   double scale = 1.0;
-  if (!compact(team, io.G, K, io.mask, rows, dense, &k, &scale)) {
+  if (!compact(team, io.G, K, io.mask, row_index, dense, &k, &scale)) {
     each(team, K, [&](int i) { io.w[i] = !io.mask || io.mask[i] ? NAN : 0.0; });
     each(team, K, [&](int i) {
       if (io.G[static_cast<long>(i) * K + i] == 0.0) io.w[i] = 0.0;
@@ -161,8 +161,8 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
   const double* params = chain.params;
   double* state = io.state;
   for (int s = 0; s < chain.n_steps; ++s) {
-    Problem p{k, K, rows, dense, scale, params, static_cast<int>(chain.steps[2 * s + 1]), state,
-              Draw{io.seed, io.counter, io.problem, static_cast<uint32_t>(s)}, w, map, spare, iwork + K, chain.precision};
+    Problem p{k, K, row_index, dense, scale, params, static_cast<int>(chain.steps[2 * s + 1]), state,
+              Draw{io.seed, io.counter, io.problem, static_cast<uint32_t>(s)}, w, map, scratch, iwork + K, chain.precision};
     bool maps = false;
     with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) {
       using R = decltype(rule);
@@ -199,19 +199,19 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
     }
     const bool last = s + 1 >= chain.n_steps;
     if (last && single) {
-      each(team, k, [&](int i) { io.w[rows[i]] = w[i]; });
+      each(team, k, [&](int i) { io.w[row_index[i]] = w[i]; });
       break;
     }
     // The weights are the column sums of the product of all maps: total' w, with w the column sums of the last one.
     if (last) {
       each(team, K, [&](int j) { io.w[j] = 0.0; });
-      for (int i = 0; i < k; ++i) each(team, K, [&](int j) { io.w[j] += w[i] * total[static_cast<long>(rows[i]) * K + j]; });
+      for (int i = 0; i < k; ++i) each(team, K, [&](int j) { io.w[j] += w[i] * total[static_cast<long>(row_index[i]) * K + j]; });
       break;
     }
     if (single) each(team, K * K, [&](int e) { total[e] = e / K == e % K ? 1.0 : 0.0; });
     single = false;
-    apply(team, k, K, maps ? map : nullptr, w, rows, dense, scale, total, current, spare);
-    if (!compact(team, current, K, nullptr, rows, dense, &k, &scale) || k == 0) {
+    apply_map(team, k, K, maps ? map : nullptr, w, row_index, dense, scale, total, current, scratch);
+    if (!compact(team, current, K, nullptr, row_index, dense, &k, &scale) || k == 0) {
       const double value = k ? NAN : 0.0;
       each(team, K, [&](int i) { io.w[i] = io.G[static_cast<long>(i) * K + i] != 0.0 && (!io.mask || io.mask[i]) ? value : 0.0; });
       return;
@@ -219,10 +219,10 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
   }
 
   if (chain.preserve_norm) {
-    if (!single || k != first_k) compact(team, io.G, K, io.mask, rows, dense, &k, &scale);
-    each(team, k, [&](int i) { w[i] = io.w[rows[i]]; });
+    if (!single || k != first_k) compact(team, io.G, K, io.mask, row_index, dense, &k, &scale);
+    each(team, k, [&](int i) { w[i] = io.w[row_index[i]]; });
     const double factor = norm_factor(team, k, dense, w, chain.precision);
-    each(team, k, [&](int i) { io.w[rows[i]] = factor * w[i]; });
+    each(team, k, [&](int i) { io.w[row_index[i]] = factor * w[i]; });
   }
 }
 

@@ -5,19 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-// MMFAST_APART: on the GPU a function of its own. The assembler takes minutes over all solvers in one piece.
-#ifdef __CUDACC__
-#define MMFAST_HD __host__ __device__
-#define MMFAST_APART __host__ __device__ __noinline__
-#else
-#define MMFAST_HD
-#define MMFAST_APART inline
-#endif
-
-// Each instruction set compiles these headers in a namespace of its own: no inline function of one is ever linked into another.
-#ifndef MMFAST_ISA
-#define MMFAST_ISA portable
-#endif
+#include "../isa.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
