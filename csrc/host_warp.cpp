@@ -21,7 +21,7 @@ py::tuple solve(const Doubles& G, const std::vector<int64_t>& steps, const std::
   Doubles w(K), next(size);
   std::fill_n(next.mutable_data(), size, 0.0);
   if (state) std::copy_n(state->data(), size, next.mutable_data());
-  std::vector<double> work(static_cast<size_t>(host_warp::solve_work_size(K)));
+  std::vector<double> work(static_cast<size_t>(host_warp::solve_work_size(K, size)));
   std::vector<int> iwork(static_cast<size_t>(host_warp::solve_iwork_size(K)));
   const host_warp::Io io{G.data(), mask ? mask->data() : nullptr, size ? next.mutable_data() : nullptr, seed, counter, 0, w.mutable_data()};
   {

@@ -70,6 +70,16 @@ Tensor combine_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Te
   return out;
 }
 
+// Squared lengths of the plain sum, its product with the weighted sum, and of that: [3], or [B, 3] per sample.
+Tensor lengths_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, Tensor w, int64_t per) {
+  const char* op = "mmfast::lengths";
+  const Inputs in(op, grads, missing, mask, per);
+  const double* weights = in.weights_or_throw(op, w);
+  Tensor out = in.per_problem({3});
+  kernels->lengths(torch_pool(), in.grads(), weights, static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
 // [..., K, K] float64 -> [..., K] float64; state and rng advance in place.
 Tensor weights_cpu(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t> steps, std::vector<double> params,
                                        std::optional<Tensor> state, std::optional<Tensor> rng, bool preserve_norm, double precision) {
@@ -145,6 +155,7 @@ extern "C" __attribute__((visibility("default"))) const mmfast::CpuEntry* mmfast
 STABLE_TORCH_LIBRARY(mmfast, m) {
   m.def("gram(Tensor[] grads, int[] missing, Tensor? mask, int per) -> Tensor");
   m.def("combine(Tensor[] grads, int[] missing, Tensor? mask, Tensor w, int per) -> Tensor");
+  m.def("lengths(Tensor[] grads, int[] missing, Tensor? mask, Tensor w, int per) -> Tensor");
   m.def(
       "weights(Tensor gram, Tensor? mask, int[] steps, float[] params, Tensor(a!)? state, Tensor(b!)? rng, bool preserve_norm, "
       "float precision) -> Tensor");
@@ -161,6 +172,7 @@ STABLE_TORCH_LIBRARY(mmfast, m) {
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
   m.impl("gram", TORCH_BOX(&mmfast::gram_cpu));
   m.impl("combine", TORCH_BOX(&mmfast::combine_cpu));
+  m.impl("lengths", TORCH_BOX(&mmfast::lengths_cpu));
   m.impl("weights", TORCH_BOX(&mmfast::weights_cpu));
   m.impl("resolve", TORCH_BOX(&mmfast::resolve_cpu));
   m.impl("graddrop", TORCH_BOX(&mmfast::graddrop_cpu));

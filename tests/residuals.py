@@ -50,7 +50,8 @@ def fair_residual(alpha: float) -> Callable[[Tensor, Tensor], float]:
     def residual(G: Tensor, w: Tensor) -> float:
         norm = G.diagonal().sqrt()
         x, alone = norm * w, norm ** ((1 - alpha) / (1 + alpha))
-        ceiling = 1e-10 ** -max(alpha / (1 + alpha), 1 / 3) * alone.max()
+        height = alpha / (1 + alpha)
+        ceiling = 1e-10 ** -(height if alpha >= 0.5 else min(1 / 3, 1.3 * height)) * alone.max()
         wanted = w ** (-1 / alpha)
         gap = G @ w - wanted * (1 - (x / ceiling) ** (4 + 4 / alpha))
         return (gap.abs() / (wanted + 1e-6 * norm * x.sum())).max().item() if (w > 0).all() else torch.inf

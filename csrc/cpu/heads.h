@@ -40,6 +40,23 @@ inline void fold_heads(const Heads& h, double precision, const double* delta_pro
   }
 }
 
+// Squared lengths of the plain and of the weighted sum of the branches' gradients, from both Gramians in double precision; total is [3].
+template <class D, class W>
+inline void lengths_of_heads(const Pool& pool, const Heads& h, const D* delta, int64_t rows, const W* weight, const double* w, double* total) {
+  const int64_t O = h.outputs, K = h.K, size = products_size(O);
+  Arena arena;
+  double *deltas = arena.take<double>(rows * O), *weights = arena.take<double>(O * h.inputs);
+  double *delta_products = arena.take<double>(size), *weight_products = arena.take<double>(size), *G = arena.take<double>(K * K);
+  for (int64_t e = 0; e < rows * O; ++e) deltas[e] = static_cast<double>(load_acc(delta + e));
+  for (int64_t e = 0; e < O * h.inputs; ++e) weights[e] = static_cast<double>(load_acc(weight + e));
+  column_products<double>(pool, {deltas, rows, O, O, 1}, delta_products);
+  column_products<double>(pool, {weights, h.inputs, O, 1, h.inputs}, weight_products);
+  fold_heads(h, 0.0, delta_products, weight_products, G);
+  total[0] = total[2] = 0.0;
+  for (int64_t e = 0; e < K * K; ++e) total[0] += G[e], total[2] += w[e / K] * G[e] * w[e % K];
+  total[0] = std::fmax(total[0], 0.0), total[2] = std::fmax(total[2], 0.0);
+}
+
 template <class T>
 inline void heads_typed(const Pool& pool, const Heads& h, const SolveArgs& args, Factor<T>* left, Factor<T>* right) {
   using A = Acc<T>;
@@ -70,9 +87,13 @@ inline void heads_typed(const Pool& pool, const Heads& h, const SolveArgs& args,
       for (int64_t b = first; b < last; ++b) {
         column_products<F>(kSerial, {factor + b * h.rows * O, h.rows, O, O, 1}, delta_products);
         fold_heads(h, args.precision, delta_products, weight_products, G + b * args.G_stride);
-        solve_range(args, b, b + 1);
+        double* w = args.w + b * args.w_stride;
+        Norm norm;
+        solve_range(args, b, b + 1, &norm);
+        if (args.preserve_norm)
+          keep_norm(h.K, norm, [&](double* total) { lengths_of_heads(kSerial, h, factor + b * h.rows * O, h.rows, weight, w, total); }, w);
         for (F* row = left + b * h.rows * O; row < left + (b + 1) * h.rows * O; row += O)
-          for (int64_t o = 0; o < O; ++o) store_acc(row + o, load_acc(row + o) * static_cast<A>(args.w[b * args.w_stride + head_of[o]]));
+          for (int64_t o = 0; o < O; ++o) store_acc(row + o, load_acc(row + o) * static_cast<A>(w[head_of[o]]));
       }
     });
     for (int64_t o = 0; o < O; ++o) {
@@ -91,7 +112,17 @@ inline void heads_typed(const Pool& pool, const Heads& h, const SolveArgs& args,
       column_products<F>(pool, {factor, rows, O, O, 1}, delta_products);
     }
     fold_heads(h, args.precision, delta_products, weight_products, G);
-    solve_range(args, 0, 1);
+    Norm norm;
+    solve_range(args, 0, 1, &norm);
+    if (args.preserve_norm)
+      keep_norm(h.K, norm, [&](double* total) {
+        if (h.per != Per::batch_sum) return lengths_of_heads(pool, h, factor, rows, weight, args.w, total);
+        double* sums = arena.take<double>(h.rows * O);
+        const void* all[1] = {factor};
+        const int row_index = 0;
+        batch_sums<F>(pool, {h.dtype, all, 1, &row_index, 1, h.batch, h.rows * O, h.per, nullptr, 0}, sums);
+        lengths_of_heads(pool, h, sums, h.rows, weight, args.w, total);
+      }, args.w);
     for (int64_t o = 0; o < O; ++o) scale[o] = static_cast<A>(args.w[head_of[o]]);
   }
   for (int64_t o = 0; o < O; ++o) {

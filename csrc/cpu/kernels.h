@@ -20,6 +20,8 @@ struct CpuKernels {
   void (*gram)(const Pool&, const Grads&, double* G);
   // w is [K], or [batch, K] per sample.
   void (*combine)(const Pool&, const Grads&, const double* w, void* out);
+  // Squared lengths of the plain sum, the product of both, and of the weighted sum: total is [3], or [batch, 3] per sample.
+  void (*lengths)(const Pool&, const Grads&, const double* w, double* total);
   // The two above around solve: args.G and args.w point to where they are to be written; args.state is updated in place.
   // Without `with_gram` the rule does not look at G: only its diagonal is written, 1 where a row has a non-zero element.
   void (*resolve)(const Pool&, const Grads&, const SolveArgs& args, bool with_gram, void* out);

@@ -3,48 +3,10 @@
 
 #include "combine.h"
 #include "gram.h"
-#include "solve_batch.h"
+#include "norm.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
-
-// Whether the mask takes gradient i out of a sample.
-inline bool is_masked(const Grads& g, int64_t sample, int i) { return g.mask && !g.mask[sample * g.mask_stride + g.row_index[i]]; }
-
-// The rows of a sample that its mask leaves in, from `offset` on (all samples share the mask when mask_stride is 0).
-template <class T>
-struct PresentRows {
-  const T* rows[kMaxRows];
-  int row_index[kMaxRows];
-  int k = 0;
-  PresentRows(const Grads& g, int64_t sample, int64_t offset) {
-    for (int i = 0; i < g.k; ++i)
-      if (!is_masked(g, sample, i)) {
-        rows[k] = static_cast<const T*>(g.rows[i]) + offset;
-        row_index[k++] = g.row_index[i];
-      }
-  }
-};
-
-// Sums over the batch, rows [k, inner] in accumulator precision; double inside, so that a large batch loses nothing.
-template <class T>
-inline void batch_sums(const Pool& pool, const Grads& g, Acc<T>* sums) {
-  constexpr int64_t kBlock = 512;
-  const int64_t blocks = (g.inner + kBlock - 1) / kBlock;
-  parallel_for(pool, g.k * blocks, g.k * g.batch * g.inner, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int i = static_cast<int>(item / blocks);
-      const int64_t from = item % blocks * kBlock, count = g.inner - from < kBlock ? g.inner - from : kBlock;
-      const T* row = static_cast<const T*>(g.rows[i]) + from;
-      double sum[kBlock] = {};
-      for (int64_t b = 0; b < g.batch; ++b) {
-        if (is_masked(g, b, i)) continue;
-        for (int64_t t = 0; t < count; ++t) sum[t] += load_acc(row + b * g.inner + t);
-      }
-      for (int64_t t = 0; t < count; ++t) sums[i * g.inner + from + t] = static_cast<Acc<T>>(sum[t]);
-    }
-  });
-}
 
 // G [K, K] of the whole batch.
 template <class T>
@@ -145,6 +107,24 @@ inline void combine_batch(const Pool& pool, const Grads& g, const double* w, boo
   });
 }
 
+// The same in double precision.
+template <class T>
+inline void combine_batch_exact(const Pool& pool, const Grads& g, const double* w, T* out) {
+  if (!g.mask || !g.mask_stride) return combine_exact(pool, WeightedRows<T>(g, 0, 0, w), g.batch * g.inner, out);
+  for (int64_t b = 0; b < g.batch; ++b) combine_exact(pool, WeightedRows<T>(g, b, b * g.inner, w), g.inner, out + b * g.inner);
+}
+
+// Squared lengths (plain sum, their product, weighted sum) of each problem, [3] or [batch, 3].
+inline void lengths(const Pool& pool, const Grads& g, const double* w, double* total) {
+  with_type(g.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if (g.per != Per::sample) return lengths_batch<T>(pool, g, w, total);
+    parallel_for(pool, g.batch, g.batch * g.inner * g.k, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) lengths_sample<T>(g, b, w + b * g.K, total + 3 * b);
+    });
+  });
+}
+
 inline void gram(const Pool& pool, const Grads& g, double* G) {
   with_type(g.dtype, [&](auto tag) {
     using T = decltype(tag);
@@ -175,16 +155,24 @@ inline void resolve(const Pool& pool, const Grads& g, const SolveArgs& args, boo
     if (g.per != Per::sample) {
       double* G = const_cast<double*>(args.G);
       with_gram ? gram_batch<T>(pool, g, G) : presence<T>(g, 0, g.batch, G);
-      solve_range(args, 0, 1);
-      return combine_batch<T>(pool, g, args.w, with_gram, static_cast<T*>(out));
+      Norm norm;
+      solve_range(args, 0, 1, &norm);
+      const bool measured = args.preserve_norm && keep_norm(g.K, norm, [&](double* total) { lengths_batch<T>(pool, g, args.w, total); }, args.w);
+      return measured ? combine_batch_exact<T>(pool, g, args.w, static_cast<T*>(out)) : combine_batch<T>(pool, g, args.w, with_gram, static_cast<T*>(out));
     }
     // one sample at a time: its rows are still in the first cache when they are combined
     parallel_for(pool, g.batch, g.batch * (g.inner * g.k + 64), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         double* G = const_cast<double*>(args.G) + b * args.G_stride;
         with_gram ? gram_sample<T>(g, b, G) : presence<T>(g, b, b + 1, G);
-        solve_range(args, b, b + 1);
-        const ActiveRows<T> active(g, b, b * g.inner, args.w + b * args.w_stride, with_gram);
+        double* w = args.w + b * args.w_stride;
+        Norm norm;
+        solve_range(args, b, b + 1, &norm);
+        if (args.preserve_norm && keep_norm(g.K, norm, [&](double* total) { lengths_sample<T>(g, b, w, total); }, w)) {
+          combine_exact(kSerial, WeightedRows<T>(g, b, b * g.inner, w), g.inner, static_cast<T*>(out) + b * g.inner);
+          continue;
+        }
+        const ActiveRows<T> active(g, b, b * g.inner, w, with_gram);
         combine_range<T>(active.rows, active.k, active.w, 0, g.inner, static_cast<T*>(out) + b * g.inner, false);
       }
     });

@@ -43,13 +43,14 @@ inline bool accepts(const SolveArgs& a) {
 
 inline int64_t state_size(const SolveArgs& a) { return chain_state_size({a.steps, a.n_steps, a.params, a.preserve_norm}, a.K); }
 
-inline void solve_range(const SolveArgs& a, int64_t begin, int64_t end) {
-  Scratch<double, 1024> work(solve_work_size(a.K));
+// norm, if given, takes for each problem what its weights are still to be multiplied by.
+inline void solve_range(const SolveArgs& a, int64_t begin, int64_t end, Norm* norm = nullptr) {
+  Scratch<double, 1024> work(solve_work_size(a.K, a.state ? static_cast<int>(a.state_stride) : 0));
   Scratch<int, 256> iwork(solve_iwork_size(a.K));
   const Chain chain{a.steps, a.n_steps, a.params, a.preserve_norm, a.precision};
   for (int64_t b = begin; b < end; ++b) {
     const Io io{a.G + b * a.G_stride, a.mask ? a.mask + b * a.mask_stride : nullptr, a.state ? a.state + b * a.state_stride : nullptr,
-                a.seed, a.counter, static_cast<uint32_t>(b), a.w + b * a.w_stride};
+                a.seed, a.counter, static_cast<uint32_t>(b), a.w + b * a.w_stride, norm && a.preserve_norm ? norm + (b - begin) : nullptr};
     solve(Serial{}, chain, a.K, io, work.data, iwork.data);
   }
 }

@@ -9,6 +9,6 @@
 #define MMFAST_NAME(isa) MMFAST_NAME_(isa)
 
 namespace mmfast {
-const CpuKernels MMFAST_TABLE(MMFAST_ISA) = {MMFAST_NAME(MMFAST_ISA), MMFAST_ISA::accepts, MMFAST_ISA::state_size, MMFAST_ISA::solve_batch, MMFAST_ISA::gram, MMFAST_ISA::combine, MMFAST_ISA::resolve,
+const CpuKernels MMFAST_TABLE(MMFAST_ISA) = {MMFAST_NAME(MMFAST_ISA), MMFAST_ISA::accepts, MMFAST_ISA::state_size, MMFAST_ISA::solve_batch, MMFAST_ISA::gram, MMFAST_ISA::combine, MMFAST_ISA::lengths, MMFAST_ISA::resolve,
                                            MMFAST_ISA::graddrop, MMFAST_ISA::trimmed_mean, MMFAST_ISA::heads};
 }

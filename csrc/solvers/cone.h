@@ -26,6 +26,7 @@ MMFAST_HD inline NonNegative<Team> on_cosines(const Team& team, const Problem& p
 template <>
 struct Rule<8> : Rule<-1> {
   static constexpr bool exists = true;
+  static constexpr bool lifts = true;
   static constexpr const char* name = "UPGrad";
   MMFAST_HD static bool takes(int K, int n_params) { return n_params == 0 || n_params == K; }
   template <class Team>
@@ -51,6 +52,7 @@ struct Rule<8> : Rule<-1> {
 template <>
 struct Rule<9> : Rule<-1> {
   static constexpr bool exists = true;
+  static constexpr bool lifts = true;
   static constexpr const char* name = "DualProj";
   MMFAST_HD static bool takes(int K, int n_params) { return n_params == 0 || n_params == K; }
   template <class Team>
@@ -77,6 +79,7 @@ struct Rule<9> : Rule<-1> {
 template <>
 struct Rule<10> : Rule<-1> {
   static constexpr bool exists = true;
+  static constexpr bool lifts = true;
   static constexpr const char* name = "PCD";
   MMFAST_HD static bool takes(int, int n_params) { return n_params == 2; }
   MMFAST_HD static int state_size(int K) { return K + 1; }
@@ -106,6 +109,16 @@ struct Rule<10> : Rule<-1> {
     });
     const double norm_bound = team.sum(k, [&](int i) { return i == 0 ? length[0] : tau * length[i]; });
     bool feasible = qp.solve(norm_bound, false);
+
+    // A lift lets every contradiction be solved, by weights that only it stops: without it half of what a constraint asks for must be left.
+    const double lift = p.lift / (1.0 + p.lift);
+    const double violated = team.sum(m, [&](int i) {
+      const double* row = C + static_cast<long>(i + 1) * k;
+      double slack = length[0] * row[0] - tau * length[i + 1] - lift * qp.x[i];
+      for (int j = 0; j < m; ++j) slack += row[j + 1] * qp.x[j];
+      return slack < -0.5 * tau * length[i + 1] - 1e-6 * norm_bound ? 1.0 : 0.0;
+    });
+    feasible = feasible && (p.lift == 0.0 || violated == 0.0);
 
     // |d|^2 of d = length_1 c_1 + sum_j x_j c_j. Below the rounding of its own summands it is zero, which no constraint with
     // tau > 0 allows: then the constraints contradict each other after all.

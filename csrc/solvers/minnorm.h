@@ -11,6 +11,7 @@ namespace MMFAST_ISA {
 template <>
 struct Rule<6> : Rule<-1> {
   static constexpr bool exists = true;
+  static constexpr bool lifts = true;
   static constexpr const char* name = "MGDA";
   MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
   template <class Team>
@@ -35,6 +36,7 @@ struct Rule<6> : Rule<-1> {
 template <>
 struct Rule<7> : Rule<-1> {
   static constexpr bool exists = true;
+  static constexpr bool lifts = true;
   static constexpr const char* name = "CAGrad";
   MMFAST_HD static bool takes(int, int n_params) { return n_params == 2; }
   template <class Team>

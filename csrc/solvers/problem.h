@@ -27,6 +27,7 @@ struct Problem {
   double* work;          // [work_size(k)] scratch, contents undefined
   int* iwork;            // [iwork_size(k)] scratch, contents undefined
   double precision;      // relative rounding of the entries of G: that of float64, or of the float32 it was summed in
+  double lift;           // part of each squared norm on the diagonal of G that the gradients do not have, see solve.h
 };
 
 MMFAST_HD inline long work_size(int k) { return 8L * k * k + 64L * k + 64; }
@@ -40,18 +41,24 @@ MMFAST_HD inline double preference(const Problem& p, int i, int first, double ot
 // A rule is a specialisation of this template in its family's header:
 //   exists = true; name = the Python class; maps_rows = whether it fills map (then w is summed by the driver);
 //   smooths = whether it changes the weights of the step before instead of making its own (CRMOGM);
+//   lifts = whether it follows the inverse of the Gramian, and must not follow its rounding; reads_gramian = whether it looks at it at all;
 //   takes(K, n_params): whether so many parameters are right; state_size(K); solve(team, problem).
 template <int id>
 struct Rule {
   static constexpr bool exists = false;
   static constexpr bool maps_rows = false;
   static constexpr bool smooths = false;
+  static constexpr bool lifts = false;
+  static constexpr bool reads_gramian = true;
   static constexpr const char* name = "";
   MMFAST_HD static bool takes(int, int n_params) { return n_params == 0; }
   MMFAST_HD static int state_size(int) { return 0; }
   template <class Team>
   MMFAST_HD static void solve(const Team&, Problem&) {}
 };
+
+// A squared length below this part of its summands' squared sum is their rounding: its direction means nothing.
+MMFAST_HD inline double cancelled(double precision) { return fmax(kCancelled, 8.0 * precision); }
 
 constexpr int kMaxRules = 32;
 

@@ -85,7 +85,8 @@ struct Rule<5> : Rule<-1> {
   MMFAST_HD static int state_size(int K) { return K * K; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
-    constexpr double kCloseTo1 = 1.0 - 1e-12;  // cosines carry rounding errors of some 1e-16: closer to 1 is the same direction
+    const double close_to_1 = 1.0 - fmax(1e-12, 4.0 * p.precision);  // closer to 1 than cosines are known is the same direction
+    const double gone = cancelled(p.precision);
     const int k = p.k;
     const double beta = p.params[0];
     double* length = p.work;
@@ -104,7 +105,7 @@ struct Rule<5> : Rule<-1> {
       for (int s = 1; s < k; ++s) {
         const int j = projection::row_of(order[s * k + i]);
         double& mean_cosine = p.state[static_cast<long>(p.row_index[i]) * p.K + p.row_index[j]];
-        const double goal = fmin(mean_cosine, kCloseTo1);
+        const double goal = fmin(mean_cosine, close_to_1);
         // a gradient that is gone has cosine 0 with all
         const double cosine = norm > 0.0 ? fmax(-1.0, fmin(1.0, v[j] / (norm * length[j]))) : 0.0;
         mean_cosine = (1.0 - beta) * mean_cosine + beta * cosine;
@@ -116,7 +117,7 @@ struct Rule<5> : Rule<-1> {
         for (int l = 0; l < k; ++l) v[l] += t * row[l];
         norm_bound += fabs(t) * length[j];
         const double square = projection::dot(k, c, v);
-        norm = square > kCancelled * norm_bound * norm_bound ? sqrt(square) : 0.0;
+        norm = square > gone * norm_bound * norm_bound ? sqrt(square) : 0.0;
       }
     });
   }

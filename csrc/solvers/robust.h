@@ -30,7 +30,9 @@ struct Rule<19> : Rule<-1> {
       for (int j = 0; j < i; ++j) {
         // one half of G serves both: rounding must not tell the distance of a pair from one side and the other
         const double product = p.G[static_cast<long>(j) * k + i];
-        const double square = fmax(p.G[static_cast<long>(i) * k + i] + p.G[static_cast<long>(j) * k + j] - 2.0 * product, 0.0);
+        const double total = p.G[static_cast<long>(i) * k + i] + p.G[static_cast<long>(j) * k + j];
+        const double difference = total - 2.0 * product;
+        const double square = difference > 4.0 * p.precision * total ? difference : 0.0;  // below it they are equal as far as the Gramian tells
         distance[i * k + j] = distance[j * k + i] = squared ? square : sqrt(square);
       }
       distance[i * k + i] = HUGE_VAL;  // a row is no neighbour of its own

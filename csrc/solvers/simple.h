@@ -9,6 +9,7 @@ namespace MMFAST_ISA {
 template <>
 struct Rule<0> : Rule<-1> {
   static constexpr bool exists = true;
+  static constexpr bool reads_gramian = false;
   static constexpr const char* name = "Sum";
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
@@ -19,6 +20,7 @@ struct Rule<0> : Rule<-1> {
 template <>
 struct Rule<1> : Rule<-1> {
   static constexpr bool exists = true;
+  static constexpr bool reads_gramian = false;
   static constexpr const char* name = "Mean";
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
@@ -29,6 +31,7 @@ struct Rule<1> : Rule<-1> {
 template <>
 struct Rule<2> : Rule<-1> {
   static constexpr bool exists = true;
+  static constexpr bool reads_gramian = false;
   static constexpr const char* name = "Constant";
   MMFAST_HD static bool takes(int K, int n_params) { return n_params == K; }
   template <class Team>
@@ -41,6 +44,7 @@ struct Rule<2> : Rule<-1> {
 template <>
 struct Rule<3> : Rule<-1> {
   static constexpr bool exists = true;
+  static constexpr bool reads_gramian = false;
   static constexpr const char* name = "Random";
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {

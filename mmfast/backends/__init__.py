@@ -4,6 +4,7 @@ Each has the same functions, on checked arguments: gradients that are there, the
 
     gram(grads, missing, mask, per)                                                     -> float64 [K, K], or [B, K, K] per sample
     combine(grads, missing, mask, w, per)                                               -> like one gradient
+    lengths(grads, missing, mask, w, per)                                               -> squared: of the plain sum, of sum_i w_i g_i
     weights(G, mask, bound, preserve_norm, precision)                                   -> float64 [..., K]
     resolve(grads, missing, mask, bound, per, preserve_norm, with_gram)                 -> (like one gradient, weights | Gramian)
     graddrop(grads, missing, mask, rule), trimmed_mean(grads, missing, mask, rule)      -> like one gradient

@@ -15,6 +15,7 @@ if library.available:
     vmap.register()
     _gram = torch.ops.mmfast.gram.default
     _combine = torch.ops.mmfast.combine.default
+    _lengths = torch.ops.mmfast.lengths.default
     _weights = torch.ops.mmfast.weights.default
     _resolve = torch.ops.mmfast.resolve.default
     _graddrop = torch.ops.mmfast.graddrop.default
@@ -28,6 +29,11 @@ def gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, p
 
 def combine(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, per: str) -> Tensor:
     return _combine(grads, missing, mask, w, contract.PER[per])
+
+
+def lengths(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, per: str) -> tuple[Tensor, Tensor]:
+    found = _lengths(grads, missing, mask, w, contract.PER[per])
+    return found[..., 0], found[..., 2]
 
 
 def weights(

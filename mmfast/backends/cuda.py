@@ -7,7 +7,8 @@ import torch
 
 from mmfast.backends import compiled, library
 
-gram, combine, weights, resolve = compiled.gram, compiled.combine, compiled.weights, compiled.resolve
+gram, combine, lengths = compiled.gram, compiled.combine, compiled.lengths
+weights, resolve = compiled.weights, compiled.resolve
 graddrop, trimmed_mean, heads = compiled.graddrop, compiled.trimmed_mean, compiled.heads
 
 

@@ -11,7 +11,7 @@ from mmfast import contract
 
 BUILD_LINE = "MMFAST_BUILD=cpu pip install -e . (in mmfast's source folder)"
 PATH = Path(os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "_C.so")
-OPERATORS = ["gram", "combine", "weights", "resolve", "graddrop", "trimmed_mean", "heads"]
+OPERATORS = ["gram", "combine", "lengths", "weights", "resolve", "graddrop", "trimmed_mean", "heads"]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -59,6 +59,10 @@ if available:
     def _(grads, missing, mask, w, per):
         contract.check_grads(grads)
         return grads[0].new_empty(grads[0].shape)
+
+    @torch.library.register_fake("mmfast::lengths")
+    def _(grads, missing, mask, w, per):
+        return grads[0].new_empty((*_problems(grads, per, mask), 3), dtype=torch.float64)
 
     @torch.library.register_fake("mmfast::weights")
     def _(gram, mask, steps, params, state, rng, preserve_norm, precision):

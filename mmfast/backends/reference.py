@@ -9,6 +9,7 @@ from mmfast import contract
 from mmfast.resolvers import solve
 from mmfast.resolvers.chain import Bound
 from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
+from mmfast.resolvers.norm import Norm, measured
 from mmfast.resolvers.philox import advance
 
 
@@ -110,6 +111,25 @@ def combine(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None
     return total.to(grads[0].dtype).view(grads[0].shape)
 
 
+def lengths(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, per: str) -> tuple[Tensor, Tensor]:
+    """Squared lengths of the plain sum and of sum_i w_i g_i, float64 [] (per="sample": [B]), of the elements; per="batch_sum": of their batch sums."""
+    k = len(grads) + len(missing)
+    x, w = _stacked(grads, mask_of_present(mask, missing, k)), select_present(w, missing, k)
+    if per == "batch_sum":
+        x = x.double().sum(1, keepdim=True)
+    plain, ours = _sums(x, w, per)
+    return (plain.square().sum(1), ours.square().sum(1)) if per == "sample" else (plain.square().sum(), ours.square().sum())
+
+
+def _sums(x: Tensor, w: Tensor, per: str) -> tuple[Tensor, Tensor]:
+    """The plain sum and sum_i w_i x_i of x [K, B, M] in double precision."""
+    factors = (w.mT if per == "sample" else w.unsqueeze(-1)).unsqueeze(-1)
+    plain = ours = torch.zeros_like(x[0], dtype=torch.float64)
+    for factor, row in zip(factors, x, strict=True):
+        plain, ours = plain + row.double(), ours + factor * row.double()
+    return plain, ours
+
+
 def graddrop(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, rule: GradDrop) -> Tensor:
     """GradDrop; the random stream moves on by one call."""
     rng = rule.stream(grads[0].device)
@@ -141,8 +161,19 @@ def resolve(
     """(result, weights | Gramian); states and random stream of the chain move on."""
     with_gram = with_gram or per == "batch_sum"  # there a row is missing when its batch sum is zero
     G = (gram if with_gram else _presence)(grads, missing, mask, per)
-    w = weights(G, problem_mask(mask, per), bound, preserve_norm, solve.precision_of(grads[0].dtype))
-    return combine(grads, missing, mask, w, per), torch.cat([w, G.flatten(-2)], -1)
+    w, norm = solve.weights_and_norm(G, problem_mask(mask, per), *bound, preserve_norm, solve.precision_of(grads[0].dtype))
+    if norm is None:
+        return combine(grads, missing, mask, w, per), torch.cat([w, G.flatten(-2)], -1)
+    w = w * measured(norm, *lengths(grads, missing, mask, w, per)).unsqueeze(-1)
+    return combine_with_norm(grads, missing, mask, w, norm, per), torch.cat([w, G.flatten(-2)], -1)
+
+
+def combine_with_norm(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, norm: Norm, per: str) -> Tensor:
+    """`combine`; in double precision where the norm had to be measured, for what is left of its summands is as small as their rounding."""
+    k = len(grads) + len(missing)
+    _, exact = _sums(_stacked(grads, mask_of_present(mask, missing, k)), select_present(w, missing, k), per)
+    settled = norm.settled.view(-1, *[1] * (grads[0].dim() - 1)) if per == "sample" else norm.settled
+    return torch.where(settled, combine(grads, missing, mask, w, per), exact.to(grads[0].dtype).view(grads[0].shape))
 
 
 def with_norm(out: Tensor, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
@@ -198,7 +229,9 @@ def heads(
     """
     delta = hide_branches(delta, head_of, mask)
     G = heads_gram(delta, weight, head_of, k, per)
-    w = weights(G, problem_mask(mask, per), bound, preserve_norm, solve.precision_of(delta.dtype))
+    w, norm = solve.weights_and_norm(G, problem_mask(mask, per), *bound, preserve_norm, solve.precision_of(delta.dtype))
+    if norm is not None:
+        w = w * measured(norm, *heads_lengths(delta, weight, head_of, w, per)).unsqueeze(-1)
     return heads_combine(delta, weight, head_of, w, per), torch.cat([w, G.flatten(-2)], -1)
 
 
@@ -210,6 +243,12 @@ def hide_branches(delta: Tensor, head_of: Tensor, mask: Tensor | None) -> Tensor
     if mask.dim() == 2:
         columns = columns.view(mask.shape[0], *[1] * (delta.dim() - 2), head_of.shape[0])
     return torch.where(columns, delta, 0)
+
+
+def heads_lengths(delta: Tensor, weight: Tensor, head_of: Tensor, w: Tensor, per: str) -> tuple[Tensor, Tensor]:
+    """`lengths` of linear branches, from delta' delta and W W' in double precision."""
+    G = heads_gram(delta.double(), weight.double(), head_of, w.shape[-1], per)
+    return G.sum((-1, -2)).clamp(min=0), (w.unsqueeze(-2) @ G @ w.unsqueeze(-1)).squeeze(-1).squeeze(-1).clamp(min=0)
 
 
 def heads_combine(delta: Tensor, weight: Tensor, head_of: Tensor, w: Tensor, per: str) -> Tensor:

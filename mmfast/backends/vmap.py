@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mmfast import contract
 from mmfast.backends import library, reference
-from mmfast.resolvers.solve import precision_of
 
 operators = torch.ops.mmfast
 _BATCH, _SAMPLE, _BATCH_SUM = (contract.PER[per] for per in ("batch", "sample", "batch_sum"))
@@ -60,6 +59,15 @@ def map_combine(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, w:
     return operators.combine(grads, missing, mask, w.contiguous(), _SAMPLE).unflatten(0, problems), 0
 
 
+def map_lengths(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, w: Tensor, per: int) -> tuple[Tensor, int]:
+    grads, mask, problems = _all_in_front(info, in_dims, grads, missing, mask, per)
+    w = _front(w, in_dims[3], info.batch_size)
+    w = w.flatten(0, 1) if per == _SAMPLE else w
+    if per == _BATCH_SUM:
+        grads = [g.double().sum(1) for g in grads]
+    return operators.lengths(grads, missing, mask, w.contiguous(), _SAMPLE).unflatten(0, problems), 0
+
+
 def map_weights(
     info: Any, in_dims: Any, gram: Tensor, mask: Any, steps: Any, params: Any, state: Any, rng: Any, preserve_norm: bool, precision: float
 ) -> tuple[Tensor, int]:
@@ -89,11 +97,11 @@ def map_resolve(
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     contract.refuse_vmap(state, rng)
     grads, mask, problems = _all_in_front(info, in_dims, grads, missing, mask, per)
-    if per == _BATCH_SUM:
-        G = _gram(grads, missing, mask, per)
-        mask = None if mask is None else mask.contiguous()
-        w = operators.weights(G, mask, steps, params, None, None, preserve_norm, precision_of(grads[0].dtype))
-        return (operators.combine(grads, missing, mask, w, _SAMPLE), torch.cat([w, G.flatten(-2)], -1)), (0, 0)
+    if per == _BATCH_SUM:  # resolved for the sums, then the weights for all
+        sums = [g.double().sum(1).to(reference.wide(g)) for g in grads]
+        _, seen = operators.resolve(sums, missing, mask, steps, params, None, None, _SAMPLE, preserve_norm, True)
+        k = len(grads) + len(missing)
+        return (operators.combine(grads, missing, mask, seen[:, :k].contiguous(), _SAMPLE), seen), (0, 0)
     out, seen = operators.resolve(grads, missing, mask, steps, params, None, None, _SAMPLE, preserve_norm, with_gram)
     return (out.unflatten(0, problems), seen.unflatten(0, problems)), (0, 0)
 

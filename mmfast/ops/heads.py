@@ -8,7 +8,8 @@ from mmfast.backends.choice import choose, functions_of
 from mmfast.ops.weights import solve_checked
 from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.chain import bind
-from mmfast.resolvers.solve import precision_of
+from mmfast.resolvers.norm import measured
+from mmfast.resolvers.solve import precision_of, present_rows, untold
 
 
 def heads(
@@ -44,5 +45,9 @@ def _with_forward(
     """A resolver that is no chain of built-in rules: its own code between plain-torch forms of both halves."""
     delta = reference.hide_branches(delta, head_of, mask)
     G = reference.heads_gram(delta, weight, head_of, k, per)
-    w = solve_checked(G, resolver, reference.problem_mask(mask, per), preserve_norm, precision_of(delta.dtype))
+    rows, precision = reference.problem_mask(mask, per), precision_of(delta.dtype)
+    w = solve_checked(G, resolver, rows, False, precision)
+    if preserve_norm:
+        norm = untold(G, present_rows(G, rows), w, precision)
+        w = w * measured(norm, *reference.heads_lengths(delta, weight, head_of, w, per)).unsqueeze(-1)
     return reference.heads_combine(delta, weight, head_of, w, per), torch.cat([w, G.flatten(-2)], -1)

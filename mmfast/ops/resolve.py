@@ -12,7 +12,8 @@ from mmfast.backends.choice import choose, functions_of
 from mmfast.resolvers.base import Resolver, call_resolver
 from mmfast.resolvers.chain import bind
 from mmfast.resolvers.elementwise import ElementwiseRule
-from mmfast.resolvers.solve import precision_of, present_rows, preserved
+from mmfast.resolvers.norm import measured
+from mmfast.resolvers.solve import precision_of, present_rows, untold
 
 
 def resolve(
@@ -125,7 +126,8 @@ def _with_forward(
     precision = precision_of(grads[0].dtype)
     w = call_resolver(resolver, G, rows, precision)
     if preserve_norm:
-        w = preserved(G, rows, w, precision)
+        norm = untold(G, rows, w, precision)
+        w = w * measured(norm, *functions.lengths(grads, missing, mask, w.contiguous(), per)).unsqueeze(-1)
     w = w.contiguous()
     return functions.combine(grads, missing, mask, w, per), torch.cat([w, G.flatten(-2)], -1)
 

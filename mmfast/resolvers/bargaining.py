@@ -10,29 +10,80 @@ from mmfast.resolvers.linalg import cosines, times
 
 FLAT = 1e-10
 STEPS = 100
+SEARCHES = 6
+
+
+class _Sides:
+    """What each row pulls with against (C x)_i, for m = norm^((1 - alpha)/(1 + alpha)); cut off where x reaches the ceiling."""
+
+    def __init__(self, norm: Tensor, active: Tensor, alpha: float) -> None:
+        self.power, self.alpha = 1 / alpha, alpha
+        self.m = norm ** ((1 - alpha) / (1 + alpha))
+        share = alpha / (1 + alpha)
+        height = share if alpha >= 0.5 else min(1 / 3, 1.3 * share)
+        self.ceiling = FLAT**-height * torch.where(active, self.m, 0).amax(-1, keepdim=True)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(the pull, minus its derivative)."""
+        free = self.m * (self.m / x) ** self.power
+        barrier = (x / self.ceiling) ** (4 + 4 * self.power)
+        return free * (1 - barrier), free / x * (self.power + (4 + 3 * self.power) * barrier)
+
+    def floor(self, active: Tensor) -> Tensor:
+        """Below every solution: no pull exceeds the sum of all x."""
+        count = active.sum(-1, keepdim=True)
+        return self.m * (self.m / (2 * count * self.ceiling)) ** self.alpha
 
 
 def _bargain(p: Problem, alpha: float) -> Tensor:
-    """w > 0 with G w = w^(-1/alpha), by a fixed number of Newton steps on log(D w), cut off at a factor of e^2."""
-    power = 1 / alpha
+    """w > 0 with G w = w^(-1/alpha), by a fixed number of Newton steps on x = D w."""
     norm, C = cosines(p.G)
-    m = norm ** ((1 - alpha) / (1 + alpha))
-    ceiling = FLAT ** -max(alpha / (1 + alpha), 1 / 3) * torch.where(p.active, m, 0).amax(-1, keepdim=True)
-    x = m.clone()
+    sides = _Sides(norm, p.active, alpha)
+    x = sides.m.clone()
     for _ in range(STEPS):
-        barrier = (x / ceiling) ** (4 + 4 * power)
-        free_pull = m * (m / x) ** power
-        gradient = times(C, x) - free_pull * (1 - barrier)
-        # the Hessian of the logarithms where the gradient is zero: positive definite everywhere
-        H = C * x.unsqueeze(-1) * x.unsqueeze(-2) + torch.diag_embed(x * free_pull * (power + (4 + 3 * power) * barrier))
+        pull, curve = sides(x)
+        gradient = times(C, x) - pull
+        H = C + torch.diag_embed(curve)
         size = H.diagonal(dim1=-2, dim2=-1).rsqrt()
         H = H * size.unsqueeze(-1) * size.unsqueeze(-2)
         R, _ = torch.linalg.cholesky_ex(H + EPS * H.shape[-1] * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device), check_errors=False)
-        change = -size * torch.cholesky_solve((size * x * gradient).unsqueeze(-1), R).squeeze(-1)
-        # small steps are plain: exp bends them out of the null space of C, where x may be large
-        factor = torch.where(change.abs() < 0.1, 1 + change, change.clamp(-2, 2).exp())
-        x = torch.minimum(x * factor, 10 * ceiling)
+        step = -size * torch.cholesky_solve((size * gradient).unsqueeze(-1), R).squeeze(-1)
+        step = torch.where(p.active, step, 0)
+        x = _go(x, step) if alpha >= 0.5 else x + _length(C, x, step, gradient, sides, sides.floor(p.active), p.active) * step
+        x = torch.minimum(x, 10 * sides.ceiling)
     return x / norm
+
+
+def _go(x: Tensor, step: Tensor) -> Tensor:
+    """x after a step on its logarithm, cut off at a factor of e^2."""
+    change = step / x
+    # small steps are plain: exp bends them out of the null space of C, where x may be large
+    return x * torch.where(change.abs() < 0.1, 1 + change, change.clamp(-2, 2).exp())
+
+
+def _length(C: Tensor, x: Tensor, step: Tensor, gradient: Tensor, sides: _Sides, floor: Tensor, active: Tensor) -> Tensor:
+    """How far to go along a step: to where the slope is a tenth of what it was, above the floor. For high powers, which bend too much for a whole step."""
+    slope0 = torch.where(active, gradient * step, 0).sum(-1, keepdim=True)
+    right = torch.where(step < 0, (floor - x) / step, torch.inf).amin(-1, keepdim=True)
+    most, left = right, torch.zeros_like(right)
+    t = (0.9 * most).clamp(max=1)
+    linear = torch.where(active, times(C, x) * step, 0).sum(-1, keepdim=True)
+    square = torch.where(active, times(C, step) * step, 0).sum(-1, keepdim=True)
+    small = torch.where(active, (step / x).abs(), 0).amax(-1, keepdim=True) < 0.1
+    done = small
+    for _ in range(SEARCHES):
+        pull, curve = sides(x + t * step)
+        slope = linear + t * square - torch.where(active, pull * step, 0).sum(-1, keepdim=True)
+        bend = square + torch.where(active, curve * step.square(), 0).sum(-1, keepdim=True)
+        done = done | (slope.abs() <= 0.1 * slope0.abs()) | slope.isnan()
+        right, left = torch.where(slope > 0, t, right), torch.where(slope > 0, left, t)
+        middle = torch.where(right.isfinite(), (left + right) / 2, 2 * t)
+        next_t = t - slope / bend
+        next_t = torch.where((next_t > left) & (next_t < right), next_t, middle)
+        next_t = torch.minimum(next_t, 8 * t)
+        next_t = torch.where(right == most, torch.minimum(next_t, left + 0.9 * (right - left)), next_t)
+        t = torch.where(done, t, next_t)
+    return t
 
 
 class NashMTL(Rule):
@@ -46,6 +97,7 @@ class NashMTL(Rule):
     """
 
     method = 11
+    lifts = True
 
     def __init__(self, max_norm: float | None = None) -> None:
         super().__init__()
@@ -77,6 +129,7 @@ class FairGrad(Rule):
     """
 
     method = 12
+    lifts = True
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()

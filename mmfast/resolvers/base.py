@@ -21,18 +21,24 @@ class Problem:
     Rows that do not take part have 1 on the diagonal and 0 elsewhere; whatever a rule returns for them is ignored.
     """
 
-    G: Tensor  # [B, K, K] float64 Gramian / scale, trace over the active rows in [1, 4)
+    G: Tensor  # [B, K, K] float64 Gramian / scale, trace over the active rows in [1, 4); lifted for rules that ask for it (solve.py)
     active: Tensor  # [B, K] bool
     scale: Tensor  # [B] a power of four
     state: Tensor | None  # [B, S] float64; zeros at first
     draw: Draw | None  # random streams, for rules with random = True
     precision: float = EPS  # relative rounding of the entries of G
+    lift: Tensor | float = 0.0  # [B, 1]: part of each squared norm on the diagonal of G that the gradients do not have
     next_state: Tensor | None = None  # [B, S], to be set by rules that keep state
 
     @property
     def count(self) -> Tensor:
         """Number of active rows [B], float64."""
         return self.active.sum(-1).double()
+
+    @property
+    def cancelled(self) -> float:
+        """A squared length below this part of its summands' squared sum is their rounding: its direction means nothing."""
+        return max(1e-14, 8 * self.precision)
 
 
 def numbers(G: Tensor, values: Sequence[float]) -> Tensor:
@@ -72,6 +78,7 @@ class Rule(Resolver):
 
     method: ClassVar[int]  # id of its Rule<> in csrc/solvers
     random: bool = False  # True where it draws random numbers; read once, when the rule is made
+    lifts: ClassVar[bool] = False  # True where it follows the inverse of the Gramian, and must not follow its rounding (solve.py)
     needs_gram: ClassVar[bool] = True  # False where the weights do not depend on the Gramian
     smooths: ClassVar[bool] = False  # True where it changes the weights of the step before (CRMOGM)
 

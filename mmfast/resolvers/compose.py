@@ -62,7 +62,7 @@ class Compose(Resolver):
         for part in self.parts:
             A = _only(_row_map(current, part, active), active)
             total = A if total is None else A @ total
-            current, active = apply(A, current, active)
+            current, active = apply(A, current, active, known_precision())
         assert total is not None
         return torch.where(rows & ~finite.unsqueeze(-1), torch.nan, total.sum(-2))
 

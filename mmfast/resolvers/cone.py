@@ -69,6 +69,7 @@ class UPGrad(PreferringRule):
     """
 
     method = 8
+    lifts = True
 
     def __init__(self, pref: Sequence[float] | None = None) -> None:
         super().__init__(pref)
@@ -91,6 +92,7 @@ class DualProj(PreferringRule):
     """
 
     method = 9
+    lifts = True
 
     def __init__(self, pref: Sequence[float] | None = None) -> None:
         super().__init__(pref)
@@ -114,6 +116,7 @@ class PCD(Rule):
     """
 
     method = 10
+    lifts = True
 
     def __init__(self, tau: float = 0.02, beta: float = 0.999) -> None:
         super().__init__()
@@ -145,9 +148,10 @@ class PCD(Rule):
         along = times(C, first)
         q = torch.where(others, along - self.tau * length, 0)
         l = _nonnegative(C, q, others)
-        # with contradicting constraints the ridge alone stops l, at slacks as large as q
-        slack = torch.where(others, times(C, l) + q, 0)
-        feasible = slack.amin(-1, keepdim=True) >= -1e-3 * q.abs().amax(-1, keepdim=True)
+        # with contradicting constraints the ridge or the lift alone stops l: without it half of what a constraint asks for must be left
+        slack = times(C, l) - p.lift / (1 + p.lift) * l + q
+        least = -0.5 * self.tau * length - 1e-6 * torch.where(p.active, length, 0).sum(-1, keepdim=True)
+        feasible = (slack >= least).logical_or(~others).all(-1, keepdim=True)
 
         # Below the rounding of its own summands the direction is zero, which a constraint with tau > 0 does not allow.
         v = first + l

@@ -140,6 +140,7 @@ class MGDA(Rule):
     """
 
     method = 6
+    lifts = True
 
     def __init__(self, normalize: str = "none") -> None:
         super().__init__()
@@ -176,6 +177,7 @@ class CAGrad(Rule):
     """
 
     method = 7
+    lifts = True
 
     def __init__(self, c: float = 0.5, rescale: int = 0) -> None:
         super().__init__()

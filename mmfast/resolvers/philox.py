@@ -44,9 +44,9 @@ def advance(rng: Tensor) -> None:
 class Draw:
     """The random streams of a batch of problems at one step of a chain; `place` [...] gives draws [batch, ...]."""
 
-    def __init__(self, rng: Tensor, batch: int, step: int) -> None:
+    def __init__(self, rng: Tensor, batch: int, step: int, streams: int | None = None) -> None:
         self.rng, self.step = rng, step
-        self.problem = torch.arange(batch, device=rng.device)
+        self.problem = torch.arange(batch, device=rng.device) % (streams or max(batch, 1))  # a batch that holds them again draws alike
 
     def _bits(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         problem = self.problem.view(-1, *[1] * place.dim())

@@ -93,7 +93,7 @@ class GradVac(Rule):
         c = torch.eye(p.G.shape[-1], dtype=p.G.dtype, device=p.G.device).repeat(p.G.shape[0], 1, 1)
         products, norm, reach = p.G, length, length
         kept = p.state.view(p.G.shape)
-        goals = kept.clamp(max=1 - 1e-12)  # cosines carry rounding errors of some 1e-16: closer to 1 is the same direction
+        goals = kept.clamp(max=1 - max(1e-12, 4 * p.precision))  # closer to 1 than cosines are known is the same direction
         for place in range(p.G.shape[-1] - 1):
             j, now = order[..., place : place + 1], taken[..., place : place + 1]
             goal, other = goals.gather(-1, j), length.gather(1, j)
@@ -106,8 +106,8 @@ class GradVac(Rule):
             products = products + t * _rows_of(p.G, j)
             reach = reach + t.abs() * other
             square = (c * products).sum(-1, keepdim=True)
-            # a squared norm below 1e-14 of its summands' is their rounding error: the gradient is gone
-            norm = torch.where(t == 0, norm, torch.where(square > 1e-14 * reach.square(), square, 0).sqrt())
+            # below it the gradient is gone
+            norm = torch.where(t == 0, norm, torch.where(square > p.cancelled * reach.square(), square, 0).sqrt())
         p.next_state = kept.flatten(1)
         return c
 

@@ -45,7 +45,9 @@ class Krum(Rule):
         square = p.G.diagonal(dim1=-2, dim2=-1)
         product = p.G.triu(1)
         product = product + product.mT  # rounding must not tell the distance of a pair from one side and the other
-        distance = (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * product).clamp(min=0)
+        total = square.unsqueeze(-1) + square.unsqueeze(-2)
+        distance = total - 2 * product
+        distance = torch.where(distance > 4 * p.precision * total, distance, 0)  # below it they are equal as far as the Gramian tells
         if self.distance == "plain":
             distance = distance.sqrt()
         others = p.active.unsqueeze(-2) & ~torch.eye(k, dtype=torch.bool, device=p.G.device)

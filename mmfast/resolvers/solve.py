@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmfast import contract
 from mmfast.resolvers.base import EPS, Problem, Rule
+from mmfast.resolvers.norm import Norm, by_gramian, of_gramian, shifted
 from mmfast.resolvers.philox import Draw, advance
 
 
@@ -26,13 +27,14 @@ def _normalised(G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(pair, G / scale.view(-1, 1, 1), identity), scale
 
 
-def _norm_factor(G: Tensor, active: Tensor, w: Tensor, precision: float) -> Tensor:
-    pair = active.unsqueeze(-1) & active.unsqueeze(-2)
-    plain = torch.where(pair, G, 0).sum((-1, -2)).clamp(min=0)
-    ours = torch.where(pair, G * w.unsqueeze(-1) * w.unsqueeze(-2), 0).sum((-1, -2))
-    reach = torch.where(active, w.abs() * G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt(), 0).sum(-1)
-    floor = 16 * precision * reach.square()  # below it the length of d is rounding of G: not to be blown up
-    return torch.where(reach > 0, (plain / torch.maximum(ours, floor)).sqrt(), 0)
+def _lift(active: Tensor, precision: float) -> Tensor | float:
+    """By how much, relative to the squared norms, the diagonal of a Gramian is raised for rules that follow its inverse, [B, 1].
+
+    Entries known to `precision` make a Gramian that may have negative eigenvalues of up to K times that, relative to the squared norms. So
+    raised it has none, and no weights make a vector longer than it says: as if each gradient had a small part of its own that no other one
+    has. A float64 Gramian stays as it is: there the solvers know what rounding is.
+    """
+    return active.sum(-1, keepdim=True) * precision if precision > EPS else 0.0
 
 
 def present_rows(G: Tensor, mask: Tensor | None) -> Tensor:
@@ -48,7 +50,7 @@ def present(G: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return rows, torch.where(pair, G, 0).isfinite().all(-1).all(-1)
 
 
-def apply(A: Tensor, G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+def apply(A: Tensor, G: Tensor, active: Tensor, precision: float) -> tuple[Tensor, Tensor]:
     """The Gramian A G A' after a step that mapped the active rows, and the rows that are still active.
 
     A row of which only rounding errors are left is gone: a rule would take their direction for that of a gradient.
@@ -56,7 +58,7 @@ def apply(A: Tensor, G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     G_next = A @ G @ A.mT
     G_next = (G_next + G_next.mT) / 2
     reach = (A.abs() @ G.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)).squeeze(-1)
-    active = active & ~(G_next.diagonal(dim1=-2, dim2=-1) <= 1e-14 * reach.square())
+    active = active & ~(G_next.diagonal(dim1=-2, dim2=-1) <= max(1e-14, 8 * precision) * reach.square())
     return torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G_next, 0), active
 
 
@@ -67,6 +69,7 @@ def row_map(
     states: list[Tensor | None],
     rng: Tensor | None,
     precision: float = EPS,
+    streams: int | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """What a chain does to the rows, A [B, K, K] (row i becomes sum_j A[i, j] g_j, the weights are the column sums), and the next states.
 
@@ -80,8 +83,10 @@ def row_map(
     next_states: list[Tensor | None] = []
     for s, rule in enumerate(chain):
         scaled, scale = _normalised(current, active)
-        draw = Draw(rng, G.shape[0], s) if rule.random and rng is not None else None
-        p = Problem(scaled, active, scale, states[s], draw, precision)
+        draw = Draw(rng, G.shape[0], s, streams) if rule.random and rng is not None else None
+        lift = _lift(active, precision) if rule.lifts else 0.0
+        raised = torch.where(active, scaled.diagonal(dim1=-2, dim2=-1), 0) * lift
+        p = Problem(scaled + torch.diag_embed(raised), active, scale, states[s], draw, precision, lift)
         if rule.smooths:
             w = torch.where(active, rule.smooth(p, w), 0)  # type: ignore[operator]
             A = torch.diag_embed(w)
@@ -98,7 +103,7 @@ def row_map(
         if s + 1 < len(chain) and chain[s + 1].smooths:
             continue
         total = A if total is None else A @ total
-        current, active = apply(A, torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), scaled, 0), active)
+        current, active = apply(A, torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), scaled, 0), active, precision)
         current = current * scale.view(-1, 1, 1)
     assert total is not None
     return total, next_states
@@ -110,23 +115,37 @@ def solve(
     chain: list[Rule],
     states: list[Tensor | None],
     rng: Tensor | None,
-    preserve_norm: bool,
     precision: float = EPS,
+    streams: int | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Weights [B, K] of the Gramians G [B, K, K] float64, and the next state of each rule of the chain.
 
     mask is bool [B, K] or None. A missing row (masked, or all zero) is left out and gets weight 0; a problem with a
-    non-finite number gets NaN weights and keeps its state.
+    non-finite number gets NaN weights and keeps its state. Only `streams` problems draw apart, the next ones draw as they do.
     """
     rows, finite = present(G, mask)
-    A, next_states = row_map(G, mask, chain, states, rng, precision)
-    w = A.sum(-2)
-    if preserve_norm:
-        active = rows & finite.unsqueeze(-1)
-        scaled, _ = _normalised(torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G, 0), active)
-        w = w * _norm_factor(scaled, active, w, precision).unsqueeze(-1)
+    A, next_states = row_map(G, mask, chain, states, rng, precision, streams)
     nan = torch.where(rows, torch.nan, 0.0).to(G.dtype)
-    return torch.where(finite.unsqueeze(-1), w, nan), next_states
+    return torch.where(finite.unsqueeze(-1), A.sum(-2), nan), next_states
+
+
+def _solve_twice(
+    G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None, precision: float
+) -> tuple[Tensor, list[Tensor | None], Norm]:
+    """`solve`, and what it says of the norm: the problems and the shifted ones are solved as one batch."""
+    rows, finite = present(G, mask)
+    scaled, scale = _normalised(torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), G, 0), rows & finite.unsqueeze(-1))
+    if any(rule.needs_gram for rule in chain):
+        B = G.shape[0]
+        both = torch.cat([G, shifted(G, precision)])
+        masks = None if mask is None else torch.cat([mask, mask])
+        w, after = solve(both, masks, chain, [None if s is None else torch.cat([s, s]) for s in states], rng, precision, B)
+        w, moved, after = w[:B], w[B:], [None if s is None else s[:B] for s in after]
+    else:
+        w, after = solve(G, mask, chain, states, rng, precision)
+        moved = w
+    norm = of_gramian(scaled, rows, w, moved, precision)
+    return w, after, norm._replace(noise=norm.noise * scale.sqrt())
 
 
 def advance_states(states: Sequence[Tensor | None], after: Sequence[Tensor | None], rng: Tensor | None) -> None:
@@ -138,6 +157,30 @@ def advance_states(states: Sequence[Tensor | None], after: Sequence[Tensor | Non
         advance(rng)
 
 
+def weights_and_norm(
+    G: Tensor,
+    mask: Tensor | None,
+    chain: list[Rule],
+    states: list[Tensor | None],
+    rng: Tensor | None,
+    preserve_norm: bool,
+    precision: float = EPS,
+) -> tuple[Tensor, Norm | None]:
+    """Weights [..., K] of Gramians [..., K, K] and, where the norm is to be preserved, what they are to be multiplied by; states and stream advance."""
+    contract.check_unmapped(G, rng, *states)
+    problems, k = G.shape[:-2], G.shape[-1]
+    flat_mask = None if mask is None else mask.expand(*problems, k).reshape(-1, k)
+    flat_states = [None if s is None else s.view(problems.numel(), s.shape[-1]) for s in states]
+    flat, norm = G.reshape(-1, k, k), None
+    if preserve_norm:
+        w, after, flat_norm = _solve_twice(flat, flat_mask, chain, flat_states, rng, precision)
+        norm = Norm(*(x.view(problems) for x in flat_norm))
+    else:
+        w, after = solve(flat, flat_mask, chain, flat_states, rng, precision)
+    advance_states(flat_states, after, rng)
+    return w.view(*problems, k), norm
+
+
 def weights(
     G: Tensor,
     mask: Tensor | None,
@@ -147,16 +190,21 @@ def weights(
     preserve_norm: bool,
     precision: float = EPS,
 ) -> Tensor:
-    """Weights [..., K] of Gramians [..., K, K]; the states of the chain and its random stream advance in place."""
-    contract.check_unmapped(G, rng, *states)
-    problems, k = G.shape[:-2], G.shape[-1]
-    flat_mask = None if mask is None else mask.expand(*problems, k).reshape(-1, k)
-    flat_states = [None if s is None else s.view(problems.numel(), s.shape[-1]) for s in states]
-    w, after = solve(G.reshape(-1, k, k), flat_mask, chain, flat_states, rng, preserve_norm, precision)
-    advance_states(flat_states, after, rng)
-    return w.view(*problems, k)
+    """The same where only the Gramians are known, the norm in the weights."""
+    w, _ = weights_and_norm(G, mask, chain, states, rng, False, precision)
+    return preserved(G, present_rows(G, mask), w, precision) if preserve_norm else w
+
+
+def untold(G: Tensor, rows: Tensor, w: Tensor, precision: float) -> Norm:
+    """What the norm of weights from a resolver's own code is to be: it is not asked again for a shifted Gramian, so a direction must stand out of its precision."""
+    norm = of_gramian(G, rows, w, w, precision)
+    reach = (torch.where(rows, w, 0).abs() * G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()).sum(-1)
+    return norm._replace(noise=torch.where(norm.settled, 0, (16 * precision) ** 0.5 * reach))
 
 
 def preserved(G: Tensor, rows: Tensor, w: Tensor, precision: float) -> Tensor:
-    """w scaled so that sum_i w_i g_i has the norm of the plain sum over the rows that are there."""
-    return w * _norm_factor(G, rows, w, precision).unsqueeze(-1)
+    """w scaled so that sum_i w_i g_i has the norm of the plain sum over the rows that are there, as far as the Gramian tells."""
+    k = G.shape[-1]
+    rows = rows.expand(w.shape)
+    scaled, _ = _normalised(torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), G, 0).reshape(-1, k, k), rows.reshape(-1, k))
+    return w * by_gramian(scaled.view(G.shape), rows, w, precision).unsqueeze(-1)
