@@ -46,6 +46,8 @@ struct SolveArgs {
   uint32_t counter;
   double* w;
   int64_t w_stride;
+  double* norm;          // [batch, 3] out: what the weights of problems are still to be multiplied by (solvers/norm.h); null where w has it, as it can
+  double* raw_w;         // [batch, K] out, beside norm: the weights without it
 };
 
 struct ElementwiseArgs {

@@ -75,6 +75,20 @@ void solve(const Call& call, const SolveArgs& args, int64_t* rng, bool overlap) 
   gpu::solve(args, rng, doubles(workspace), overlap, call.stream);
 }
 
+// What the solver says of the norm of each problem, and room for lengths that are to be measured.
+struct NormSpace {
+  Tensor norm, raw_w, slots;
+  int64_t per_problem;
+  NormSpace(const Call& call, SolveArgs& args, int64_t slots_per_problem)
+      : norm(call.workspace(args.preserve_norm ? 3 * args.batch : 0)), raw_w(call.workspace(args.preserve_norm ? args.K * args.batch : 0)),
+        slots(call.workspace(args.preserve_norm ? 3 * args.batch * slots_per_problem : 0)), per_problem(slots_per_problem) {
+    if (args.preserve_norm) args.norm = doubles(norm), args.raw_w = doubles(raw_w);
+  }
+  gpu::MeasuredNorm measured(const SolveArgs& args, bool samples) const {
+    return {args.norm, args.raw_w, doubles(slots), per_problem, samples ? args.w_stride : 0, args.K};
+  }
+};
+
 // Which path tests ask for by MMFAST_CUDA_PATH; the plan decides without it.
 std::optional<Path> forced_path() {
   const char* name = std::getenv("MMFAST_CUDA_PATH");
@@ -123,8 +137,10 @@ std::tuple<Tensor, Tensor> resolve_cuda(Tensors grads, std::vector<int64_t> miss
   if (args.batch && with_gram && resolve_fused(call, in, args, S, stream, out)) return {out, info};
   if (args.batch && with_gram) gram_into(call, in, G, args.G_stride);
   if (args.batch && !with_gram) gpu::presence(in.grads(), G, args.G_stride, call.stream);
+  const NormSpace norm(call, args, gpu::lengths_slots(in.grads()));
   solve(call, args, stream, call.limits.overlap);
-  gpu::combine(in.grads(), args.w, args.w_stride, with_gram, out.mutable_data_ptr(), call.limits.overlap, call.stream);
+  if (preserve_norm) gpu::lengths(in.grads(), args.norm, args.raw_w, K, doubles(norm.slots), call.limits.overlap, call.stream);
+  gpu::combine(in.grads(), args.w, args.w_stride, with_gram, norm.measured(args, per == 1), out.mutable_data_ptr(), call.limits.overlap, call.stream);
   return {out, info};
 }
 
@@ -144,7 +160,19 @@ Tensor combine_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<T
   const Call call(op, in.first());
   const double* weights = in.weights_or_throw(op, w);
   Tensor out = in.like_one();
-  gpu::combine(in.grads(), weights, in.grads().K, false, out.mutable_data_ptr(), false, call.stream);
+  gpu::combine(in.grads(), const_cast<double*>(weights), in.grads().K, false, {}, out.mutable_data_ptr(), false, call.stream);  // without a norm they are read only
+  return out;
+}
+
+Tensor lengths_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, Tensor w, int64_t per) {
+  const char* op = "mmfast::lengths";
+  const Inputs in(op, grads, missing, mask, per);
+  const Call call(op, in.first());
+  const double* weights = in.weights_or_throw(op, w);
+  const int64_t count = gpu::lengths_slots(in.grads());
+  Tensor out = in.per_problem({3}), slots = call.workspace(3 * in.problems() * count);
+  gpu::lengths(in.grads(), nullptr, weights, in.grads().K, doubles(slots), false, call.stream);
+  gpu::fold_lengths(doubles(slots), count, in.problems(), doubles(out), call.stream);
   return out;
 }
 
@@ -198,6 +226,7 @@ std::tuple<Tensor, Tensor> heads_cuda(Tensor delta, Tensor weight, Tensor head_o
   bind_info(in.args, in.info, state, S);
   const bool wide = in.heads.dtype == Dtype::f64;
   const Tensor sums = empty(call.device, {per == 2 ? in.heads.rows * in.heads.outputs : 0}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  const NormSpace norm(call, in.args, 0);
   const gpu::HeadsPlan plan = gpu::plan_heads(in.heads, in.args, call.limits);
   const Tensor workspace = call.workspace(plan.workspace);
   // args has no mask: a branch that is hidden sends zeros, and so is missing. What head_of holds is trusted, for a look at it would wait for the device
@@ -224,6 +253,7 @@ extern "C" __attribute__((visibility("default"))) void mmfast_cuda_plan(int64_t 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) {
   m.impl("gram", TORCH_BOX(&mmfast::gram_cuda));
   m.impl("combine", TORCH_BOX(&mmfast::combine_cuda));
+  m.impl("lengths", TORCH_BOX(&mmfast::lengths_cuda));
   m.impl("weights", TORCH_BOX(&mmfast::weights_cuda));
   m.impl("resolve", TORCH_BOX(&mmfast::resolve_cuda));
   m.impl("graddrop", TORCH_BOX(&mmfast::graddrop_cuda));

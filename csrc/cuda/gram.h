@@ -145,20 +145,37 @@ MMFAST_BLOCK inline void store_pairs(const Block& block, int k, int row_a, int r
   });
 }
 
-// Slot `slot` of the tile (row a.., row b..): pair sums, written to out[pair_index]. `shared` holds reduce_shared_size<T>() accumulators.
+// The numbers of one tile of rows; start(unit, offset) for each unit, then load(e, x, y) for its elements.
 template <class T, int R, int C>
-MMFAST_BLOCK inline void gram_slot(const Block& block, const Rows& rows, const Units& units, int64_t slot, int row_a, int row_b, Acc<T>* shared, double* out) {
+struct TileRows {
+  const Rows& rows;
+  int row_a, row_b;
+  const T *a[R], *b[C ? C : 1];
+  MMFAST_BLOCK void start(int64_t unit, int64_t offset) {
+    tile_row_ptrs<T, R>(rows, row_a, unit, offset, a);
+    tile_row_ptrs<T, C>(rows, row_b, unit, offset, b);
+  }
+  MMFAST_BLOCK void load(int64_t e, Acc<T>* x, Acc<T>* y) const {
+#pragma unroll
+    for (int i = 0; i < R; ++i) x[i] = a[i] ? load_acc(a[i] + e) : Acc<T>(0);
+#pragma unroll
+    for (int j = 0; j < C; ++j) y[j] = b[j] ? load_acc(b[j] + e) : Acc<T>(0);
+  }
+};
+
+// Pair sums of slot `slot` of R rows with C others (themselves when C is 0), whose numbers `source` has as T. `shared` holds
+// reduce_shared_size<T>() accumulators.
+template <class T, int R, int C, class Source>
+MMFAST_BLOCK inline void sum_slot(const Block& block, Source& source, const Units& units, int64_t slot, Acc<T>* shared,
+                                  typename ChainReduce<T, C ? R * C : R*(R + 1) / 2>::PairSums& slot_sums) {
   constexpr int P = C ? R * C : R * (R + 1) / 2;
   using Reduce = ChainReduce<T, P>;
-  typename Reduce::PairSums slot_sums, unit_sums, group_sums;
+  typename Reduce::PairSums unit_sums, group_sums;
   typename Reduce::ChainSums chain_sums;
   Reduce::clear(block, slot_sums);
   const int64_t last = (slot + 1) * units.group < units.count ? (slot + 1) * units.group : units.count;
   for (int64_t unit = slot * units.group; unit < last; ++unit) {
-    const T *a[R], *b[C ? C : 1];
-    const int64_t offset = units.samples ? unit * units.elements : 0, mask_index = units.samples ? unit : 0;
-    tile_row_ptrs<T, R>(rows, row_a, mask_index, offset, a);
-    tile_row_ptrs<T, C>(rows, row_b, mask_index, offset, b);
+    source.start(units.samples ? unit : 0, units.samples ? unit * units.elements : 0);
     const int64_t first_chunk = units.samples ? 0 : unit, end_chunk = units.samples ? (units.elements + kChunk - 1) / kChunk : unit + 1;
     const int64_t group = units.samples ? group_size(end_chunk) : 1;
     Reduce::clear(block, unit_sums);
@@ -168,12 +185,7 @@ MMFAST_BLOCK inline void gram_slot(const Block& block, const Rows& rows, const U
       block.each_thread([&](int t) {
 #pragma unroll
         for (int e = 0; e < P; ++e) chain_sums(t)[e] = 0;
-        auto load = [&](int, int64_t e, Acc<T>* x, Acc<T>* y) {
-#pragma unroll
-          for (int i = 0; i < R; ++i) x[i] = a[i] ? load_acc(a[i] + e) : Acc<T>(0);
-#pragma unroll
-          for (int j = 0; j < C; ++j) y[j] = b[j] ? load_acc(b[j] + e) : Acc<T>(0);
-        };
+        auto load = [&](int, int64_t e, Acc<T>* x, Acc<T>* y) { source.load(e, x, y); };
         chain_steps<T, R, C>(0, kSubSteps, begin + chain_start<T>(t), end, end - begin == kChunk, load, chain_sums(t));
       });
       Reduce::add(block, chain_sums, shared, group_sums);
@@ -186,6 +198,14 @@ MMFAST_BLOCK inline void gram_slot(const Block& block, const Rows& rows, const U
       for (int r = 0; r < Reduce::rounds; ++r) slot_sums(t)[r] += unit_sums(t)[r];
     });
   }
+}
+
+// Slot `slot` of the tile (row a.., row b..): pair sums, written to out[pair_index].
+template <class T, int R, int C>
+MMFAST_BLOCK inline void gram_slot(const Block& block, const Rows& rows, const Units& units, int64_t slot, int row_a, int row_b, Acc<T>* shared, double* out) {
+  typename ChainReduce<T, C ? R * C : R*(R + 1) / 2>::PairSums slot_sums;
+  TileRows<T, R, C> tile{rows, row_a, row_b, {}, {}};
+  sum_slot<T, R, C>(block, tile, units, slot, shared, slot_sums);
   store_pairs<T, R, C>(block, rows.k, row_a, row_b, slot_sums, out);
 }
 

@@ -34,8 +34,24 @@ int64_t solve_workspace(const SolveArgs& args);  // doubles
 // Pointers of args are the device's, but for steps and params; `rng` (seed, counter) on the device moves on, or is null.
 void solve(const SolveArgs& args, int64_t* rng, double* workspace, bool overlap, Stream stream);
 
-// w of problem b at w + b * w_stride; rows of weight zero are not read when `skip`.
-void combine(const Grads& g, const double* w, int64_t w_stride, bool skip, void* out, bool overlap, Stream stream);
+// Slots of lengths() to a problem.
+int64_t lengths_slots(const Grads& g);
+// Squared lengths of the plain and of the weighted sum of those problems that norm [problems, 3] (solvers/norm.h) has not settled, or of all where it is
+// null: slots [problems, lengths_slots, 3], of which fold_lengths makes total [problems, 3].
+void lengths(const Grads& g, const double* norm, const double* w, int64_t w_stride, double* slots, bool overlap, Stream stream);
+void fold_lengths(const double* slots, int64_t count, int64_t problems, double* total, Stream stream);
+
+// What combine() needs of problems whose lengths were measured; nothing where norm is null.
+struct MeasuredNorm {
+  const void* norm;           // [problems, 3], solvers/norm.h
+  const double* raw;          // [problems, K] weights without their factor
+  const double* slots;        // of lengths()
+  int64_t slots_per_problem;
+  int64_t w_stride;           // not zero where problems are samples
+  int K;
+};
+// w of problem b at w + b * w_stride; rows of weight zero are not read when `skip`. Weights of problems that were measured get their factor.
+void combine(const Grads& g, double* w, int64_t w_stride, bool skip, const MeasuredNorm& norm, void* out, bool overlap, Stream stream);
 
 // What the current device has; asked once, when the kernel is made ready for it.
 Limits limits(int device);

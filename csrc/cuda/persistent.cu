@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "launch.h"
+#include "norm.h"
 #include "warp.h"
 
 namespace mmfast {
@@ -33,27 +34,29 @@ struct PersistentArgs {
   void* out;
 };
 
-constexpr int kRowsDoubles = (sizeof(FewRows) + 15) / 16 * 2;
+constexpr int kRowsDoubles = (sizeof(FewRows) + 15) / 16 * 2, kHeaderDoubles = kRowsDoubles + 6;  // rows, seed and counter, norm
 
 // Doubles of a block in shared memory for Gramian, weights, state and scratch of the solver: a multiple of 16 bytes.
 MMFAST_HD inline int64_t solver_doubles(int K, int state_size) {
-  return (K * K + K + state_size + scratch_doubles(K) + 1) / 2 * 2;
+  return (K * K + K + state_size + scratch_doubles(K, state_size) + 1) / 2 * 2;
 }
 // All of a block's shared memory but what it stages.
 template <class T>
 MMFAST_HD inline int64_t fixed_bytes(int K, int state_size) {
-  return (kRowsDoubles + 2 + solver_doubles(K, state_size)) * 8 + reduce_shared_size<T>() * static_cast<int64_t>(sizeof(Acc<T>));
+  return (kHeaderDoubles + solver_doubles(K, state_size)) * 8 + reduce_shared_size<T>() * static_cast<int64_t>(sizeof(Acc<T>));
 }
 
-// A block's shared memory: its rows, seed and counter, Gramian, weights, state and scratch of the solver; then, as its type decides, where chains are
+// A block's shared memory: its rows, seed and counter, norm, Gramian, weights, state and scratch of the solver; then, as its type decides, where chains are
 // reduced, what is staged, and in a cluster its slots.
 extern __shared__ double shared_memory[];
 struct SharedMemory {
   FewRows& rows;
   int64_t* rng;
+  Norm& norm;
   double *G, *w, *state, *scratch, *typed;
   __device__ explicit SharedMemory(const PersistentArgs& args)
-      : rows(*reinterpret_cast<FewRows*>(shared_memory)), rng(reinterpret_cast<int64_t*>(shared_memory + kRowsDoubles)), G(shared_memory + kRowsDoubles + 2),
+      : rows(*reinterpret_cast<FewRows*>(shared_memory)), rng(reinterpret_cast<int64_t*>(shared_memory + kRowsDoubles)),
+        norm(*reinterpret_cast<Norm*>(shared_memory + kRowsDoubles + 2)), G(shared_memory + kHeaderDoubles),
         w(G + args.K * args.K), state(w + args.K), scratch(state + args.state_size), typed(G + solver_doubles(args.K, args.state_size)) {}
   // Doubles from the solver's scratch to the end of where chains are reduced: free between the two.
   __device__ int fold_buffer_size(const PersistentArgs& args) const {
@@ -105,6 +108,10 @@ __device__ __noinline__ void read_phase(const PersistentArgs& args) {
   sum_staged<T, R>(Block{}, memory.rows, args.units, block_chunks(args), staged, memory.reduce_buffer<T>(), block_slots(args));
 }
 
+__device__ inline void scale_weights(const SharedMemory& memory, int K, double factor, int thread) {
+  for (int i = thread; i < K; i += kThreads) memory.w[i] *= factor;
+}
+
 // Every block of one problem solves: the same numbers, and nobody has to wait for them; block 0 writes them.
 __device__ __noinline__ void solve_phase(const PersistentArgs& args, int64_t problem) {
   const SharedMemory memory(args);
@@ -115,13 +122,14 @@ __device__ __noinline__ void solve_phase(const PersistentArgs& args, int64_t pro
   if (thread < kTeamLanes) {
     const Chain chain{args.chain.steps, args.n_steps, args.chain.params, args.preserve_norm, args.precision};
     const Io io{memory.G, memory.rows.mask, S ? memory.state : nullptr, static_cast<uint64_t>(memory.rng[0]), static_cast<uint32_t>(memory.rng[1]),
-                static_cast<uint32_t>(problem), memory.w};
-    solve(Warp{}, chain, K, io, memory.scratch, reinterpret_cast<int*>(memory.scratch + solve_work_size(K)));
+                static_cast<uint32_t>(problem), memory.w, args.preserve_norm ? &memory.norm : nullptr};
+    solve(Warp{}, chain, K, io, memory.scratch, reinterpret_cast<int*>(memory.scratch + solve_work_size(K, S)));
+    if (args.preserve_norm && memory.norm.settled != 0.0) scale_weights(memory, K, memory.norm.factor, thread);
   }
   __syncthreads();
   if (!args.samples && blockIdx.x) return;
   double* info = args.info + problem * (K + K * K);
-  for (int i = thread; i < K; i += kThreads) info[i] = memory.w[i];
+  for (int i = thread; i < K; i += kThreads) info[i] = memory.w[i];  // without their factor where that is yet to be measured
   for (int i = thread; i < K * K; i += kThreads) info[K + i] = memory.G[i];
   for (int i = thread; i < S; i += kThreads) args.state[problem * S + i] = memory.state[i];
   if (thread == 0 && args.rng && !args.samples) args.rng[1] = memory.rng[1] + 1;
@@ -134,6 +142,60 @@ __device__ __noinline__ void write_phase(const PersistentArgs& args, int64_t pro
   ActiveRows<T>& active = *reinterpret_cast<ActiveRows<T>*>(memory.typed);
   combine_staged(Block{}, memory.rows, args.units, block_chunks(args), memory.staged<T>(args), memory.w, active,
                  static_cast<T*>(args.out) + problem * args.units.elements);
+}
+
+// Where the Gramian does not know the factor that keeps the norm: every block measures its chunks, the slots of the Gramian take what it finds, and all
+// blocks fold them. That is seldom, and then costs two more barriers.
+__device__ inline void wait_for_all(const PersistentArgs& args) {
+  if (args.samples) __syncthreads();
+  else if (!args.cluster) cooperative_groups::this_grid().sync();
+}
+
+template <class T>
+__device__ __noinline__ void measure_phase(const PersistentArgs& args) {
+  const SharedMemory memory(args);
+  const Slots slots = block_slots(args);
+  static_assert(kLengthsShared * sizeof(double) <= reduce_shared_size<T>() * sizeof(Acc<T>), "lengths are reduced where chains were");
+  Sums<T, FewRows> sums{memory.rows, memory.w, 0, 0, 0, nullptr, 0};
+  const BlockChunks own = block_chunks(args);
+  for (int64_t slot = own.block; slot < args.units.slots(); slot += own.blocks) lengths_slot(Block{}, sums, args.units, slot, memory.typed, slots.ptr(slot, 3));
+}
+
+__device__ __noinline__ void norm_phase(const PersistentArgs& args, int64_t problem) {
+  const SharedMemory memory(args);
+  const int K = args.K, thread = static_cast<int>(threadIdx.x);
+  wait_for_all(args);  // nobody still reads the slots of the Gramian
+  if (args.cluster) cluster_wait();
+  with_type(args.dtype, [&](auto tag) { measure_phase<decltype(tag)>(args); });
+  if (args.cluster) cluster_arrive(), cluster_wait();
+  else wait_for_all(args);
+  double plain = 0.0, resolved = 0.0;
+  const Slots slots = block_slots(args);
+  const unsigned count = static_cast<unsigned>(args.units.slots());
+#pragma unroll 4
+  for (unsigned s = 0; s < count; ++s) plain += slots.load(s, 3, 0), resolved += slots.load(s, 3, 2);
+  if (args.cluster) cluster_arrive();
+  scale_weights(memory, K, measured_factor(memory.norm, plain, resolved), thread);
+  __syncthreads();
+  if (!args.samples && blockIdx.x) return;
+  for (int i = thread; i < K; i += kThreads) args.info[problem * (K + K * K) + i] = memory.w[i];
+}
+
+// The weighted sum where the norm was measured: in double precision, from memory.
+template <class T>
+__device__ __noinline__ void write_measured_phase(const PersistentArgs& args, int64_t problem) {
+  const SharedMemory memory(args);
+  const FewRows& rows = memory.rows;
+  const int thread = static_cast<int>(threadIdx.x);
+  T* out = static_cast<T*>(args.out) + problem * args.units.elements;
+  const T* ptr[kPersistentRows];
+  double weight[kPersistentRows];
+  int count = 0;
+  for (int i = 0; i < rows.k; ++i)
+    if (is_active(rows, i, memory.w, rows.mask, true)) ptr[count] = static_cast<const T*>(rows.ptr[i]), weight[count++] = memory.w[rows.row_index[i]];
+  block_chunks(args).for_each(args.units, [&](int64_t, int64_t chunk, int64_t) {
+    for (int64_t e = chunk * kChunk + thread; e < chunk_end(args.units, chunk); e += kThreads) weighted_sum_exact<T, 1>(ptr, weight, count, e, 0, out);
+  });
 }
 
 __global__ void __launch_bounds__(kThreads, kPersistentBlocksPerProcessor) persistent_kernel(const __grid_constant__ PersistentArgs args) {
@@ -152,7 +214,12 @@ __global__ void __launch_bounds__(kThreads, kPersistentBlocksPerProcessor) persi
     else if (args.cluster) cluster_arrive(), cluster_wait();
     else cooperative_groups::this_grid().sync();
     solve_phase(args, problem);
-    with_type(args.dtype, [&](auto tag) { write_phase<decltype(tag)>(args, problem); });
+    if (args.preserve_norm && SharedMemory(args).norm.settled == 0.0) {
+      norm_phase(args, problem);
+      with_type(args.dtype, [&](auto tag) { write_measured_phase<decltype(tag)>(args, problem); });
+    } else {
+      with_type(args.dtype, [&](auto tag) { write_phase<decltype(tag)>(args, problem); });
+    }
   }
   if (args.cluster) cluster_wait();
 }

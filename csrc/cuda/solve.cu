@@ -26,7 +26,9 @@ struct LinearArgs {
   const void* delta;        // as the last product takes it, float where it was float16
   void *left, *right;       // where it goes scaled, for samples; W scaled
   int64_t sample_elements;  // of delta
+  int64_t batch_sums;       // samples that are added up first, or 0
   double* has_weight;       // [K] not zero where a branch has weight in some sample
+  double* lengths;          // [blocks, 2]
 };
 
 __device__ inline void grid_sync() {
@@ -56,6 +58,71 @@ __device__ void scale_sample(const LinearArgs& linear, int64_t first, const doub
     store_acc(to + e, load_acc(from + e) * static_cast<Acc<T>>(w[linear.branches.head_of[e % linear.branches.outputs]]));
 }
 
+struct Lengths {
+  double plain, resolved;
+};
+
+// What a thread's share of the pairs of outputs adds to the squared lengths of the plain and of the weighted sum of the branches' gradients, in double
+// precision: of `sample`, or of all there are.
+template <class W>
+__device__ Lengths lengths_of_pairs(const LinearArgs& linear, int64_t sample, const double* w, int64_t thread, int64_t threads) {
+  const Branches& h = linear.branches;
+  const MatrixView &delta = h.delta, &weight = h.weight;
+  const Factor<W>* deltas = static_cast<const Factor<W>*>(linear.delta) + (linear.samples ? sample * linear.sample_elements : 0);
+  const W* weights = static_cast<const W*>(weight.data);
+  const int64_t batch = linear.batch_sums ? linear.batch_sums : 1;
+  auto sent = [&](int64_t row, int64_t output) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < batch; ++b) sum += static_cast<double>(load_acc(deltas + b * linear.sample_elements + row * h.outputs + output));
+    return sum;
+  };
+  Lengths sum{0.0, 0.0};
+  for (int64_t e = thread; e < h.outputs * h.outputs; e += threads) {
+    const int64_t i = e / h.outputs, j = e % h.outputs;
+    if (j < i) continue;
+    double product = 0.0, of_weights = 0.0;
+    for (int64_t r = 0; r < delta.rows; ++r) product = fma_rn(sent(r, i), sent(r, j), product);
+    if (product == 0.0) continue;  // weights of a branch that sends nothing may be anything
+    for (int64_t r = 0; r < weight.rows; ++r)
+      of_weights = fma_rn(static_cast<double>(load_acc(weights + i * weight.rows + r)), static_cast<double>(load_acc(weights + j * weight.rows + r)), of_weights);
+    product *= (i == j ? 1.0 : 2.0) * of_weights;
+    sum.plain += product;
+    sum.resolved += w[h.head_of[i]] * w[h.head_of[j]] * product;
+  }
+  return sum;
+}
+
+// The factor that keeps the norm of the branches' gradients, from the squared lengths that the threads of a warp have parts of.
+__device__ __noinline__ Lengths measure_pairs(const LinearArgs& linear, int64_t sample, const double* w, int64_t thread, int64_t threads) {
+  Lengths own{0.0, 0.0};
+  with_type(linear.dtype, [&](auto tag) { own = lengths_of_pairs<decltype(tag)>(linear, sample, w, thread, threads); });
+  const Warp warp;
+  return {warp.sum(kTeamLanes, [&](int) { return own.plain; }), warp.sum(kTeamLanes, [&](int) { return own.resolved; })};
+}
+
+// One warp and its sample.
+__device__ inline void keep_norm_of_sample(const LinearArgs& linear, int64_t sample, const Norm& norm, const double* raw, double* w, int K) {
+  const Warp warp;
+  const Lengths found = measure_pairs(linear, sample, raw, warp.rank(), warp.size());
+  const double factor = measured_factor(norm, fmax(found.plain, 0.0), fmax(found.resolved, 0.0));
+  for (int i = warp.rank(); i < K; i += warp.size()) w[i] = raw[i] * factor;
+  __syncwarp();
+}
+
+// All warps and the one problem.
+__device__ inline void keep_norm_of_heads(const LinearArgs& linear, const SolveArgs& args, int64_t thread, int64_t threads) {
+  const Warp warp;
+  const Lengths own = measure_pairs(linear, 0, args.raw_w, thread, threads);
+  double* lengths = linear.lengths;
+  if (warp.rank() == 0) lengths[2 * blockIdx.x] = own.plain, lengths[2 * blockIdx.x + 1] = own.resolved;
+  grid_sync();
+  const int blocks = static_cast<int>(gridDim.x);
+  const double plain = warp.sum(blocks, [&](int b) { return lengths[2 * b]; }), resolved = warp.sum(blocks, [&](int b) { return lengths[2 * b + 1]; });
+  const double factor = measured_factor(*reinterpret_cast<const Norm*>(args.norm), fmax(plain, 0.0), fmax(resolved, 0.0));
+  for (int64_t i = thread; i < args.K; i += threads) args.w[i] = args.raw_w[i] * factor;
+  grid_sync();
+}
+
 // The first `solvers` warps share out the problems.
 __global__ void solve_kernel(const __grid_constant__ LongChain chain, const __grid_constant__ SolveArgs args, const __grid_constant__ LinearArgs linear, const int64_t* rng,
                              int64_t solvers, int64_t scratch, double* workspace) {
@@ -77,6 +144,7 @@ __global__ void solve_kernel(const __grid_constant__ LongChain chain, const __gr
     }
   }
   const Chain c{chain.steps, args.n_steps, chain.params, args.preserve_norm, args.precision};
+  const int state_size = args.state ? static_cast<int>(args.state_stride) : 0;
   const uint64_t seed = rng ? static_cast<uint64_t>(rng[0]) : 0;
   const uint32_t counter = rng ? static_cast<uint32_t>(rng[1]) : 0;
   for (int64_t b = blockIdx.x < solvers ? blockIdx.x : args.batch; b < args.batch; b += solvers) {
@@ -94,9 +162,18 @@ __global__ void solve_kernel(const __grid_constant__ LongChain chain, const __gr
       __syncwarp();
     }
     const Io io{args.G + b * args.G_stride, args.mask ? args.mask + b * args.mask_stride : nullptr,
-                args.state ? args.state + b * args.state_stride : nullptr, seed, counter, static_cast<uint32_t>(b), w};
-    solve(warp, c, args.K, io, work, reinterpret_cast<int*>(work + solve_work_size(args.K)));
+                args.state ? args.state + b * args.state_stride : nullptr, seed, counter, static_cast<uint32_t>(b), w,
+                args.norm ? reinterpret_cast<Norm*>(args.norm) + b : nullptr};
+    solve(warp, c, args.K, io, work, reinterpret_cast<int*>(work + solve_work_size(args.K, state_size)));
     __syncwarp();
+    if (args.norm) {
+      for (int i = rank; i < args.K; i += size) {
+        args.raw_w[b * args.K + i] = w[i];
+        if (io.norm->settled != 0.0) w[i] *= io.norm->factor;
+      }
+      __syncwarp();
+      if (linear.samples && io.norm->settled == 0.0) keep_norm_of_sample(linear, b, *io.norm, args.raw_w + b * args.K, w, args.K);
+    }
     if (!linear.samples) continue;
     with_type(linear.branches.delta.dtype, [&](auto tag) { scale_sample<decltype(tag)>(linear, b * linear.sample_elements, w, rank, size); });
     for (int a = rank; a < args.K; a += size)
@@ -104,11 +181,14 @@ __global__ void solve_kernel(const __grid_constant__ LongChain chain, const __gr
   }
   if (!linear.partials) return;
   grid_sync();
+  if (args.norm && !linear.samples && reinterpret_cast<const Norm*>(args.norm)->settled == 0.0) keep_norm_of_heads(linear, args, thread, threads);
   with_type(linear.dtype, [&](auto tag) { scale_weight<decltype(tag)>(linear, args.w, thread, threads); });
 }
 
+int64_t scratch_of(const SolveArgs& args) { return scratch_doubles(args.K, args.state ? static_cast<int>(args.state_stride) : 0); }
+
 int64_t warps_of(const SolveArgs& args) {
-  const int64_t fitting = kMaxScratchDoubles / scratch_doubles(args.K), max_warps = fitting < kMaxWarps ? fitting : kMaxWarps;
+  const int64_t fitting = kMaxScratchDoubles / scratch_of(args), max_warps = fitting < kMaxWarps ? fitting : kMaxWarps;
   return args.batch < max_warps ? args.batch : max_warps;
 }
 
@@ -134,13 +214,13 @@ Branches branches_of(const Heads& h, const int64_t* head_of, const void* delta) 
 
 namespace gpu {
 
-int64_t solve_workspace(const SolveArgs& args) { return cuda::warps_of(args) * cuda::scratch_doubles(args.K); }
+int64_t solve_workspace(const SolveArgs& args) { return cuda::warps_of(args) * cuda::scratch_of(args); }
 
 void solve(const SolveArgs& args, int64_t* rng, double* workspace, bool overlap, Stream stream) {
   const cuda::LongChain chain = cuda::chain_of(args);
   if (args.batch) {
     cuda::Launch(cuda::dependent_if(overlap), dim3(static_cast<unsigned>(cuda::warps_of(args))), cuda::kTeamLanes, cuda::cuda_stream(stream))(
-        cuda::solve_kernel, chain, args, cuda::LinearArgs{}, rng, cuda::warps_of(args), cuda::scratch_doubles(args.K), workspace);
+        cuda::solve_kernel, chain, args, cuda::LinearArgs{}, rng, cuda::warps_of(args), cuda::scratch_of(args), workspace);
     cuda::check_launch("solve");
   }
   if (rng) cuda::advance(rng, stream);
@@ -156,7 +236,7 @@ HeadsPlan plan_heads(const Heads& h, const SolveArgs& args, const Limits& limits
   const int64_t resident = (fitting < cuda::kWarpsPerProcessor ? fitting : cuda::kWarpsPerProcessor) * limits.processors, max_warps = resident < 1 ? 1 : resident;
   HeadsPlan plan{wanted < max_warps ? wanted : max_warps, solvers < max_warps ? solvers : max_warps, 0};
   const int64_t slots = (samples ? 0 : b.delta.slots()) + b.weight.slots();
-  plan.workspace = slots * h.outputs * h.outputs + (samples ? plan.solvers : 1) * cuda::BranchPartials::size(h.K, h.outputs) + h.K + plan.solvers * cuda::scratch_doubles(h.K);
+  plan.workspace = slots * h.outputs * h.outputs + (samples ? plan.solvers : 1) * cuda::BranchPartials::size(h.K, h.outputs) + h.K + plan.solvers * cuda::scratch_of(args) + 2 * plan.warps;
   return plan;
 }
 
@@ -179,13 +259,15 @@ void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_
   linear.partials = workspace + (delta_slots + linear.branches.weight.slots()) * size;
   linear.has_weight = linear.partials + (samples ? plan.solvers : 1) * cuda::BranchPartials::size(h.K, h.outputs);
   linear.samples = samples, linear.dtype = h.dtype, linear.delta = delta, linear.left = left, linear.right = right, linear.sample_elements = h.rows * h.outputs;
+  linear.batch_sums = h.per == Per::batch_sum ? h.batch : 0;
+  linear.lengths = linear.has_weight + h.K + plan.solvers * cuda::scratch_of(args);
   if (samples) {
     cudaMemsetAsync(linear.has_weight, 0, sizeof(double) * h.K, cuda::cuda_stream(stream));
     cuda::check_launch("memset");
   }
   const cuda::LaunchMode mode = plan.warps > 1 ? cuda::LaunchMode::cooperative : cuda::LaunchMode::plain;
   cuda::Launch(mode, dim3(static_cast<unsigned>(plan.warps)), cuda::kTeamLanes, cuda::cuda_stream(stream))(
-      cuda::solve_kernel, chain, args, linear, rng, plan.solvers, cuda::scratch_doubles(h.K), linear.has_weight + h.K);
+      cuda::solve_kernel, chain, args, linear, rng, plan.solvers, cuda::scratch_of(args), linear.has_weight + h.K);
   cuda::check_launch("heads");
   if (rng) cuda::advance(rng, stream);
 }

@@ -25,7 +25,7 @@ struct Warp {
 };
 
 // Doubles that a problem of K rows is solved in.
-MMFAST_HD inline int64_t scratch_doubles(int K) { return solve_work_size(K) + (solve_iwork_size(K) + 1) / 2; }
+MMFAST_HD inline int64_t scratch_doubles(int K, int state_size) { return solve_work_size(K, state_size) + (solve_iwork_size(K) + 1) / 2; }
 
 }  // namespace MMFAST_ISA
 }  // namespace mmfast

@@ -49,16 +49,19 @@ struct Rule<7> : Rule<-1> {
     each(team, k, [&](int i) { b[i] = 0.0; });
     for (int j = 0; j < k; ++j) each(team, k, [&](int i) { b[i] += p.G[j * k + i] / k; });
     const double mean_norm = team.sum(k, [&](int i) { return set.norm[i]; }) / k;
-    const double mean2 = team.sum(k, [&](int i) { return b[i]; }) / k;
+    const double lift = p.lift / (1.0 + p.lift);  // part of the diagonal of G that no gradient has
+    const double mean2 = team.sum(k, [&](int i) { return b[i] / k - lift * p.G[i * k + i] / (k * k); });
     double factor = 0.0;
     each(team, k, [&](int i) { p.w[i] = 0.0; });
-    if (c > 0.0 && mean2 > kCancelled * mean_norm * mean_norm) {
+    if (c > 0.0 && mean2 > cancelled(p.precision) * mean_norm * mean_norm) {
       set.b = b;
       set.kappa = c * sqrt(mean2);
       set.mean_norm = mean_norm;
       set.start_with_all();
       set.descend();
-      if (set.length2 <= kCancelled * set.norm_bound * set.norm_bound) nearest(team, set);
+      // little more than the lift is left of the shortest vector: zero, as far as the Gramian tells
+      const double lifted = lift * team.sum(k, [&](int i) { return p.w[i] * p.w[i] * p.G[i * k + i]; });
+      if (set.length2 <= fmax(kCancelled * set.norm_bound * set.norm_bound, 4.0 * lifted)) nearest(team, set);
       set.share_among_copies();
       if (set.cone) factor = fmin(set.kappa / sqrt(set.length2), 1.0);
       else factor = set.kappa / sqrt(fmax(set.length2, kCancelled * set.norm_bound * set.norm_bound));
