@@ -194,9 +194,10 @@ class CAGrad(Rule):
     def rule(self, p: Problem) -> Tensor:
         C, norm, a = _cosines(p)
         share = p.active / p.count.clamp(min=1).unsqueeze(-1)
-        mean2 = torch.einsum("bi,bij,bj->b", share, p.G, share).clamp(min=0).unsqueeze(-1)
+        lift = p.lift / (1 + p.lift)  # part of the diagonal of G that no gradient has
+        mean2 = (_dot(share, times(p.G, share)) - lift * _dot(share.square(), norm.square())).clamp(min=0)
         shrink = (1.0, 1 / (1 + self.c**2), 1 / (1 + self.c))[self.rescale]
-        known = mean2 > CANCELLED * _dot(share, norm).square()
+        known = mean2 > p.cancelled * _dot(share, norm).square()
         if self.c == 0:
             return shrink * share
         length = torch.where(known, mean2, 1).sqrt()
@@ -207,7 +208,8 @@ class CAGrad(Rule):
         inside2 = _dot(inside, times(C, inside))
         # where zero lies in the hull and nothing helps every row, x is nothing but rounding: that is told by the shortest vector of the hull
         hull = _quadratic(C, torch.zeros_like(b), p.active.double(), p.active, simplex=True)
-        stuck = (_dot(hull, times(C, hull)) <= HULL) & (inside2 <= self.c**2 * (1 + 1e-9))
+        zero = _dot(hull, times(C, hull)) <= torch.clamp(4 * lift * _dot(hull, hull), min=HULL)  # little more than the lift is left
+        stuck = zero & (inside2 <= self.c**2 * (1 + 1e-9))
         away = (length2 > CANCELLED * x.sum(-1, keepdim=True).square()) & ~stuck
         inside = inside * (self.c / inside2.sqrt()).clamp(max=1)
         z = torch.where(away, self.c * x / length2.sqrt(), inside)
