@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import residuals
 import torch
 from rule_table import RULES
 from torch import Tensor
