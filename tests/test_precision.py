@@ -111,7 +111,7 @@ def conditions(name, rule, J, w, w64, exact):
     row = RULES[name]
     if row.nonconflicting:
         yield "conflict", (-(J @ d) / (norm * bound)).max() / p
-    if name.startswith("MGDA"):
+    if name in ("MGDA", "MGDA l2"):
         yield "shortest", row.residual(G, w) / p
         yield "length", (d.norm() - (norm.min() if name == "MGDA" else 1)) / bound / p
     elif name in ("UPGrad", "DualProj"):
