@@ -29,7 +29,7 @@ def conditions(name: str, rule, J: Tensor, w: Tensor, w64: Tensor) -> Iterator[t
     apart = (d - d64).norm(dim=-1) / norm.amax(-1)
     if row.nonconflicting:
         yield "no conflict", (-slope / norm).amax(-1) / bound / (root if name.startswith("CAGrad") else p)
-    if name.startswith("MGDA"):
+    if name in ("MGDA", "MGDA l2"):
         yield "shortest", _each(row.residual, G, w) / p
         yield "length", (length - (norm.amin(-1) if name == "MGDA" else 1)) / bound / p
     elif name in ("UPGrad", "DualProj"):
