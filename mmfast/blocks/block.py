@@ -11,7 +11,7 @@ from mmfast.blocks.fork import Plan, fork_by
 from mmfast.blocks.impartial import Impartial
 from mmfast.blocks.local_step import scale_outputs
 from mmfast.blocks.scaling import LocalScale
-from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.names import ResolverLike
 
 
 class ImpartialityBlock(Impartial):
@@ -21,7 +21,7 @@ class ImpartialityBlock(Impartial):
 
     Args:
         branches: K modules, in a list, an `nn.ModuleList`, or an `nn.ModuleDict`.
-        resolver: the rule of the global step, or its name; each block needs its own.
+        resolver: the rule of the global step, or its name or class; each block needs its own.
         local: the local step beta: K positive numbers, or a `StandardScale`, `DimRatio` or `LipschitzScale`. Branch i receives the gradient
             of its output times beta_i, so its parameters' gradients carry beta_i too; the resolver acts on the shared tensor alone.
         per: "batch", "sample" or "batch_sum", see `fork`.
@@ -41,7 +41,7 @@ class ImpartialityBlock(Impartial):
     def __init__(
         self,
         branches: Sequence[nn.Module] | nn.ModuleList | nn.ModuleDict,
-        resolver: Resolver | str,
+        resolver: ResolverLike,
         *,
         local: LocalScale | Sequence[float] | Tensor | None = None,
         per: str = "batch",
@@ -69,7 +69,7 @@ class ImpartialityBlock(Impartial):
         """Every branch's output for the shared tensor.
 
         Args:
-            y: floating-point tensor; what each branch takes as its first argument.
+            y: floating-point or complex tensor; what each branch takes as its first argument.
             mask: bool [K] or [B, K], False where a branch's gradient is to be left out, see `fork`.
             kwargs: handed to every branch.
 

@@ -10,8 +10,8 @@ from mmfast import contract
 from mmfast.blocks.fork import check_plan, without_state
 from mmfast.blocks.local_step import check_local
 from mmfast.blocks.scaling import LocalScale
-from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.names import ResolverLike
 from mmfast.stats import BlockStats
 
 _NO_BACKWARD_YET = -1.0  # fills the record before the first backward pass; no squared norm is negative
@@ -24,7 +24,7 @@ class Impartial(nn.Module):
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
     def __init__(
-        self, k: int, resolver: Resolver | str, local: LocalScale | Sequence[float] | Tensor | None, per: str, preserve_norm: bool
+        self, k: int, resolver: ResolverLike, local: LocalScale | Sequence[float] | Tensor | None, per: str, preserve_norm: bool
     ) -> None:
         super().__init__()
         self.resolver = check_plan(k, resolver, per)

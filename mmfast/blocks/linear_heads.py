@@ -20,8 +20,8 @@ from mmfast.blocks.fork import check_traceable, refuse_double_backward
 from mmfast.blocks.impartial import Impartial
 from mmfast.blocks.scaling import LocalScale
 from mmfast.ops.heads import heads
-from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.names import ResolverLike
 
 
 class _LinearHeads(torch.autograd.Function):
@@ -111,7 +111,7 @@ class LinearHeads(Impartial):
     Args:
         in_features: size of the last dimension of the shared tensor.
         out_features: K sizes, one per branch.
-        resolver: the rule of the global step, or its name: any that works on Gramians; each module needs its own.
+        resolver: the rule of the global step, or its name or class: any that works on Gramians; each module needs its own.
         bias: whether the branches add a bias.
         local: the local step beta, see `ImpartialityBlock`.
         per: "batch", "sample" or "batch_sum", see `fork`.
@@ -139,7 +139,7 @@ class LinearHeads(Impartial):
         self,
         in_features: int,
         out_features: Sequence[int],
-        resolver: Resolver | str,
+        resolver: ResolverLike,
         *,
         bias: bool = True,
         local: LocalScale | Sequence[float] | Tensor | None = None,
@@ -192,6 +192,9 @@ class LinearHeads(Impartial):
         """All branches' outputs side by side, [..., sum of out_features]; the faster form where one computation takes them together."""
         if not isinstance(y, Tensor):
             raise TypeError(f"y is a {type(y).__name__}, expected a tensor")
+        contract.check_dense(y, "y")
+        if y.is_complex():
+            raise TypeError(f"y is {y.dtype}, expected a floating-point tensor; use an ImpartialityBlock over complex nn.Linear branches")
         if y.dim() == 0 or y.shape[-1] != self.weight.shape[1]:
             raise ValueError(f"y has shape {tuple(y.shape)}, expected [..., {self.weight.shape[1]}]")
         if self.per != "batch" and y.dim() < 2:
