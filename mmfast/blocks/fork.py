@@ -38,7 +38,9 @@ def refuse_double_backward(what: str) -> None:
         raise transforms.no_second_derivative(what)
 
 
-class _Fork(torch.autograd.Function):
+class mmfast_fork(torch.autograd.Function):
+    """Its name stands in torch's error when an alias is changed in place."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -60,8 +62,12 @@ class _Fork(torch.autograd.Function):
         return _resolved(ctx.plan, mask, *grads), None, None
 
 
-class _TransformedFork(_Fork):
+class _TransformedFork(mmfast_fork):
     """For torch.func, which always asks for a gradient that has one itself; with a forward mode, which torch.compile would refuse."""
+
+    @staticmethod
+    def forward(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(y.clone() for _ in range(plan.k))  # nothing there refuses a change in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
@@ -140,7 +146,9 @@ def _fork_real(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]
         return _TransformedFork.apply(y, mask, plan)
     if y.requires_grad and torch.is_grad_enabled():
         check_traceable(plan.resolver, plan.k)
-        return transforms.apply(_Fork, y, mask, plan)
+        return transforms.apply(mmfast_fork, y, mask, plan)
+    if torch.compiler.is_compiling():  # where nothing is recorded, nothing refuses a change in place; a copy that is not needed is not made
+        return tuple(y.clone() for _ in range(plan.k))
     return tuple(y.view_as(y) for _ in range(plan.k))
 
 
@@ -162,7 +170,8 @@ def fork(
         preserve_norm: scales the result to the length of the plain sum of the gradients, as the paper does.
 
     Returns:
-        k tensors that share y's memory; changing one in place is an error. The gradient is deterministic, up to the draws of a random rule.
+        k tensors that share y's memory; changing one in place is an error where a gradient is recorded, and shows in all where none is:
+        clone() it first. The gradient is deterministic, up to the draws of a random rule.
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was computed.

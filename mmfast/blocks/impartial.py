@@ -87,6 +87,12 @@ class Impartial(nn.Module):
         if self.beta is not None and prefix + "beta" in state_dict:
             self._beta = tuple(self.beta.tolist())
 
+    def _keep_own(self, state_dict: Any, prefix: str) -> None:
+        """Adds to the checkpoint of branches without a block what the block keeps besides them, as it is."""
+        for name, value in self.state_dict(prefix=prefix).items():
+            if name.startswith((prefix + "resolver.", prefix + "beta")):
+                state_dict.setdefault(name, value)
+
     def extra_repr(self) -> str:
         local = "" if self._beta is None else f", local=[{', '.join(f'{b:.4g}' for b in self._beta)}]"
         return f"per={self.per!r}, preserve_norm={self.preserve_norm}{local}"

@@ -117,6 +117,8 @@ class LinearHeads(Impartial):
         per: "batch", "sample" or "batch_sum", see `fork`.
         preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
 
+    `load_state_dict` also takes the checkpoint of an `ImpartialityBlock` over a list of `nn.Linear` of these sizes, or of their plain ModuleList.
+
     Attributes:
         weight: [sum of out_features, in_features], branch after branch.
         bias: [sum of out_features] or None.
@@ -180,13 +182,16 @@ class LinearHeads(Impartial):
         return tuple(map(str, range(len(self.sizes))))
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Every branch's output, [..., out_features[i]]: views of one tensor.
+        """Every branch's output, [..., out_features[i]]: parts of one tensor, which may be changed in place.
 
         Args:
             y: floating-point tensor [..., in_features]; the first dimension is the batch.
             mask: bool [K] or [B, K], False where a branch's gradient is to be left out at y (its parameters get it all the same).
         """
-        return self.joint(y, mask).split(self.sizes, -1)
+        joint = self.joint(y, mask)
+        if torch._C._are_functorch_transforms_active():  # vmap has no rule for the other
+            return joint.split(self.sizes, -1)
+        return tuple(torch.unsafe_split_with_sizes(joint, self.sizes, -1))  # nobody sees the whole, so parts may be changed in place
 
     def joint(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """All branches' outputs side by side, [..., sum of out_features]; the faster form where one computation takes them together."""
@@ -225,6 +230,18 @@ class LinearHeads(Impartial):
         super()._apply(fn, recurse)
         self._index(self.weight.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for form in ("branches.", ""):
+            names = [f"{prefix}{form}{i}." for i in range(len(self.sizes))]
+            parts = [state_dict.get(name + "weight") for name in names]
+            if prefix + "weight" in state_dict or any(w is None or w.shape[:1] != (n,) for w, n in zip(parts, self.sizes, strict=True)):
+                continue
+            for what in ("weight", "bias") if all(name + "bias" in state_dict for name in names) else ("weight",):
+                state_dict[prefix + what] = torch.cat([state_dict.pop(name + what) for name in names])
+            if not form:
+                self._keep_own(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         sizes = ", ".join(map(str, self.sizes))
