@@ -1,5 +1,11 @@
 """mmfast: impartial multimodal training, in one fused pass over the shared representation."""
 
+import warnings
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where NumPy is not installed; nothing here needs it
+    import torch as _torch  # noqa: F401
+
 from mmfast import resolvers, stats
 from mmfast.backends.choice import backends
 from mmfast.blocks.block import ImpartialityBlock

@@ -150,8 +150,10 @@ class LinearHeads(Impartial):
     ) -> None:
         if not isinstance(in_features, int) or in_features < 1:
             raise ValueError(f"in_features is {in_features!r}, expected a whole number of at least 1")
-        if isinstance(out_features, int) or not 1 <= len(out_features) <= contract.MAX_GRADS:
-            raise ValueError(f"out_features is {out_features!r}, expected 1 to {contract.MAX_GRADS} sizes")
+        if not isinstance(out_features, Sequence):
+            raise TypeError(f"out_features is {out_features!r}, expected a list of 1 to {contract.MAX_GRADS} sizes, one per branch")
+        if not 1 <= len(out_features) <= contract.MAX_GRADS:
+            raise ValueError(f"out_features is {contract.shortened(out_features)}, expected 1 to {contract.MAX_GRADS} sizes")
         for i, size in enumerate(out_features):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"out_features[{i}] is {size!r}, expected a whole number of at least 1")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from mmfast import contract
 from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
 from mmfast.models.vae import apply_heads, make_heads
 from mmfast.resolvers.base import Resolver
@@ -62,7 +63,8 @@ class HIVAE(nn.Module):
             torch.tensor([i for i, part in enumerate(joint.likelihoods) if isinstance(part, kind)], dtype=torch.long) for kind in kinds
         ]
         if sum(map(len, places)) < len(joint.sizes):
-            raise TypeError(f"joint has {joint.likelihoods!r}; the inputs of HI-VAE are defined for {kinds[:3]} and {kinds[3]} alone")
+            other = [part for part in joint.likelihoods if not isinstance(part, (*kinds[:3], *kinds[3]))]
+            raise TypeError(f"joint has {contract.shortened(other)}; the inputs of HI-VAE are defined for {kinds[:3]} and {kinds[3]} alone")
         self._counts = [len(p) for p in places[:3]]
         self.register_buffer("_numeric", torch.cat(places[:3]), persistent=False)
         self.register_buffer("_classes", places[3], persistent=False)

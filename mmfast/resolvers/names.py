@@ -44,15 +44,25 @@ def resolver(name: str, **kwargs: Any) -> Resolver:
 def _make(rule: type[Resolver], what: str, kwargs: dict[str, Any]) -> Resolver:
     """An instance; `what` is how it was asked for."""
     parameters = inspect.signature(rule).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in kwargs]
+    needed = [
+        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in kwargs
+    ]
     if needed:
-        raise TypeError(f"resolver is {what}, and {rule.__name__} needs arguments; expected an instance: mf.{rule.__name__}({', '.join(needed)})")
+        raise TypeError(
+            f"resolver is {what}, and {rule.__name__} needs arguments; expected an instance: mf.{rule.__name__}({', '.join(needed)})"
+        )
     return rule(**kwargs)
 
 
 def _words(rule: object) -> str:
     """What was given for a resolver, as an error says it."""
-    return f"the name {rule!r}" if isinstance(rule, str) else f"the class {rule.__name__}" if isinstance(rule, type) else f"a {type(rule).__name__}"
+    return (
+        f"the name {rule!r}"
+        if isinstance(rule, str)
+        else f"the class {rule.__name__}"
+        if isinstance(rule, type)
+        else f"a {type(rule).__name__}"
+    )
 
 
 def instance_of(rule: ResolverLike, k: int) -> Resolver:
