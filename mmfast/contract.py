@@ -79,25 +79,38 @@ def ordinary(grads: Sequence[Tensor], per: str, mask: Tensor | None, k: int) -> 
 
 
 def call_ordinary(
-    call: Callable[[Sequence[Tensor]], T], grads: Sequence[Tensor], per: str, mask: Tensor | None, k: int, back: Callable[[T], T]
+    call: Callable[..., T],
+    grads: Sequence[Tensor],
+    arguments: tuple[Any, ...],
+    per: str,
+    mask: Tensor | None,
+    k: int,
+    back: Callable[[T], T],
 ) -> T:
-    """call(grads); for gradients that are sparse or complex the call with ordinary ones, and `back` of it where those stood for complex ones.
+    """call(grads, *arguments) of an operator, of which autograd records nothing: neither its result nor a state remembers where it came from.
 
+    For gradients that are sparse or complex it is called with ordinary ones, and its result is `back` of that where those stood for complex ones.
     Only what a call refuses is looked at, so that others lose no time.
     """
-    if not torch.compiler.is_compiling():
-        try:
-            return call(grads)
-        except (RuntimeError, TypeError):
-            found = ordinary(grads, per, mask, k)
-            if found is None:
-                raise
-    else:
+    if torch.compiler.is_compiling():
+        found = ordinary(grads, per, mask, k)
+        with torch.no_grad():
+            result = call(grads if found is None else found, *arguments)
+        return back(result) if grads[0].is_complex() else result
+    recording = torch.is_grad_enabled()
+    if recording:
+        torch._C._set_grad_enabled(False)  # torch.no_grad() takes as long as a small operator
+    try:
+        return call(grads, *arguments)
+    except (RuntimeError, TypeError):
         found = ordinary(grads, per, mask, k)
         if found is None:
-            return call(grads)
-    result = call(found)
-    return back(result) if grads[0].is_complex() else result
+            raise
+        result = call(found, *arguments)
+        return back(result) if grads[0].is_complex() else result
+    finally:
+        if recording:
+            torch._C._set_grad_enabled(True)
 
 
 def check_grads(grads: Sequence[Tensor], dtypes: Sequence[torch.dtype] = DTYPES) -> None:

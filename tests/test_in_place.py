@@ -58,7 +58,9 @@ def test_a_branch_that_changes_its_input_is_named(kind, as_dict, recorded):
     y = torch.randn(4, 3, requires_grad=recorded != "frozen") * 1
     name = "b" if as_dict else "1"
     with contextlib.nullcontext() if recorded else torch.no_grad():
-        with pytest.raises(RuntimeError, match=rf"branch {name} of an mmfast\.ImpartialityBlock changes its input.*inplace=False.*clone\(\)"):
+        with pytest.raises(
+            RuntimeError, match=rf"branch {name} of an mmfast\.ImpartialityBlock changes its input.*inplace=False.*clone\(\)"
+        ):
             block(y)
 
 
@@ -134,7 +136,9 @@ def test_an_alias_of_a_transformation_is_its_own():
     assert torch.equal(torch.func.grad(loss)(y), 2 + 2 * y) and torch.equal(y, torch.tensor([1.0, 2.0]))
 
 
-@pytest.mark.parametrize("change", [lambda x: x.add_(1), lambda x: x.mul_(3), set_first, torch.relu_], ids=["add_", "mul_", "item", "relu_"])
+@pytest.mark.parametrize(
+    "change", [lambda x: x.add_(1), lambda x: x.mul_(3), set_first, torch.relu_], ids=["add_", "mul_", "item", "relu_"]
+)
 @pytest.mark.parametrize("local", [None, [0.5, 2.0]])
 @pytest.mark.parametrize("mode", ["eager", "compiled", "frozen", "no_grad"])
 def test_outputs_of_linear_heads_may_be_changed(change, local, mode):

@@ -40,7 +40,10 @@ def test_a_tensor_under_transformations_and_compile():
         return mf.resolve(x, rule), mf.gram(x), mf.combine(x, w)
 
     expected = [torch.stack(part) for part in zip(*map(all_three, x), strict=True)]
-    for got in (torch.func.vmap(all_three)(x), [torch.stack(p) for p in zip(*map(torch.compile(all_three, fullgraph=True), x), strict=True)]):
+    for got in (
+        torch.func.vmap(all_three)(x),
+        [torch.stack(p) for p in zip(*map(torch.compile(all_three, fullgraph=True), x), strict=True)],
+    ):
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b)
 
@@ -186,7 +189,9 @@ def test_complex_block(how, local):
     block = mf.ImpartialityBlock(branches, mf.UPGrad, local=local, preserve_norm=False)
     y = torch.randn(4, 3, dtype=torch.complex128, requires_grad=True)
     beta = local or [1.0, 1.0]
-    apart = [torch.autograd.grad(b * m(y).abs().square().sum() * (i + 1), y)[0] for i, (b, m) in enumerate(zip(beta, branches, strict=True))]
+    apart = [
+        torch.autograd.grad(b * m(y).abs().square().sum() * (i + 1), y)[0] for i, (b, m) in enumerate(zip(beta, branches, strict=True))
+    ]
 
     def loss(y):
         return sum((i + 1) * out.abs().square().sum() for i, out in enumerate(block(y)))
@@ -234,7 +239,11 @@ def test_names_and_classes_everywhere(name):
         ("mgad", ValueError, "there is no resolver 'mgad'; did you mean MGDA"),
         ("quux", ValueError, "there is no resolver 'quux'; expected one of .*MGDA.*UPGrad"),
         ("krum", TypeError, r"resolver is the name 'krum', and Krum needs arguments; expected an instance: mf\.Krum\(n_byzantine\)"),
-        (mf.Constant, TypeError, r"resolver is the class Constant, and Constant needs arguments; expected an instance: mf\.Constant\(weights\)"),
+        (
+            mf.Constant,
+            TypeError,
+            r"resolver is the class Constant, and Constant needs arguments; expected an instance: mf\.Constant\(weights\)",
+        ),
         (mf.Resolver, TypeError, "resolver is the class Resolver, expected an instance of mmfast.Resolver"),
         (nn.Linear, TypeError, "resolver is the class Linear"),
         (3, TypeError, "resolver is a int"),

@@ -30,8 +30,7 @@ def combine(grads: Sequence[Tensor] | Tensor, w: Tensor, per: str = "batch", *, 
     grads = contract.as_rows(grads)
     k = len(grads)
     contract.check_count(k)
-    with torch.no_grad():
-        return contract.call_ordinary(lambda grads: _combine(grads, w, per, k, backend), grads, per, None, k, torch.view_as_complex)
+    return contract.call_ordinary(_combine, grads, (w, per, k, backend), per, None, k, torch.view_as_complex)
 
 
 def _combine(grads: Sequence[Tensor], w: Tensor, per: str, k: int, backend: str) -> Tensor:

@@ -40,8 +40,7 @@ def gram(grads: Sequence[Tensor] | Tensor, per: str = "batch", *, mask: Tensor |
     grads = contract.as_rows(grads)
     k = len(grads)
     contract.check_count(k)
-    with torch.no_grad():
-        return contract.call_ordinary(lambda grads: _gram(grads, per, mask, k, backend), grads, per, mask, k, lambda G: G)
+    return contract.call_ordinary(_gram, grads, (per, mask, k, backend), per, mask, k, lambda G: G)
 
 
 def _gram(grads: Sequence[Tensor], per: str, mask: Tensor | None, k: int, backend: str) -> Tensor:

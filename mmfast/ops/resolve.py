@@ -1,7 +1,6 @@
 """resolve: Gramian, weights and weighted sum of K gradients in one call."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -73,21 +72,8 @@ def resolve_info(
     k = len(grads)
     missing = tuple([i for i, g in enumerate(grads) if g is None])
     present = [g for g in grads if g is not None] if missing else cast(Sequence[Tensor], grads)
-    call = partial(
-        _resolve,
-        resolver=resolver,
-        k=k,
-        missing=missing,
-        per=per,
-        mask=mask,
-        preserve_norm=preserve_norm,
-        with_info=with_info,
-        backend=backend,
-    )
-    if not torch.is_grad_enabled():
-        return contract.call_ordinary(call, present, per, mask, k, _complex)
-    with torch.no_grad():  # neither the result nor a state remembers where it came from
-        return contract.call_ordinary(call, present, per, mask, k, _complex)
+    arguments = (resolver, k, missing, per, mask, preserve_norm, with_info, backend)
+    return contract.call_ordinary(_resolve, present, arguments, per, mask, k, _complex)
 
 
 def _complex(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
