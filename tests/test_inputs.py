@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import mmfast as mf
+from mmfast.models import likelihoods
+from mmfast.models.vae import VAE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch", "ignore:Sparse CSR:UserWarning")
 BACKENDS = ["auto", "cpu", "reference"]
@@ -284,3 +286,8 @@ def test_long_lists_are_not_printed():
         mf.LinearHeads(4, sizes, "mgda")
     with pytest.raises(TypeError, match="out_features is 3.5, expected a list"):
         mf.LinearHeads(4, 3.5, "mgda")
+
+
+def test_reference_models_take_names():
+    joint = likelihoods.Joint([likelihoods.Normal(), likelihoods.Bernoulli()])
+    assert isinstance(VAE(joint, 4, 2, ["mgda"]).decoder.heads.resolver, mf.MGDA)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from mmfast import contract
 from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
 from mmfast.models.vae import apply_heads, make_heads
-from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.names import ResolverLike
 
 _INIT = 0.05  # standard deviation of the first weights
 
@@ -54,7 +54,7 @@ class HIVAE(nn.Module):
     _offsets: Tensor  # of each class feature among the codes
 
     def __init__(
-        self, joint: Joint, latent: int = 10, y_size: int = 5, components: int = 10, resolvers: Sequence[Resolver] | None = None
+        self, joint: Joint, latent: int = 10, y_size: int = 5, components: int = 10, resolvers: Sequence[ResolverLike] | None = None
     ) -> None:
         super().__init__()
         self.joint, self.components, self.tau = joint, components, 1.0
