@@ -181,7 +181,7 @@ def test_bad_parts():
     shared = Random()
     for make, message in (
         (lambda: Compose(), "no resolver was given"),
-        (lambda: Compose(Mean(), "pcgrad"), r"resolvers\[1\] is 'pcgrad'"),
+        (lambda: Compose(Mean(), "graddrop"), r"resolvers\[1\] is GradDrop"),
         (lambda: Compose(shared, Mean(), Compose(shared)), "given twice"),
         (lambda: CRMOGM(GradDrop), "expected a Resolver"),
         (lambda: Compose("pcgard"), "did you mean PCGrad"),
