@@ -1,6 +1,7 @@
 """mmfast: impartial multimodal training, in one fused pass over the shared representation."""
 
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -30,17 +31,16 @@ def _is_command() -> bool:
 
 if TYPE_CHECKING or not _is_command():
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where NumPy is not installed; nothing here needs it
+            import torch as _torch  # noqa: F401
         from mmfast import resolvers, stats
         from mmfast.backends.choice import backends
         from mmfast.blocks.block import ImpartialityBlock
         from mmfast.blocks.fork import fork
         from mmfast.blocks.linear_heads import LinearHeads
         from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale
-        from mmfast.ops.combine import combine
-        from mmfast.ops.explain import explain
-        from mmfast.ops.gram import gram
-        from mmfast.ops.resolve import resolve
-        from mmfast.ops.weights import weights
+        from mmfast.ops import combine, explain, gram, resolve, weights
         from mmfast.resolvers import *
 
         __all__ += resolvers.__all__  # type: ignore[has-type]

@@ -10,8 +10,8 @@ from mmfast import contract
 from mmfast.blocks.fork import check_plan, without_state
 from mmfast.blocks.local_step import check_local
 from mmfast.blocks.scaling import LocalScale
-from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.names import ResolverLike
 from mmfast.stats import BlockStats
 
 _NO_BACKWARD_YET = -1.0  # fills the record before the first backward pass; no squared norm is negative
@@ -24,7 +24,7 @@ class Impartial(nn.Module):
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
     def __init__(
-        self, k: int, resolver: Resolver | str, local: LocalScale | Sequence[float] | Tensor | None, per: str, preserve_norm: bool
+        self, k: int, resolver: ResolverLike, local: LocalScale | Sequence[float] | Tensor | None, per: str, preserve_norm: bool
     ) -> None:
         super().__init__()
         self.resolver = check_plan(k, resolver, per)
@@ -86,6 +86,12 @@ class Impartial(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.beta is not None and prefix + "beta" in state_dict:
             self._beta = tuple(self.beta.tolist())
+
+    def _keep_own(self, state_dict: Any, prefix: str) -> None:
+        """Adds to the checkpoint of branches without a block what the block keeps besides them, as it is."""
+        for name, value in self.state_dict(prefix=prefix).items():
+            if name.startswith((prefix + "resolver.", prefix + "beta")):
+                state_dict.setdefault(name, value)
 
     def extra_repr(self) -> str:
         local = "" if self._beta is None else f", local=[{', '.join(f'{b:.4g}' for b in self._beta)}]"

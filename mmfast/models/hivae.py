@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from mmfast import contract
 from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
 from mmfast.models.vae import apply_heads, make_heads
-from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.names import ResolverLike
 
 _INIT = 0.05  # standard deviation of the first weights
 
@@ -53,7 +54,7 @@ class HIVAE(nn.Module):
     _offsets: Tensor  # of each class feature among the codes
 
     def __init__(
-        self, joint: Joint, latent: int = 10, y_size: int = 5, components: int = 10, resolvers: Sequence[Resolver] | None = None
+        self, joint: Joint, latent: int = 10, y_size: int = 5, components: int = 10, resolvers: Sequence[ResolverLike] | None = None
     ) -> None:
         super().__init__()
         self.joint, self.components, self.tau = joint, components, 1.0
@@ -62,7 +63,8 @@ class HIVAE(nn.Module):
             torch.tensor([i for i, part in enumerate(joint.likelihoods) if isinstance(part, kind)], dtype=torch.long) for kind in kinds
         ]
         if sum(map(len, places)) < len(joint.sizes):
-            raise TypeError(f"joint has {joint.likelihoods!r}; the inputs of HI-VAE are defined for {kinds[:3]} and {kinds[3]} alone")
+            other = [part for part in joint.likelihoods if not isinstance(part, (*kinds[:3], *kinds[3]))]
+            raise TypeError(f"joint has {contract.shortened(other)}; the inputs of HI-VAE are defined for {kinds[:3]} and {kinds[3]} alone")
         self._counts = [len(p) for p in places[:3]]
         self.register_buffer("_numeric", torch.cat(places[:3]), persistent=False)
         self.register_buffer("_classes", places[3], persistent=False)
