@@ -8,6 +8,7 @@ MMFAST_SANITIZE  1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer
 CXX, CXXFLAGS and LDFLAGS mean what they mean elsewhere
 """
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 HOST, SANITIZE = (os.environ.get(name, "0") not in ("", "0") for name in ("MMFAST_HOST", "MMFAST_SANITIZE"))
@@ -94,7 +96,7 @@ def decide(wanted):
         line = f"* mmfast: NOTHING IS COMPILED, only the slow plain-torch backend will work: {why_not_cpu} *"
         print("*" * len(line), line, "*" * len(line), sep="\n", file=sys.stderr)
     if wanted == "none" or why_not_cpu:
-        return "none", None, None, why_not_cpu
+        return "none", None, None, "MMFAST_BUILD=none" if wanted == "none" else why_not_cpu
     if wanted == "cpu" or why_not_cuda:
         return "cpu", cxx, None, "MMFAST_BUILD=cpu" if wanted == "cpu" else why_not_cuda
     return "cuda", cxx, cuda, None
@@ -103,11 +105,61 @@ def decide(wanted):
 BUILD, CXX, CUDA, WHY_NOT_MORE = decide(os.environ.get("MMFAST_BUILD") or "auto")
 
 
+def first_line(*command):
+    return (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines() or [None])[0]
+
+
+def flags():
+    return " ".join(filter(None, [FLAGS, SANITIZE_FLAGS, os.environ.get("CXXFLAGS")]))
+
+
+def note_facts(package, version, build=BUILD, why_not_more=WHY_NOT_MORE):
+    """Writes what was built, and why no more than that, beside it: without compiled code, too, for somebody will ask why calls are slow."""
+    compiled = build != "none"
+    in_git = (ROOT / ".git").exists() and shutil.which("git")  # not the repository of somebody who unpacked mmfast in theirs
+    facts = {
+        "version": version,
+        "git": first_line("git", "describe", "--always", "--dirty") if in_git else None,
+        "MMFAST_BUILD": build,
+        "why_not_more": why_not_more,
+        "torch": importlib.metadata.version("torch") if find_spec("torch") else None,
+        "compiler": first_line(*shlex.split(CXX), "--version") if CXX else None,
+        "flags": flags() if compiled else None,
+        "isas": list(ISAS) if compiled else [],
+        "direct": compiled and DIRECT,
+        "cuda": compiled and CUDA and {"release": cuda_release(CUDA), "flags": f"{NVCC_FLAGS} {gencodes()}"} or None,
+    }
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def remove_compiled(package):
+    for stale in package.glob("_*.so"):
+        stale.unlink()  # rather than written over: a running Python may have it mapped
+
+
+class Package(build_py):
+    """The Python files; where nothing is compiled, no extension notes the facts."""
+
+    def run(self):
+        super().run()
+        if BUILD == "none":
+            package = ROOT / "mmfast" if self.editable_mode else Path(self.build_lib, "mmfast")
+            remove_compiled(package)
+            note_facts(package, self.distribution.get_version())
+
+
 class Ninja(build_ext):
     def get_ext_filename(self, name):
         return os.path.join("mmfast", TARGETS[name.removeprefix("mmfast.")])
 
     def run(self):
+        package = ROOT / "mmfast" if self.inplace or self.editable_mode else Path(self.build_lib, "mmfast")
+        version = self.distribution.get_version()
+        if BUILD == "none":
+            remove_compiled(package)
+            note_facts(package, version)
+            return
         if missing := [name for name in ["torch", "ninja"] + ["pybind11"] * HOST if find_spec(name) is None]:
             sys.exit(f"mmfast: compiling needs {', '.join(missing)}; install it, or drop --no-build-isolation, or set MMFAST_BUILD=none")
         import torch
@@ -116,14 +168,14 @@ class Ninja(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text(self.ninja_file(work, Path(torch.__file__).parent))
         if subprocess.call([sys.executable, "-m", "ninja", "-C", str(work)]):
+            if not (package / "_C.so").exists():  # what an earlier build left there keeps its facts
+                note_facts(package, version, "none", f"compiling with MMFAST_BUILD={BUILD} failed")
             sys.exit("mmfast: compiling failed, see above; MMFAST_BUILD=none installs the slow plain-torch backend without compiling")
-        package = ROOT / "mmfast" if self.inplace or self.editable_mode else Path(self.build_lib, "mmfast")
         package.mkdir(parents=True, exist_ok=True)
-        for stale in package.glob("_*.so"):
-            stale.unlink()  # rather than written over: a running Python may have it mapped
+        remove_compiled(package)
         for target in TARGETS.values():
             shutil.copy2(work / target, package)
-        (package / "_build.json").write_text(json.dumps(self.facts(torch.__version__), indent=2) + "\n")
+        note_facts(package, version)
 
     def ninja_file(self, work, torch_dir):
         # torch is seen by ops*.cpp alone, Python by host*.cpp, and of both direct.cpp sees the part that does not change
@@ -138,7 +190,7 @@ class Ninja(build_ext):
         extra |= {f"isa_{isa}": flags for isa, flags in ISAS.items()}
         mapped = shlex.quote(f"-ffile-prefix-map={ROOT}=.")
         lines = [
-            f"rule compile\n  command = {CXX} -MD -MF $out.d {self.flags()} {mapped} $extra -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule compile\n  command = {CXX} -MD -MF $out.d {flags()} {mapped} $extra -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {CXX} -shared {SANITIZE_FLAGS} $in -o $out $libraries {os.environ.get('LDFLAGS', '')}",
         ]
         objects = {"ops": "", "direct": "", "host": "", "cpu": "", "cuda": ""}
@@ -167,27 +219,6 @@ class Ninja(build_ext):
             lines.append(f"build {TARGETS['_host']}: link {objects['host']} {objects['cpu']}")
         return "\n".join(lines) + "\n"
 
-    def flags(self):
-        return " ".join(filter(None, [FLAGS, SANITIZE_FLAGS, os.environ.get("CXXFLAGS")]))
-
-    def facts(self, torch_version):
-        def first_line(*command):
-            return (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines() or [None])[0]
-
-        in_git = (ROOT / ".git").exists() and shutil.which("git")  # not the repository of somebody who unpacked mmfast in theirs
-        return {
-            "version": self.distribution.get_version(),
-            "git": first_line("git", "describe", "--always", "--dirty") if in_git else None,
-            "MMFAST_BUILD": BUILD,
-            "why_not_more": WHY_NOT_MORE,
-            "torch": torch_version,
-            "compiler": first_line(*shlex.split(CXX), "--version"),
-            "flags": self.flags(),
-            "isas": list(ISAS),
-            "direct": DIRECT,
-            "cuda": CUDA and {"release": cuda_release(CUDA), "flags": f"{NVCC_FLAGS} {gencodes()}"},
-        }
-
 
 class Wheel(bdist_wheel):
     def get_tag(self):
@@ -196,4 +227,4 @@ class Wheel(bdist_wheel):
 
 
 extensions = [] if BUILD == "none" else [Extension(f"mmfast.{name}", []) for name in TARGETS]
-setup(ext_modules=extensions, cmdclass={"build_ext": Ninja, "bdist_wheel": Wheel})
+setup(ext_modules=extensions, cmdclass={"build_py": Package, "build_ext": Ninja, "bdist_wheel": Wheel})

@@ -31,8 +31,8 @@ def _is_command() -> bool:
 
 if TYPE_CHECKING or not _is_command():
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where NumPy is not installed; nothing here needs it
+        with warnings.catch_warnings():  # torch says so where NumPy is not installed; nothing here needs it
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")
             import torch as _torch  # noqa: F401
         from mmfast import resolvers, stats
         from mmfast.backends.choice import backends
@@ -40,7 +40,11 @@ if TYPE_CHECKING or not _is_command():
         from mmfast.blocks.fork import fork
         from mmfast.blocks.linear_heads import LinearHeads
         from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale
-        from mmfast.ops import combine, explain, gram, resolve, weights
+        from mmfast.ops.combine import combine
+        from mmfast.ops.explain import explain
+        from mmfast.ops.gram import gram
+        from mmfast.ops.resolve import resolve
+        from mmfast.ops.weights import weights
         from mmfast.resolvers import *
 
         __all__ += resolvers.__all__  # type: ignore[has-type]

@@ -1,6 +1,9 @@
 """What the operators accept, and the errors that people read: they name the argument, what it is and what it should be."""
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +14,16 @@ PER = {"batch": 0, "sample": 1, "batch_sum": 2}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)  # taken as pairs of real numbers
 T = TypeVar("T")
+
+_OURS = tuple(str(Path(module).parent) for module in (__file__, torch.__file__))
+
+
+def tell(message: str) -> None:
+    """Warns at the line of the caller's that led here; Python shows the same words at the same line once."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_code.co_filename.startswith(_OURS):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def per_code(per: str) -> int:

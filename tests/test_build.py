@@ -174,9 +174,58 @@ def test_install_without_a_compiler(tmp_path, build):
     assert ("NOTHING IS COMPILED" in run.stderr) == (build == "auto")
     assert (tmp_path / "lib/mmfast/py.typed").exists()
     assert (tmp_path / "lib/mmfast/__init__.py").exists() and not list((tmp_path / "lib").rglob("*.so"))
+    facts = json.loads((tmp_path / "lib/mmfast/_build.json").read_text())
+    why = "MMFAST_BUILD=none" if build == "none" else "no C++ compiler was found"
+    assert facts["MMFAST_BUILD"] == "none" and why in facts["why_not_more"] and facts["version"]
     code = "import mmfast.ops as o, torch; from mmfast.backends import library; from mmfast.resolvers.simple import Sum; print(library.available, o.weights(torch.eye(2), Sum()).sum().item())"
     run = python("-c", code, folder="/", PYTHONPATH=str(tmp_path / "lib"), MMFAST_LIBRARY=None)
     assert run.stdout == "False 2.0\n", run.stderr
+    assert why in run.stderr and library.BUILD_LINE in run.stderr
+    run = python("setup.py", "-q", "build_ext", "--inplace", folder=tmp_path, **environment)
+    assert run.returncode == 0 and why in json.loads((tmp_path / "mmfast/_build.json").read_text())["why_not_more"]
+
+
+@builds
+def test_a_compile_that_fails_leaves_its_reason(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "mmfast", tmp_path / "mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "broken").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "broken").chmod(0o755)
+    run = python("setup.py", "-q", "build_ext", "--inplace", folder=tmp_path, MMFAST_BUILD="cpu", CXX=str(tmp_path / "broken"))
+    assert run.returncode != 0 and "compiling failed" in run.stderr
+    facts = json.loads((tmp_path / "mmfast/_build.json").read_text())
+    assert facts["MMFAST_BUILD"] == "none" and facts["why_not_more"] == "compiling with MMFAST_BUILD=cpu failed"
+
+
+SLOW = """
+import sys, warnings, torch
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import mmfast as mf
+    g = [torch.randn(4), torch.randn(4)]
+    mf.resolve(g, mf.MGDA(), backend="reference"); mf.gram(g, backend="reference")
+    assert not seen, seen
+    for _ in range(3):
+        for call in (lambda: mf.resolve(g, mf.MGDA()), lambda: mf.gram(g), lambda: mf.resolve(g, mf.TrimmedMean(0)), lambda: mf.LinearHeads(4, [1], "mgda")(torch.randn(2, 4, requires_grad=True))[0].sum().backward()):
+            call()
+print(len(seen), seen[0].filename.endswith(("<string>", "-c")), seen[0].message)
+"""
+
+
+@pytest.mark.parametrize("shadows", [True, False])
+def test_slow_calls_say_why_once(tmp_path, shadows):
+    """A source folder before the installed package, or no compiled code at all; not at import, not where plain torch was asked for."""
+    shutil.copytree(ROOT / "mmfast", tmp_path / "clone/mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    (tmp_path / "site/mmfast").mkdir(parents=True)
+    if shadows:
+        (tmp_path / "site/mmfast/_C.so").write_text("")
+    path = os.pathsep.join([str(tmp_path / "clone"), str(tmp_path / "site")])
+    run = python("-c", SLOW, folder=tmp_path, PYTHONPATH=path, MMFAST_LIBRARY=None)
+    assert run.stdout.startswith("1 True mmfast runs in plain torch on this CPU"), run.stdout + run.stderr
+    assert library.BUILD_LINE in run.stdout
+    assert (f"before the installed mmfast in {tmp_path / 'site'}" in run.stdout) == shadows
 
 
 @builds

@@ -120,13 +120,16 @@ def test_bad_pcd_parameters(name, value):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
 def test_pcd_over_many_steps(beta, backend):
-    """The averages are bias-corrected; each constraint is g_j'd >= tau |g_j|^2 over the average norm, before d gets the norm of g_1."""
+    """The averages, of squares over their mean part of the averages before, are bias-corrected; each constraint is g_j'd >= tau |g_j|^2 over the
+    average norm, before d gets the norm of g_1."""
     tau, k, rule = 0.3, 5, cone.PCD(0.3, beta)
     average = torch.zeros(k, dtype=torch.float64)
     for step in range(1, 30):
         J = torch.randn(k, 9, dtype=torch.float64) * torch.rand(k, 1, dtype=torch.float64).mul(10).exp()
         w = ops.weights(J @ J.mT, rule, backend=backend)
-        average = beta * average + (1 - beta) * J.square().sum(-1)
+        square = J.square().sum(-1)
+        common = 1 if step == 1 else (square / (average / (1 - beta ** (step - 1)))).mean()
+        average = beta * average + (1 - beta) * square / common
         s = (average / (1 - beta**step)).rsqrt()
         scaled, d = J * s.unsqueeze(1), w @ J
         torch.testing.assert_close(d.norm(), J[0].norm(), rtol=1e-9, atol=0)
@@ -157,7 +160,7 @@ def test_pcd_missing_rows(backend):
     assert rule.state is not None
     torch.testing.assert_close(rule.state[:4], G.diagonal() * double([1, 1, 1, 0]))
     w = ops.weights(4 * G, rule, torch.tensor([False, True, False, True]), backend=backend)
-    torch.testing.assert_close(rule.state[:4], G.diagonal() * double([1, 3, 1, 4]))  # (1/2 4 + 1/4 1) / (3/4) = 3
+    torch.testing.assert_close(rule.state[:4], G.diagonal() * double([1, 1, 1, 4]))  # row 1 says that all are four times as large
     torch.testing.assert_close(w @ (4 * G) @ w, 4 * G[1, 1])
 
 

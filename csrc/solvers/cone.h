@@ -6,6 +6,7 @@
 #include "linalg.h"
 #include "nnls.h"
 #include "problem.h"
+#include "units.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
@@ -74,15 +75,16 @@ struct Rule<9> : Rule<-1> {
 
 // "Not all objectives are born equal: priority-constrained descent" (2026): the direction nearest to the first gradient along which
 // every other one makes a share tau of its own progress, each measured by its average norm; then given the first one's norm.
-// The state holds the K averages of |g_i|^2 and the total weight of what was averaged, 1 - beta^n. A missing row keeps its
-// average; one seen for the first time starts at its own. The primary is the first row present.
+// The state holds the K averages of |g_i|^2, the total weight of what was averaged, 1 - beta^n, and the sets and units of the averages: each call's
+// squares count relative to what they are in the mean over the averages, so that a loss scale that changes changes no average. A missing row keeps
+// its average; one seen for the first time starts at its own. The primary is the first row present.
 template <>
 struct Rule<10> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr bool lifts = true;
   static constexpr const char* name = "PCD";
   MMFAST_HD static bool takes(int, int n_params) { return n_params == 2; }
-  MMFAST_HD static int state_size(int K) { return K + 1; }
+  MMFAST_HD static int state_size(int K) { return 3 * K + 1; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const int k = p.k, m = k - 1;
@@ -91,12 +93,21 @@ struct Rule<10> : Rule<-1> {
     double* norms = C + static_cast<long>(k) * k;
     double* length = norms + k;  // |g_i| over its average
     double* others = length + k;  // [m, m] cosines of the secondary gradients
+    double *set = p.state + p.K + 1, *unit = set + p.K, *change = others;
     const double old_weight = beta * p.state[p.K], total_weight = old_weight + (1.0 - beta);
-    team.sync();
     each(team, k, [&](int i) {
       double& average = p.state[p.row_index[i]];
       const double square = p.G[static_cast<long>(i) * k + i] * p.scale;
-      average = average > 0.0 ? (old_weight * average + (1.0 - beta) * square) / total_weight : square;
+      if (average == 0.0) average = square;
+      change[i] = square / average;
+    });
+    units::to_one_unit(team, p, change, set, unit);
+    const double common = units::mean_change(p, change, set, unit, set[p.row_index[0]]);
+    team.sync();
+    each(team, k, [&](int i) {
+      double& average = p.state[p.row_index[i]];
+      const double square = p.G[static_cast<long>(i) * k + i] * p.scale * unit[p.row_index[i]];
+      average = (old_weight * average + (1.0 - beta) * (square / common)) / total_weight;
       length[i] = sqrt(square / average);
     });
     if (team.rank() == 0) p.state[p.K] = total_weight;

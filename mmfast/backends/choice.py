@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from mmfast import contract
 from mmfast.backends import cpu, cuda, direct, library, reference
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
@@ -53,7 +54,12 @@ def triton_kernels() -> Any:
 def choose(device: torch.device, backend: str, k: int) -> str:
     """Which backend serves k gradients on the device: "cpu", "cuda", "triton" or "reference"; raises where one asked for by name cannot."""
     if backend == "auto":
-        return "cpu" if library.available and device.type == "cpu" else "reference"
+        if device.type != "cpu":
+            return "reference"
+        if not library.available:
+            _tell_slow()
+            return "reference"
+        return "cpu"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "reference":
@@ -67,6 +73,17 @@ def choose(device: torch.device, backend: str, k: int) -> str:
         raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(wanted).upper()}{interpreted}, they are on {device}")
     # what torch.func wraps has no address for a kernel of Triton
     return "reference" if backend == "triton" and (k > TRITON_ROWS or torch._C._are_functorch_transforms_active()) else backend
+
+
+_told_slow = False
+
+
+def _tell_slow() -> None:
+    """Says once that a call on the CPU has no compiled code."""
+    global _told_slow
+    if not _told_slow and not torch.compiler.is_compiling():
+        _told_slow = True
+        contract.tell(f"mmfast runs in plain torch on this CPU, hundreds of times slower than compiled: {library.missing_reason}")
 
 
 def functions_of(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,24 @@ def read_facts(path: Path) -> dict[str, Any]:
         return {}
 
 
+def _why_absent(path: Path) -> str:
+    """Why there is no library at `path`, and the line that cures it."""
+    other = next((place for place in map(Path, sys.path) if (found := place / "mmfast" / "_C.so").exists() and found != path), None)
+    if other and not os.environ.get("MMFAST_LIBRARY"):
+        return (
+            f"{path} does not exist: Python found this folder before the installed mmfast in {other}, which has compiled code; "
+            f"run Python from another folder, or compile here too: {BUILD_LINE}"
+        )
+    reason = read_facts(path).get("why_not_more")
+    return (
+        f"{path} does not exist, mmfast was installed without compiled code{f' ({reason})' if reason else ''}; build it with: {BUILD_LINE}"
+    )
+
+
 def load(path: Path) -> str | None:
     """Loads the library at `path`; returns None, or the reason why its operators are not there."""
     if not path.exists():
-        return f"{path} does not exist, mmfast was installed without compiled code; build it with: {BUILD_LINE}"
+        return _why_absent(path)
     facts = ", ".join(f"{name}: {value}" for name, value in read_facts(path).items() if value) or "without _build.json"
     try:
         torch.ops.load_library(str(path))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import contract
-from mmfast.blocks import transforms
+from mmfast.blocks import notices, transforms
 from mmfast.ops.resolve import resolve, resolve_info
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.names import ResolverLike, instance_of, made_of
@@ -20,6 +20,8 @@ class Recorder(Protocol):
     """Keeps what a backward pass saw."""
 
     def record(self, info: Tensor | None) -> None: ...
+
+    def no_gradient_wanted(self) -> None: ...
 
 
 class Plan(NamedTuple):
@@ -50,6 +52,7 @@ class mmfast_fork(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, mask, ctx.plan = inputs
+        ctx.seen = None  # the branches of an earlier backward pass
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mask)
 
@@ -59,6 +62,11 @@ class mmfast_fork(torch.autograd.Function):
             return None, None, None
         refuse_double_backward("a fork")
         (mask,) = ctx.saved_tensors
+        if not torch.compiler.is_compiling():
+            if ctx.seen is not None or notices.goes_back_again():
+                notices.branches_apart(ctx, ctx.plan.resolver, notices.present_branches(grads))
+            if notices.HAS_GROUPS and torch.distributed.is_initialized():
+                notices.shards(ctx.plan.resolver, ctx.plan.per)
         return _resolved(ctx.plan, mask, *grads), None, None
 
 
@@ -141,12 +149,14 @@ def fork_by(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
 def _fork_real(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
     if transforms.exporting():
         return tuple(y.view_as(y) for _ in range(plan.k))
-    transforms.refuse_compiled_vmap(y)
+    transforms.refuse_compiled(y, "a fork")
     if transforms.active():  # whether there is something to differentiate shows further below
         return _TransformedFork.apply(y, mask, plan)
-    if y.requires_grad and torch.is_grad_enabled():
+    if transforms.wants_gradient(y):
         check_traceable(plan.resolver, plan.k)
-        return transforms.apply(mmfast_fork, y, mask, plan)
+        return transforms.apply(mmfast_fork, transforms.tracked(y), mask, plan)
+    if plan.recorder is not None:
+        plan.recorder.no_gradient_wanted()
     if torch.compiler.is_compiling():  # where nothing is recorded, nothing refuses a change in place; a copy that is not needed is not made
         return tuple(y.clone() for _ in range(plan.k))
     return tuple(y.view_as(y) for _ in range(plan.k))
@@ -158,6 +168,8 @@ def fork(
     """Splits a tensor into k aliases, one per branch, whose gradients are resolved into the tensor's gradient.
 
     Use each alias in exactly one branch. A branch that sends no gradient back is a missing modality and is left out of the problem.
+    Go back once, by `sum(losses).backward()`: of one backward call for each loss every one has a single branch, and nothing is resolved (a warning
+    says so). In a process group each rank resolves its own part of the batch.
     Based on Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
 
     Args:

@@ -14,7 +14,15 @@ from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike
 from mmfast.stats import BlockStats
 
-_NO_BACKWARD_YET = -1.0  # fills the record before the first backward pass; no squared norm is negative
+# what fills a record that holds nothing, and why; no squared norm is negative
+_NO_BACKWARD_YET, _NO_GRADIENT, _OTHER_SHAPE = -1.0, -2.0, -3.0
+_REASONS = {
+    _NO_BACKWARD_YET: "no backward pass has reached this block yet; call loss.backward() before stats() (one compiled inside torch.func is not recorded)",
+    _NO_GRADIENT: "the shared tensor of the last forward pass asked for no gradient (requires_grad is False: a frozen encoder, or data), so there "
+    "was nothing to resolve; to see how the branches conflict there, give the block y.detach().requires_grad_()",
+    _OTHER_SHAPE: "the last backward pass was compiled, with per='sample' and another batch size than the record has; compiled code keeps that of the last "
+    "backward pass that was not compiled: run one of this batch size without torch.compile first",
+}
 
 
 class Impartial(nn.Module):
@@ -34,8 +42,21 @@ class Impartial(nn.Module):
         self.register_buffer("beta", None if self._beta is None else torch.tensor(self._beta, dtype=torch.float64))
         # no buffer: DistributedDataParallel would send it around at every step
         self._info = torch.full((k + k * k,), _NO_BACKWARD_YET, dtype=torch.float64)
+        self._k = k
         for rule in without_state(self.resolver, k) if per != "sample" else ():
             rule.state = torch.zeros(rule.state_size(k), dtype=torch.float64)
+
+    def reset_parameters(self) -> None:
+        """Makes anew what is the block's own, after `to_empty`: the local step and an empty record. Rule and branches have a method of their own."""
+        for own in (self.beta, self._info):
+            if own is not None:
+                self._settle(own.device)
+
+    def _settle(self, device: torch.device) -> None:
+        if self.beta is not None:
+            self.beta = torch.tensor(self._beta, dtype=torch.float64, device=device)
+        if self._info is not None:
+            self._info = self._info.new_full((self._k + self._k**2,), _NO_BACKWARD_YET, device=device)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,7 +73,8 @@ class Impartial(nn.Module):
             A `BlockStats` of float64 tensors on the CPU, with a leading B for per="sample".
 
         Raises:
-            RuntimeError: no backward pass yet, or the resolver works elementwise and has neither weights nor Gramian.
+            RuntimeError: no backward pass yet, or none that was recorded (the shared tensor of the last forward pass asked for no gradient; a compiled
+                pass of another batch size), or the resolver works elementwise and has neither weights nor Gramian.
         """
         info = self._info
         if info is None or isinstance(self.resolver, ElementwiseRule):
@@ -60,8 +82,9 @@ class Impartial(nn.Module):
                 f"{type(self.resolver).__name__} works on each element by itself and has neither weights nor Gramian; "
                 "call mmfast.gram on the gradients to see how they conflict"
             )
-        if (info == _NO_BACKWARD_YET).all():
-            raise RuntimeError("no backward pass has reached this block yet; call loss.backward() before stats()")
+        reason = _NO_BACKWARD_YET if info.is_meta else info.flatten()[0].item() if info.numel() else 0.0
+        if reason in _REASONS and (info.is_meta or (info == reason).all()):
+            raise RuntimeError(_REASONS[reason])
         return BlockStats.of(self.names, info)
 
     def record(self, info: Tensor | None) -> None:
@@ -70,8 +93,21 @@ class Impartial(nn.Module):
             self.__dict__["_info"] = info if info is None else contract.plain(info)
         elif torch._C._are_functorch_transforms_active():
             pass  # which may not write into a tensor that is not their own
-        elif info is not None and self._info is not None and self._info.shape == info.shape:
-            self._info.copy_(info)  # a graph can write into a tensor of ours, not bind a name
+        elif info is not None and self._info is not None:  # a graph can write into a tensor of ours, not bind a name
+            if self._info.shape == info.shape:
+                self._info.copy_(info)
+            else:
+                self._info.fill_(_OTHER_SHAPE)
+
+    def no_gradient_wanted(self) -> None:
+        """Called in a forward pass whose tensor asks for no gradient: what was recorded before is not what a backward pass now sees."""
+        if not torch.is_grad_enabled() or self._info is None:
+            return  # an evaluation between backward pass and stats()
+        if torch.compiler.is_compiling():
+            if not torch._C._are_functorch_transforms_active():
+                self._info.fill_(_NO_GRADIENT)
+        else:
+            self.__dict__["_info"] = self._info.new_full((self._k + self._k**2,), _NO_GRADIENT)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Impartial":
         super()._apply(fn, recurse)
@@ -82,10 +118,12 @@ class Impartial(nn.Module):
             self._info = torch.full_like(self._info, _NO_BACKWARD_YET, device=device) if self._info.is_meta else self._info.to(device)
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self.beta is not None and prefix + "beta" in state_dict:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if self.beta is not None and prefix + "beta" in state_dict and not self.beta.is_meta:
             self._beta = tuple(self.beta.tolist())
+        if local_metadata.get("assign_to_params_buffers") and self._info is not None and self._info.is_meta:
+            self._settle(next((x.device for name, x in state_dict.items() if name.startswith(prefix)), self._info.device))
 
     def _keep_own(self, state_dict: Any, prefix: str) -> None:
         """Adds to the checkpoint of branches without a block what the block keeps besides them, as it is."""

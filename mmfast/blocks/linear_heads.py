@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mmfast import contract
 from mmfast.backends import reference
-from mmfast.blocks import transforms
+from mmfast.blocks import notices, transforms
 from mmfast.blocks.fork import check_traceable, refuse_double_backward
 from mmfast.blocks.impartial import Impartial
 from mmfast.blocks.scaling import LocalScale
@@ -36,10 +36,17 @@ class _LinearHeads(torch.autograd.Function):
         y, weight, bias, mask, ctx.module = inputs
         ctx.save_for_backward(y, weight, mask, ctx.module._head_of)
         ctx.has_bias = bias is not None
+        ctx.seen = None  # the branches of an earlier backward pass
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward("LinearHeads")
+        if ctx.needs_input_grad[0] and not torch.compiler.is_compiling():
+            module = ctx.module
+            if ctx.seen is not None or notices.goes_back_again():
+                notices.branches_apart(ctx, module.resolver, notices.present_heads(delta, ctx.saved_tensors[3], len(module.sizes)))
+            if notices.HAS_GROUPS and torch.distributed.is_initialized():
+                notices.shards(module.resolver, module.per)
         return _backward(ctx, delta, _resolved)
 
 
@@ -105,7 +112,7 @@ class LinearHeads(Impartial):
 
     The same as an `ImpartialityBlock` over K `nn.Linear`, up to rounding: the Gramian is formed from products of the branches' output gradients
     and weights, in float32 (float64 for float64), so where the parts of a branch's gradient cancel it is known less exactly. A branch whose output
-    gradient is zero everywhere is a missing modality. Block: Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via
+    gradient is zero everywhere is a missing modality. Go back once, by `sum(losses).backward()`, see `fork`. Block: Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via
     impartial optimization", ICML 2022.
 
     Args:
@@ -168,11 +175,12 @@ class LinearHeads(Impartial):
         self.weight = nn.Parameter(torch.empty(total, in_features))
         self.bias = nn.Parameter(torch.empty(total)) if bias else None
         self.register_buffer("_head_of", None, persistent=False)
-        self._index(self.weight.device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws weights and biases as K `nn.Linear` do."""
+        """Draws weights and biases as K `nn.Linear` do, and makes anew what else memory of `to_empty` held."""
+        super().reset_parameters()
+        self._index(self.weight.device)
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -214,11 +222,15 @@ class LinearHeads(Impartial):
             y, weight, bias = _lowered(y), _lowered(weight), None if bias is None else _lowered(bias)
         if transforms.exporting():
             return F.linear(y, weight, bias)
-        transforms.refuse_compiled_vmap(y)
+        transforms.refuse_compiled(y, "LinearHeads")
         if transforms.active():
             return _TransformedHeads.apply(y, weight, bias, mask, self)
-        if not (y.requires_grad and torch.is_grad_enabled()) and self.beta is None:
-            return F.linear(y, weight, bias)
+        if not transforms.wants_gradient(y):
+            self.no_gradient_wanted()
+            if self.beta is None:
+                return F.linear(y, weight, bias)
+        else:
+            y = transforms.tracked(y)
         check_traceable(self.resolver, len(self.sizes))
         return transforms.apply(_LinearHeads, y, weight, bias, mask, self)
 
@@ -244,6 +256,8 @@ class LinearHeads(Impartial):
             if not form:
                 self._keep_own(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self._head_of.device != self.weight.device:  # assigned to a module on the meta device
+            self._index(self.weight.device)
 
     def extra_repr(self) -> str:
         sizes = ", ".join(map(str, self.sizes))

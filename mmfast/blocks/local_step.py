@@ -37,10 +37,10 @@ class _TransformedScale(mmfast_local_step):
 def scale_outputs(output: Any, beta: float, name: str) -> Any:
     """The output of a branch, tensors in tuples, lists and dicts included, with gradients multiplied by beta."""
     if isinstance(output, Tensor):
-        transforms.refuse_compiled_vmap(output)
+        transforms.refuse_compiled(output, "a local step")
         if transforms.active():
             return _TransformedScale.apply(output, beta)
-        return transforms.apply(mmfast_local_step, output, beta) if output.requires_grad else output
+        return transforms.apply(mmfast_local_step, transforms.tracked(output), beta) if transforms.wants_gradient(output) else output
     if isinstance(output, dict):
         scaled = output.copy()
         for key, value in output.items():

@@ -17,9 +17,33 @@ def exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
-def refuse_compiled_vmap(y: Tensor) -> None:
-    """Called where a block starts: in a traced vmap no tensor says that it wants a gradient, and the block would fall away."""
-    if torch.compiler.is_compiling() and torch.is_grad_enabled() and torch._C._functorch.is_batchedtensor(y):
+def _around() -> tuple[str, ...]:
+    """The transformations of torch.func that are on their way, the outermost first."""
+    return tuple(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+# torch.compile asks once, as it guards the answer; torch.compiler.assume_constant_result says the same after an import that takes seconds
+_around._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether a gradient may flow back to x; in a traced torch.func.grad no tensor says so that is differentiated itself."""
+    return torch.is_grad_enabled() and (x.requires_grad or torch.compiler.is_compiling() and "Grad" in _around())
+
+
+def tracked(x: Tensor) -> Tensor:
+    """x where it wants a gradient, behind an operation where it does not say so: torch.compile leaves a function of autograd out that takes only such tensors."""
+    return x.view_as(x) if torch.compiler.is_compiling() and not x.requires_grad else x
+
+
+def refuse_compiled(y: Tensor, what: str) -> None:
+    """Called where a block starts: raises where torch.compile would trace the plain sum of the gradients, or differentiate the resolved one."""
+    if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    around = _around()
+    if len([level for level in around if level in ("Grad", "Jvp")]) > 1:
+        raise no_second_derivative(what)
+    if "Vmap" in around and (y.requires_grad or "Grad" in around or torch._C._functorch.is_batchedtensor(y)):
         raise RuntimeError(
             "a block inside vmap can't be compiled: its gradients would be summed, not resolved; leave the vmap out of torch.compile "
             "(without fullgraph=True the graph breaks here), or call it under torch.no_grad() where no gradient is wanted"

@@ -109,6 +109,10 @@ class NashMTL(Rule):
     def params(self) -> list[float]:
         return [self.max_norm or 0.0]
 
+    @property
+    def degree(self) -> float:
+        return -1.0
+
     def rule(self, p: Problem) -> Tensor:
         w = _bargain(p, 1.0)
         factor = p.scale.rsqrt()
@@ -143,6 +147,10 @@ class FairGrad(Rule):
 
     def params(self) -> list[float]:
         return [self.alpha]
+
+    @property
+    def degree(self) -> float:
+        return -2 * self.alpha / (1 + self.alpha)
 
     def rule(self, p: Problem) -> Tensor:
         if self.alpha == 0:

@@ -47,6 +47,25 @@ def numbers(G: Tensor, values: Sequence[float]) -> Tensor:
     return torch.stack([G.new_full((), value) for value in values])
 
 
+def new_stream(device: torch.device | None = None) -> Tensor:
+    """A random stream, seed and number of calls: the seed is drawn from torch's generator, so that torch.manual_seed governs it."""
+    return torch.stack([torch.randint(2**53, (), device=device), torch.zeros((), dtype=torch.int64, device=device)])
+
+
+def on_device(buffer: Tensor, device: torch.device) -> Tensor:
+    """A state or stream on another device; from the meta device, where there are no values, it comes as it is at first."""
+    if not buffer.is_meta or device.type == "meta":
+        return buffer.to(device)
+    return torch.zeros_like(buffer, device=device) if buffer.is_floating_point() else new_stream(torch.device("cpu")).to(device)
+
+
+def kept_by_apply(before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """What a state or stream is after `Module._apply`: its own values and dtype, whatever memory or precision the function gave (to_empty, half)."""
+    if before is None or after is None or after is before or type(after) is not Tensor:
+        return after
+    return on_device(before, after.device)
+
+
 class Resolver(nn.Module):
     """Maps the Gramian of K gradients to K weights; subclass it and write `forward` for a rule of your own.
 
@@ -62,6 +81,11 @@ class Resolver(nn.Module):
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(G, mask=None) -> weights")
+
+    @property
+    def degree(self) -> float:
+        """Of homogeneity: the weights of c times the gradients are c^degree times theirs. 0 where only ratios of the gradients matter."""
+        return 0.0
 
     def check(self, k: int) -> None:
         """Raises ValueError where the resolver cannot serve k gradients."""
@@ -88,8 +112,7 @@ class Rule(Resolver):
         self.state: Tensor | None
         self.rng: Tensor | None
         self.register_buffer("state", None)
-        # one stream per resolver, drawn from torch's generator so that torch.manual_seed governs it
-        self.register_buffer("rng", torch.stack([torch.randint(2**53, ()), torch.zeros((), dtype=torch.int64)]) if self.random else None)
+        self.register_buffer("rng", new_stream() if self.random else None)  # one stream per resolver
 
     def params(self) -> list[float]:
         """Hyper-parameters in the order in which the C++ solver reads them."""
@@ -122,11 +145,17 @@ class Rule(Resolver):
         if self.rng is not None:
             self.rng[1] = 0
 
+    def reset_parameters(self) -> None:
+        """State zero, and a seed drawn anew: what FSDP's users call of every module after `to_empty`."""
+        if self.state is not None:
+            self.state = torch.zeros_like(self.state)
+        if self.rng is not None:
+            self.rng = on_device(self.rng.to("meta"), self.rng.device)
+
     def _apply(self, fn, recurse=True):
-        state = self.state
+        state, rng = self.state, self.rng
         super()._apply(fn, recurse)
-        if state is not None and self.state is not None and self.state.dtype != state.dtype:
-            self.state = state.to(self.state.device)  # stays float64 in a model that changes its dtype
+        self.state, self.rng = kept_by_apply(state, self.state), kept_by_apply(rng, self.rng)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast import contract
-from mmfast.resolvers.base import Rule
+from mmfast.resolvers.base import Rule, on_device
 
 
 class Bound(NamedTuple):
@@ -44,7 +44,7 @@ def states_of(chain: list[Rule], problems: tuple[int, ...], k: int, device: torc
         if state is None:
             rule.state = state = contract.plain(torch.zeros(*problems, size, dtype=torch.float64, device=device))
         if state.device != device:
-            rule.state = state = state.to(device)
+            rule.state = state = on_device(state, device)
         if state.shape != (*problems, size):
             raise ValueError(
                 f"{type(rule).__name__} keeps state of shape {tuple(state.shape)} from earlier calls, but these gradients need "
@@ -78,6 +78,6 @@ def stream_of(chain: list[Rule], device: torch.device) -> Tensor | None:
         if rule.random:
             rng = cast(Tensor, rule._buffers["rng"])
             if rng.device != device:
-                rule.rng = rng = rng.to(device)
+                rule.rng = rng = on_device(rng, device)
             return rng
     return None

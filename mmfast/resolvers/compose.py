@@ -10,6 +10,7 @@ from mmfast.resolvers.chain import states_of
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike, made_of
 from mmfast.resolvers.solve import advance_states, apply, present, row_map
+from mmfast.resolvers.units import common_change, to_one_unit
 
 
 class Compose(Resolver):
@@ -40,6 +41,13 @@ class Compose(Resolver):
         if len({id(part) for part in flat}) < len(flat):
             raise ValueError("Compose: one resolver was given twice, expected one for each step, because each keeps its own state")
         self.parts = nn.ModuleList(flat)  # type: ignore[assignment]
+
+    @property
+    def degree(self) -> float:
+        degree = 0.0
+        for part in self.parts:  # the rows that it sees have grown by 1 + degree
+            degree += (1 + degree) * part.degree
+        return degree
 
     def check(self, k: int) -> None:
         for part in self.parts:
@@ -96,8 +104,12 @@ class CRMOGM(Rule):
     """Smooths the weights of another resolver over calls (Zhou et al., "On the convergence of stochastic multi-objective gradient
     manipulation and beyond", NeurIPS 2022).
 
+    A loss scale that changes from call to call changes nothing: weights that follow the gradients' norms (NashMTL, FairGrad) are averaged as those of
+    gradients that have changed, in the mean, since they were first seen, by 1.
+
     Args:
-        inner: the resolver whose weights to smooth, or its name or class. The first weights of a gradient are taken as they are.
+        inner: the resolver whose weights to smooth, or its name or class; those of a class of your own are taken to depend on ratios of the gradients
+            alone, unless its `degree` says otherwise. The first weights of a gradient are taken as they are.
         alpha: weight of the running mean against the newest weights, from 0 to 1.
     """
 
@@ -114,13 +126,17 @@ class CRMOGM(Rule):
         self.inner, self.alpha = inner, alpha
 
     def params(self) -> list[float]:
-        return [self.alpha]
+        return [self.alpha, self.degree]
+
+    @property
+    def degree(self) -> float:
+        return self.inner.degree
 
     def check(self, k: int) -> None:
         self.inner.check(k)
 
     def state_size(self, k: int) -> int:
-        return 2 * k
+        return 5 * k
 
     def chain(self) -> list[Rule] | None:
         inner = self.inner.chain()
@@ -130,14 +146,18 @@ class CRMOGM(Rule):
     def smooth(self, p: Problem, w: Tensor) -> Tensor:
         """The smoothed weights [B, K] of the weights w of the step before."""
         assert p.state is not None
-        w, p.next_state = self._mean(p.state, p.active, w)
-        return w
-
-    def _mean(self, state: Tensor, active: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """The running mean with w in it, and the next state: that mean of each row, and 1 for the rows that have one."""
-        mean, seen = state.chunk(2, -1)
-        new = torch.where(seen != 0, self.alpha * mean + (1 - self.alpha) * w, w)
-        return new, torch.cat([torch.where(active, new, mean), torch.where(active, 1, seen)], -1)
+        mean, seen, first, sets, units = p.state.chunk(5, -1)
+        factor: Tensor | float = 1.0  # weights over it are of gradients in the row's unit
+        if self.degree:
+            norm = (p.G.diagonal(dim1=-2, dim2=-1) * p.scale.unsqueeze(-1)).sqrt()
+            first = torch.where(p.active & (first == 0), norm, first)
+            change = norm / torch.where(p.active, first, 1)
+            sets, units = to_one_unit(p, change, sets, units)
+            factor = (common_change(p, change * units) / torch.where(p.active, units, 1)) ** self.degree
+        new = torch.where(seen != 0, self.alpha * mean + (1 - self.alpha) * (w / factor), w / factor)
+        kept = (torch.where(p.active, new, mean), torch.where(p.active, 1, seen))
+        p.next_state = torch.cat([*kept, first, sets, units], -1)
+        return new * factor
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.chain() is not None:
@@ -147,9 +167,13 @@ class CRMOGM(Rule):
         w = call_resolver(self.inner, _only(G, active), active, known_precision())
         states_of([self], tuple(w.shape[:-1]), w.shape[-1], w.device)
         assert self.state is not None
-        w, next_state = self._mean(self.state, active, w)
-        self.state.copy_(next_state)
-        return torch.where(finite.unsqueeze(-1), torch.where(active, w, 0), torch.where(rows, torch.nan, 0.0).to(w))
+        k, state = G.shape[-1], self.state.view(-1, 5 * G.shape[-1])
+        there = active.reshape(-1, k)
+        p = Problem(_only(G, active).view(-1, k, k), there, torch.ones_like(state[:, 0]), state, None)
+        smoothed = self.smooth(p, w.reshape(-1, k)).view(w.shape)
+        assert p.next_state is not None
+        state.copy_(torch.where(there.any(-1, keepdim=True), p.next_state, state))
+        return torch.where(finite.unsqueeze(-1), torch.where(active, smoothed, 0), torch.where(rows, torch.nan, 0.0).to(w))
 
     def reset(self) -> None:
         super().reset()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmfast.resolvers.base import PreferringRule, Problem, Rule
 from mmfast.resolvers.linalg import cosines, times
+from mmfast.resolvers.units import common_change, to_one_unit
 
 _ITERATIONS = 20  # 12 to 15 suffice on every kind of Gramian of the tests
 _RIDGE = 1e-13  # keeps a flat or unbounded minimum finite
@@ -108,7 +109,9 @@ class PCD(Rule):
     priority-constrained descent for hierarchical multi-objective optimization", TMLR 2026).
 
     The first gradient present is the primary one. The result has its norm, and is the primary gradient alone where the others
-    contradict each other. Gradients are measured by a moving average of their norms; a missing one keeps its average.
+    contradict each other. Gradients are measured by a moving average of their squared norms, each call's
+    divided by what they are in the mean over their averages: a loss scale that changes from call to call changes nothing. A missing one keeps its
+    average.
 
     Args:
         tau: the share of its own progress that every other gradient is to make, from 0 to 1.
@@ -130,16 +133,23 @@ class PCD(Rule):
         return [self.tau, self.beta]
 
     def state_size(self, k: int) -> int:
-        return k + 1  # the averages of |g_i|^2, and the weight of all that was averaged: 1 - beta^n after n steps
+        return (
+            3 * k + 1
+        )  # the averages of |g_i|^2; the weight of all that was averaged, 1 - beta^n after n steps; the averages' sets and units
 
     def rule(self, p: Problem) -> Tensor:
         assert p.state is not None
-        average, kept = p.state[:, :-1], self.beta * p.state[:, -1:]
-        total = kept + (1 - self.beta)
+        k = p.G.shape[-1]
+        average, weight, sets, units = p.state.split([k, 1, k, k], -1)
+        kept, total = self.beta * weight, self.beta * weight + (1 - self.beta)
         square = p.G.diagonal(dim1=-2, dim2=-1) * p.scale.unsqueeze(-1)
-        moved = torch.where(average > 0, (kept * average + (1 - self.beta) * square) / total, square)
-        p.next_state = torch.cat([torch.where(p.active, moved, average), total], -1)
-        length = (square / moved).sqrt()
+        average = torch.where(p.active & (average == 0), square, average)
+        change = square / torch.where(p.active, average, 1)
+        sets, units = to_one_unit(p, change, sets, units)
+        square = square * units
+        moved = (kept * average + (1 - self.beta) * (square / common_change(p, change * units))) / total
+        p.next_state = torch.cat([torch.where(p.active, moved, average), total, sets, units], -1)
+        length = torch.where(p.active, square / moved, 1).sqrt()
 
         norms, C = cosines(p.G)
         primary = p.active & (p.active.cumsum(-1) == 1)

@@ -6,7 +6,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.base import Resolver, kept_by_apply, new_stream, on_device
 from mmfast.resolvers.philox import philox
 
 
@@ -53,7 +53,7 @@ class GradDrop(ElementwiseRule):
             raise ValueError(f"leak is {leak}, expected a number from 0 to 1")
         self.leak = float(leak)
         self.rng: Tensor
-        self.register_buffer("rng", torch.stack([torch.randint(2**53, ()), torch.zeros((), dtype=torch.int64)]))
+        self.register_buffer("rng", new_stream())
 
     def _uniforms(self, n: int) -> Tensor:
         """23-bit uniforms of elements 0..n-1: element e takes word (e % 64) / 16 of the Philox block at place (e / 64) * 16 + e % 16."""
@@ -82,7 +82,7 @@ class GradDrop(ElementwiseRule):
         """Seed and counter, on the device."""
         rng = cast(Tensor, self._buffers["rng"])
         if rng.device != device:
-            self.rng = rng = rng.to(device)
+            self.rng = rng = on_device(rng, device)
         return rng
 
     def through(self, functions: Any, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
@@ -90,6 +90,16 @@ class GradDrop(ElementwiseRule):
 
     def reset(self) -> None:
         self.rng[1] = 0
+
+    def reset_parameters(self) -> None:
+        """A seed drawn anew, as of every `Rule` that draws."""
+        self.rng = on_device(self.rng.to("meta"), self.rng.device)
+
+    def _apply(self, fn, recurse=True):
+        rng = self.rng
+        super()._apply(fn, recurse)
+        self.rng = cast(Tensor, kept_by_apply(rng, self.rng))
+        return self
 
     def extra_repr(self) -> str:
         return f"leak={self.leak}"

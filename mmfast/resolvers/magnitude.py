@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast.resolvers.base import Problem, Rule
+from mmfast.resolvers.units import to_one_unit
 
 
 def _check_update_at(rule: str, update_at: int) -> int:
@@ -14,15 +15,20 @@ def _check_update_at(rule: str, update_at: int) -> int:
     return update_at
 
 
-def _observe(p: Problem, first: Tensor, calls: Tensor, update_at: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Norms, their change since the call update_at (since 1 before it), the norms kept from that call, the calls so far.
+class _Norms:
+    """The norms, their change since the call update_at (since 1 before it), and what is kept: the norms of that call, their sets and units, the calls.
 
     A row that is missing at that call is kept at the first one after it that has it.
     """
-    norm = (p.G.diagonal(dim1=-2, dim2=-1) * p.scale.unsqueeze(-1)).sqrt()
-    calls = calls + 1
-    first = torch.where(p.active & (calls >= update_at) & (first == 0), norm, first)
-    return norm, norm / torch.where(first == 0, 1, first), first, calls
+
+    def __init__(self, p: Problem, first: Tensor, sets: Tensor, units: Tensor, calls: Tensor, update_at: int) -> None:
+        self.norm = (p.G.diagonal(dim1=-2, dim2=-1) * p.scale.unsqueeze(-1)).sqrt()
+        self.calls = calls + 1
+        now = self.calls >= update_at
+        self.first = torch.where(p.active & now & (first == 0), self.norm, first)
+        change = self.norm / torch.where(self.first == 0, 1, self.first)
+        self.sets, self.units = to_one_unit(p, change, sets, units, now)
+        self.change = torch.where(now, change * self.units, change)
 
 
 def _mean(x: Tensor, p: Problem) -> Tensor:
@@ -33,7 +39,8 @@ class GradNorm(Rule):
     """Learns weights that balance the gradient norms (Chen et al., "GradNorm", ICML 2018, as modified by Javaloy et al., ICML 2022).
 
     Needs the Gramian alone: how far a branch has trained shows in its gradient norm, not in its loss. The weights sum to K. Norms are divided by their mean
-    before Adam sees a gradient of them, so the scale of the loss changes nothing; the code of Javaloy et al. does not, and compares with its 21st call by default.
+    before Adam sees a gradient of them (the code of Javaloy et al. does not, and compares with its 21st call by default), and a loss scale that changes from
+    call to call changes nothing; a branch that joins later counts as changed as much as the others in the mean.
 
     Args:
         alpha: how strongly branches whose norms fell less are favoured; 0 makes all norms equal.
@@ -54,26 +61,27 @@ class GradNorm(Rule):
         return [self.alpha, self.lr, float(self.update_at)]
 
     def state_size(self, k: int) -> int:
-        return 5 * k + 1
+        return 7 * k + 1
 
     def rule(self, p: Problem) -> Tensor:
         assert p.state is not None
         k = p.G.shape[-1]
-        logit, moment1, moment2, first, steps, calls = p.state.split([k, k, k, k, k, 1], -1)
-        norm, change, first, calls = _observe(p, first, calls, self.update_at)
+        logit, moment1, moment2, first, steps, sets, units, calls = p.state.split([k] * 7 + [1], -1)
+        seen = _Norms(p, first, sets, units, calls, self.update_at)
+        norm, change = seen.norm, seen.change
         a = p.count.unsqueeze(-1) * torch.where(p.active, logit, -torch.inf).softmax(-1)
         size = norm / _mean(norm, p)
         target = _mean(a * size, p) * (change / _mean(change, p)) ** self.alpha
         gap = a * size - target
         # norms that are equal but for rounding pull nowhere
-        slope = torch.where(gap.abs() <= 1e-12 * (a * size + target), 0, size.copysign(gap))
+        slope = torch.where(gap.abs() <= max(1e-12, 4 * p.precision) * (a * size + target), 0, size.copysign(gap))
         gradient = a * (slope - _mean(a * slope, p))
         next_steps = steps + 1
         next1, next2 = 0.9 * moment1 + 0.1 * gradient, 0.999 * moment2 + 0.001 * gradient.square()
         spread = (next2 / (1 - 0.999**next_steps)).sqrt()
         next_logit = logit - self.lr * next1 / (1 - 0.9**next_steps) / (spread + 1e-8)
-        own = zip((next_logit, next1, next2, first, next_steps), (logit, moment1, moment2, first, steps), strict=True)
-        p.next_state = torch.cat([*(torch.where(p.active, new, old) for new, old in own), calls], -1)
+        own = zip((next_logit, next1, next2, seen.first, next_steps), (logit, moment1, moment2, seen.first, steps), strict=True)
+        p.next_state = torch.cat([*(torch.where(p.active, new, old) for new, old in own), seen.sets, seen.units, seen.calls], -1)
         return a
 
     def extra_repr(self) -> str:
@@ -82,6 +90,8 @@ class GradNorm(Rule):
 
 class NSGD(Rule):
     """Gives all gradients one norm, the mean of theirs weighted by their change (the scaling part of RotoGrad, Javaloy and Valera, ICLR 2022).
+
+    A loss scale that changes from call to call changes nothing; a branch that joins later counts as changed as much as the others in the mean.
 
     Args:
         update_at: number of the call whose norms later ones are compared with (until then with 1).
@@ -97,14 +107,14 @@ class NSGD(Rule):
         return [float(self.update_at)]
 
     def state_size(self, k: int) -> int:
-        return k + 1
+        return 3 * k + 1
 
     def rule(self, p: Problem) -> Tensor:
         assert p.state is not None
-        first, calls = p.state.split([p.G.shape[-1], 1], -1)
-        norm, change, first, calls = _observe(p, first, calls, self.update_at)
-        p.next_state = torch.cat([first, calls], -1)
-        return _mean(change * norm, p) / _mean(change, p) / norm
+        sets, units, first, calls = p.state.split([p.G.shape[-1]] * 3 + [1], -1)
+        seen = _Norms(p, first, sets, units, calls, self.update_at)
+        p.next_state = torch.cat([seen.sets, seen.units, seen.first, seen.calls], -1)
+        return _mean(seen.change * seen.norm, p) / _mean(seen.change, p) / seen.norm
 
     def extra_repr(self) -> str:
         return f"update_at={self.update_at}"

@@ -168,6 +168,10 @@ class MGDA(Rule):
     def params(self) -> list[float]:
         return [float(self.normalize == "l2")] + ([] if self.cap is None else [float(self.cap)])
 
+    @property
+    def degree(self) -> float:
+        return -1.0 if self.normalize == "l2" else 0.0
+
     def rule(self, p: Problem) -> Tensor:
         C, norm, a = _cosines(p)
         if self.normalize == "l2":

@@ -1,0 +1,66 @@
+"""What a backward pass says once, where it does what it was asked for and that is probably not what was meant."""
+
+import sys
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from mmfast import contract
+from mmfast.resolvers.base import Resolver
+
+_PIECEMEAL = ("autograd/gradcheck.py", "autograd/functional.py")  # they go back for each output by itself, and put nothing together
+_told_apart: WeakSet[Resolver] = WeakSet()
+_told_shards: WeakSet[Resolver] = WeakSet()
+
+HAS_GROUPS = torch.distributed.is_available()  # whether this torch was built with process groups
+goes_back_again = torch._C._autograd._get_current_graph_task_keep_graph  # whether the graph is kept for another backward pass
+
+
+def present_branches(grads: tuple[Tensor | None, ...]) -> Tensor:
+    """Which of K gradients are there and not all zero, bool [K]."""
+    some = next(g for g in grads if g is not None)
+    return torch.stack([some.new_zeros((), dtype=torch.bool) if g is None else (g != 0).any() for g in grads])
+
+
+def present_heads(delta: Tensor, head_of: Tensor, k: int) -> Tensor:
+    """The same of the gradient of K branches' outputs side by side."""
+    sends = (delta != 0).reshape(-1, delta.shape[-1]).any(0)
+    return sends.new_zeros(k, dtype=torch.int64).index_add(0, head_of, sends.long()) != 0
+
+
+def branches_apart(ctx: Any, resolver: Resolver, present: Tensor) -> None:
+    """Called in a backward pass that is one of several through one forward pass: says where they bring different branches."""
+    before, ctx.seen = ctx.seen, present
+    if before is None or resolver in _told_apart or present.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if torch.equal(before, present) or not present.any() or _piecemeal():
+        return
+    _told_apart.add(resolver)
+    first, then = (", ".join(str(i) for i, there in enumerate(x.tolist()) if there) or "none" for x in (before, present))
+    contract.tell(
+        f"a second backward call went through one forward pass of a block, with other branches (first {first}; then {then}): each call resolves only the "
+        "gradients that it brings, so what conflicts between the calls was added up, not resolved; call sum(losses).backward() once instead of "
+        "backward() for each loss, or give gradients that you have taken one by one to mmfast.resolve"
+    )
+
+
+def _piecemeal() -> bool:
+    frame = sys._getframe(1)
+    while frame.f_back:
+        if frame.f_code.co_filename.endswith(_PIECEMEAL):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def shards(resolver: Resolver, per: str) -> None:
+    """Called where a process group is up: says what a block makes of it."""
+    if per == "sample" or resolver in _told_shards or (ranks := torch.distributed.get_world_size()) < 2:
+        return
+    _told_shards.add(resolver)
+    contract.tell(
+        f"a process group of {ranks} ranks is up: a block resolves the gradients of each rank's own part of the batch, and what is then averaged over "
+        "the ranks is not what the whole batch would give (with per='sample' it is)"
+    )

@@ -1,0 +1,137 @@
+"""What a backward pass says: branches that come apart, shards that are resolved apart; once, where it is meant, and nowhere else."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mmfast as mf
+
+MAKES = {
+    "fork": lambda rule, **kwargs: lambda y: mf.fork(y, 3, rule, **kwargs),
+    "block": lambda rule, **kwargs: mf.ImpartialityBlock([nn.Linear(4, 2) for _ in range(3)], rule, **kwargs),
+    "local": lambda rule, **kwargs: mf.ImpartialityBlock([nn.Linear(4, 2) for _ in range(3)], rule, local=[1.0, 2.0, 3.0], **kwargs),
+    "heads": lambda rule, **kwargs: mf.LinearHeads(4, [2, 1, 3], rule, **kwargs),
+    "local heads": lambda rule, **kwargs: mf.LinearHeads(4, [2, 1, 3], rule, local=[1.0, 2.0, 3.0], **kwargs),
+}
+every = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
+APART = r"a second backward call went through .* sum\(losses\)\.backward\(\)"
+
+
+def losses_of(make):
+    return [output.square().sum() for output in make(torch.randn(5, 4, requires_grad=True) * 2)]
+
+
+def told(step):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        step()
+    return [str(warning.message) for warning in seen]
+
+
+@every
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_one_backward_call_for_each_loss(make, per):
+    block = make(mf.MGDA(), per=per)
+
+    def step():
+        losses = losses_of(block)
+        for loss in losses[:-1]:
+            loss.backward(retain_graph=True)
+        losses[-1].backward()
+
+    with pytest.warns(UserWarning, match=APART) as seen:
+        step()
+    assert len(seen) == 1 and seen[0].filename == __file__ and "(first 0; then 1)" in str(seen[0].message)
+    assert told(step) == []  # once for a block
+
+
+@every
+def test_gradients_taken_for_each_loss_or_part_of_them(make):
+    for step in (
+        lambda y, losses: [torch.autograd.grad(loss, y, retain_graph=True) for loss in losses],
+        lambda y, losses: [torch.stack(losses)[i].backward(retain_graph=True) for i in range(2)],  # the others send zeros
+        lambda y, losses: [sum(some).backward(retain_graph=True) for some in (losses, losses[:2])],
+        lambda y, losses: [loss.backward(inputs=[y], retain_graph=True) for loss in losses[:2]],
+    ):
+        y = torch.randn(5, 4, requires_grad=True)
+        losses = [output.square().sum() for output in make(mf.MGDA())(y * 2)]
+        with pytest.warns(UserWarning, match=APART):
+            step(y, losses)
+
+
+@every
+def test_the_same_branches_again_are_fine(make):
+    block = make(mf.Sum(), preserve_norm=False)
+
+    def again():
+        for some in (slice(3), slice(2)):
+            loss = sum(losses_of(block)[some])
+            loss.backward(retain_graph=True)
+            (3 * loss).backward(retain_graph=True)
+            loss.backward()
+
+    def accumulate():
+        for i in range(3):  # each has a forward pass of its own
+            losses_of(block)[i].backward()
+
+    def recompute():
+        for reentrant in (False, True):
+            y = torch.randn(5, 4, requires_grad=True)
+            outputs = checkpoint(lambda y: tuple(block(y * 2)), y, use_reentrant=reentrant)
+            sum(output.square().sum() for output in outputs).backward()
+
+    def func():
+        torch.func.jacrev(lambda y: torch.stack([output.sum() for output in block(y)]))(torch.randn(5, 4))
+
+    for step in (again, accumulate, recompute, func):
+        assert told(step) == [], step.__name__
+
+
+@every
+def test_numerical_checks_go_back_piecemeal_by_design(make):
+    block = make(mf.Sum(), preserve_norm=False)
+    y = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    if isinstance(block, nn.Module):
+        block.double()
+    assert told(lambda: torch.autograd.functional.jacobian(lambda y: tuple(block(y)), y)) == []
+    if getattr(block, "beta", None) is None:  # a local step's gradient is that of no difference quotient
+        assert told(lambda: torch.autograd.gradcheck(lambda y: tuple(block(y)), (y,))) == []
+
+
+@every
+def test_a_process_group_is_up(make, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    step = lambda block: sum(losses_of(block)).backward()
+    for ranks, per, expected in ((1, "batch", 0), (4, "sample", 0), (4, "batch", 1), (4, "batch_sum", 1)):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None, ranks=ranks: ranks)
+        block = make(mf.MGDA(), per=per)
+        seen = told(lambda block=block: step(block)) + told(lambda block=block: step(block))
+        assert len(seen) == expected and all("a process group of 4 ranks is up" in words for words in seen)
+
+
+RANK = """
+import os, sys, warnings, torch, mmfast as mf
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+rule = mf.MGDA()
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("default")
+    for _ in range(3):
+        y = torch.randn(4, 3, requires_grad=True)
+        sum((a * i).sum() for i, a in enumerate(mf.fork(y, 3, rule))).backward()
+print(len(seen), "process group of 2 ranks" in str(seen[0].message))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no process groups")
+def test_two_ranks(tmp_path):
+    runs = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path / "store"), str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [run.communicate(timeout=120)[0].strip() for run in runs] == ["1 True"] * 2

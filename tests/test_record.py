@@ -1,0 +1,91 @@
+"""What stats() says where there is nothing to show: the message names what happened, and no stale numbers are shown."""
+
+import pytest
+import torch
+from torch import nn
+
+import mmfast as mf
+
+MAKES = {
+    "block": lambda **kwargs: mf.ImpartialityBlock([nn.Linear(4, 2) for _ in range(3)], mf.MGDA(), **kwargs),
+    "local": lambda **kwargs: mf.ImpartialityBlock([nn.Linear(4, 2) for _ in range(3)], mf.MGDA(), local=[1.0, 2.0, 3.0], **kwargs),
+    "heads": lambda **kwargs: mf.LinearHeads(4, [2, 2, 2], mf.MGDA(), **kwargs),
+    "local heads": lambda **kwargs: mf.LinearHeads(4, [2, 2, 2], mf.MGDA(), local=[1.0, 2.0, 3.0], **kwargs),
+}
+every = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
+FROZEN = "asked for no gradient .*frozen encoder"
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch", "ignore:.*should not be instantiated"
+)
+
+
+def step(block, n=5, wanted=True, call=None):
+    y = torch.randn(n, 4, requires_grad=wanted)
+    sum(output.square().sum() for output in (block if call is None else call)(y)).backward()
+    return y.grad
+
+
+@every
+def test_a_frozen_encoder(make):
+    block = make()
+    with pytest.raises(RuntimeError, match="no backward pass has reached this block yet"):
+        block.stats()
+    step(block, wanted=False)
+    with pytest.raises(RuntimeError, match=FROZEN):
+        block.stats()
+    step(block)
+    seen = block.stats().weights
+    with torch.no_grad():
+        block(torch.randn(2, 4))  # an evaluation in between
+    assert torch.equal(block.stats().weights, seen)
+    step(block, wanted=False)
+    with pytest.raises(RuntimeError, match=FROZEN):
+        block.stats()
+    step(block)
+    assert block.stats().weights.isfinite().all()
+
+
+@every
+def test_an_empty_batch(make):
+    block = make(per="sample")
+    step(block)
+    assert step(block, 0).shape == (0, 4)
+    stats = block.stats()
+    assert stats.weights.shape == (0, 3) and stats.gram.shape == (0, 3, 3) and "conflicting pairs" in str(stats)
+    step(block, wanted=False)
+    with pytest.raises(RuntimeError, match=FROZEN):
+        block.stats()
+    block = make()
+    step(block, 0)
+    assert block.stats().missing.all()
+
+
+@every
+def test_a_compiled_block_per_sample(make):
+    torch._dynamo.reset()
+    block = make(per="sample")
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=False)
+    for _ in range(2):
+        step(block, 5, call=compiled)
+        with pytest.raises(RuntimeError, match="the last backward pass was compiled, with per='sample' and another batch size"):
+            block.stats()
+        step(block, 3)
+        assert block.stats().weights.shape == (3, 3)
+    step(block, 5)
+    step(block, 5, call=compiled)
+    assert block.stats().weights.shape == (5, 3)
+    torch._dynamo.reset()
+
+
+@every
+def test_a_compiled_block_on_a_frozen_encoder(make):
+    torch._dynamo.reset()
+    block = make()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=False)
+    for _ in range(2):
+        step(block, call=compiled)
+        assert block.stats().weights.isfinite().all()
+        step(block, wanted=False, call=compiled)
+        with pytest.raises(RuntimeError, match=FROZEN):
+            block.stats()
+    torch._dynamo.reset()
