@@ -110,7 +110,7 @@ class HIVAE(nn.Module):
             return (apply_heads(self.z_heads, z) + apply_heads(self.s_heads, s)) * self.free
 
     def loss(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Minus the evidence lower bound, one sample of s and z, summed over the batch; missing cells are left out.
+        """Minus the evidence lower bound, one sample of s and z (the divergence of s is exact), summed over the batch; missing cells are left out.
 
         Args:
             x: [rows, K] as `prepare` gives it.
@@ -125,7 +125,7 @@ class HIVAE(nn.Module):
         z = mean + log_std.exp() * noise
         log_x = (self.joint.log_prob(self.decode(z, s), x) * seen).sum()
         kl_z = (0.5 * ((z - self.prior(s)).square() - noise.square()) - log_std).sum()
-        kl_s = (s * log_q_s).sum() + len(x) * math.log(self.components)
+        kl_s = (log_q_s.exp() * log_q_s).sum() + len(x) * math.log(self.components)  # exact: at the relaxed s it would be biased
         return kl_z + kl_s - log_x
 
     @torch.no_grad()

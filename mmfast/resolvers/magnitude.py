@@ -32,7 +32,8 @@ def _mean(x: Tensor, p: Problem) -> Tensor:
 class GradNorm(Rule):
     """Learns weights that balance the gradient norms (Chen et al., "GradNorm", ICML 2018, as modified by Javaloy et al., ICML 2022).
 
-    Needs the Gramian alone: how far a branch has trained shows in its gradient norm, not in its loss. The weights sum to K.
+    Needs the Gramian alone: how far a branch has trained shows in its gradient norm, not in its loss. The weights sum to K. Norms are divided by their mean
+    before Adam sees a gradient of them, so the scale of the loss changes nothing; the code of Javaloy et al. does not, and compares with its 21st call by default.
 
     Args:
         alpha: how strongly branches whose norms fell less are favoured; 0 makes all norms equal.
