@@ -32,7 +32,8 @@ def _is_command() -> bool:
 if TYPE_CHECKING or not _is_command():
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where NumPy is not installed; nothing here needs it
+            # torch says so where NumPy is not installed; nothing here needs it
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")
             import torch as _torch  # noqa: F401
         from mmfast import resolvers, stats
         from mmfast.backends.choice import backends
