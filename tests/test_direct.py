@@ -200,7 +200,7 @@ def test_what_is_not_plain_is_left_to_the_operators(kind):
         with pytest.raises((ValueError, TypeError)):
             mf.resolve(grads, rule)
     elif grads[0].device.type == "cpu":
-        plain = [(g.detach() + 0).to_dense().contiguous() for g in grads]
+        plain = [(g.detach().to_dense() + 0).contiguous() for g in grads]
         torch.testing.assert_close(mf.resolve(grads, rule).detach(), mf.resolve(plain, rule, backend="reference"))
 
 

@@ -284,7 +284,7 @@ def test_empty_batch():
         (lambda: mf.LinearHeads(3, [], mf.Mean()), ValueError, r"out_features is \[\]"),
         (lambda: mf.LinearHeads(3, [1, 0], mf.Mean()), ValueError, r"out_features\[1\] is 0"),
         (lambda: mf.LinearHeads(3, [1, 2], mf.GradDrop()), TypeError, "ImpartialityBlock over nn.Linear"),
-        (lambda: mf.LinearHeads(3, [1, 2], mf.Mean), TypeError, "the class Mean"),
+        (lambda: mf.LinearHeads(3, [1, 2], mf.Constant), TypeError, "the class Constant, .* needs arguments"),
         (lambda: mf.LinearHeads(3, [1, 2], mf.Mean(), local=[1.0]), ValueError, "local has 1 numbers"),
         (lambda: mf.LinearHeads(3, [1, 2], mf.Mean())(torch.ones(2, 4)), ValueError, r"y has shape \(2, 4\), expected \[..., 3\]"),
         (lambda: mf.LinearHeads(3, [1, 2], mf.Mean(), per="sample")(torch.ones(3)), ValueError, "leading batch dimension"),
