@@ -64,7 +64,9 @@ def test_both_forms_remember_the_same(make):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [[1.0, 1.0], [1.0, 100.0]])
-@pytest.mark.parametrize("rule", [lambda: mf.GradNorm(alpha=1.0, lr=0.1, update_at=1), lambda: mf.NSGD(update_at=1)], ids=["GradNorm", "NSGD"])
+@pytest.mark.parametrize(
+    "rule", [lambda: mf.GradNorm(alpha=1.0, lr=0.1, update_at=1), lambda: mf.NSGD(update_at=1)], ids=["GradNorm", "NSGD"]
+)
 def test_a_branch_that_comes_late_under_another_scale(rule, lengths, backend):
     """As if one unit had held for all: gradients that keep their lengths have not changed."""
     J = torch.diag(torch.tensor(lengths))
@@ -95,7 +97,10 @@ def test_gradscaler_trains_as_without():
     found = []
     for scales in ([1.0] * 8, [2.0**12, 2.0**12, 2.0**11, 2.0**13, 2.0**3, 2.0**3, 2.0**4, 2.0**16]):
         torch.manual_seed(3)
-        shared, block = nn.Linear(5, 6), mf.ImpartialityBlock([nn.Linear(6, 2) for _ in range(3)], mf.GradNorm(alpha=1.0, lr=0.1, update_at=2))
+        shared, block = (
+            nn.Linear(5, 6),
+            mf.ImpartialityBlock([nn.Linear(6, 2) for _ in range(3)], mf.GradNorm(alpha=1.0, lr=0.1, update_at=2)),
+        )
         optimizer = torch.optim.SGD([*shared.parameters(), *block.parameters()], lr=0.05)
         for call, scale in enumerate(scales):
             outputs = block(shared(torch.randn(7, 5)).tanh())

@@ -131,6 +131,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no process groups")
 def test_two_ranks(tmp_path):
     runs = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path / "store"), str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)
+        subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path / "store"), str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
     ]
     assert [run.communicate(timeout=120)[0].strip() for run in runs] == ["1 True"] * 2

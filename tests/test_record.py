@@ -14,7 +14,9 @@ MAKES = {
 }
 every = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
 FROZEN = "asked for no gradient .*frozen encoder"
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch", "ignore:.*should not be instantiated")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch", "ignore:.*should not be instantiated"
+)
 
 
 def step(block, n=5, wanted=True, call=None):
