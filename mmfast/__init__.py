@@ -1,13 +1,8 @@
 """mmfast: impartial multimodal training, in one fused pass over the shared representation."""
 
-from mmfast import resolvers, stats
-from mmfast.backends.choice import backends
-from mmfast.blocks.block import ImpartialityBlock
-from mmfast.blocks.fork import fork
-from mmfast.blocks.linear_heads import LinearHeads
-from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale
-from mmfast.ops import combine, explain, gram, resolve, weights
-from mmfast.resolvers import *
+import sys
+import warnings
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,4 +20,37 @@ __all__ = [
     "stats",
     "weights",
 ]
-__all__ += resolvers.__all__
+
+
+def _is_command() -> bool:
+    """Whether `mmfast` or `python -m mmfast` started this process: then mmfast.cli decides what is loaded, and what is set before torch is."""
+    if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module; its name stands before the arguments
+        return sys.orig_argv[-len(sys.argv)].split(".")[0] == "mmfast"
+    return bool(sys.argv) and sys.argv[0].replace("\\", "/").rpartition("/")[2] in ("mmfast", "mmfast.exe")
+
+
+if TYPE_CHECKING or not _is_command():
+    try:
+        with warnings.catch_warnings():  # torch says so where NumPy is not installed; nothing here needs it
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+            import torch as _torch  # noqa: F401
+        from mmfast import resolvers, stats
+        from mmfast.backends.choice import backends
+        from mmfast.blocks.block import ImpartialityBlock
+        from mmfast.blocks.fork import fork
+        from mmfast.blocks.linear_heads import LinearHeads
+        from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale
+        from mmfast.ops.combine import combine
+        from mmfast.ops.explain import explain
+        from mmfast.ops.gram import gram
+        from mmfast.ops.resolve import resolve
+        from mmfast.ops.weights import weights
+        from mmfast.resolvers import *
+
+        __all__ += resolvers.__all__  # type: ignore[has-type]
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            raise ModuleNotFoundError(
+                "mmfast needs torch: pip install 'torch>=2.10'; mmfast doctor says what else is missing", name="torch"
+            ) from None
+        raise

@@ -1,131 +1,133 @@
-"""The command line: mmfast demo, mmfast train, mmfast report, mmfast doctor."""
+"""The command line: mmfast demo, mmfast train, mmfast report, mmfast doctor.
 
+Help, version and doctor need the standard library alone; the other commands import what they need once they are called.
+"""
+
+import functools
+import json
+import os
 import sys
-import time
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-try:
-    import typer
-except ModuleNotFoundError:
-    print("mmfast: the command line needs typer: pip install 'mmfast[demo,train]'", file=sys.stderr)
-    raise SystemExit(2) from None
+from mmfast import __version__
+from mmfast.console import fail, missing
 
-from mmfast.console import fail, need
-from mmfast.experiments import commands
-
-BUILTIN = ("diabetes", "wine")
-EXTRAS = {"rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-
-app = typer.Typer(
-    help="Impartial multimodal training, in one fused pass.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+COMMANDS = {
+    "demo": "Trains a small VAE without the block and with it, and shows what that changes.",
+    "train": "Trains a reference model; mmfast train table1 trains the grid of a table.",
+    "report": "Shows what the runs of a grid came to: mmfast report table1.",
+    "doctor": "Prints what this installation can do, and why it cannot do the rest.",
+}
+EXTRAS = {
+    "demo": {"typer": "typer", "rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"},
+    "train": {"typer": "typer", "rich": "rich", "scipy": "scipy"},
+}
+HELP = "\n".join(
+    [
+        "Usage: mmfast COMMAND [OPTIONS]",
+        "",
+        "Impartial multimodal training, in one fused pass.",
+        "",
+        *(f"  {name:<8} {text}" for name, text in COMMANDS.items()),
+        "",
+        "mmfast COMMAND --help shows a command's options, mmfast --version the version.",
+    ]
 )
-app.add_typer(commands.train, name="train")
-app.add_typer(commands.report, name="report")
 
 
-def _types(text: str) -> dict[str, str]:
-    """From "age=count,sex=binary" to a dict."""
-    pairs = [pair.split("=") for pair in text.split(",") if pair.strip()]
-    for pair in pairs:
-        if len(pair) != 2:
-            fail(f"--types is {text!r}, expected column=kind pairs with commas between, such as age=count,sex=binary")
-    return {name.strip(): kind.strip() for name, kind in pairs}
-
-
-@app.command()
-def demo(
-    data: Annotated[
-        str, typer.Option(help="diabetes, wine, or a CSV file (.csv, .csv.gz) whose first line names the columns.")
-    ] = "diabetes",
-    types: Annotated[str, typer.Option(help="Kinds that a CSV's columns have: col=real|positive|count|binary|categorical,...")] = "",
-    rule: Annotated[str, typer.Option(help="The rule of the block, such as gradnorm, pcgrad, upgrad, imtlg.")] = "gradnorm",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows; by default about 8,000 steps' worth.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How often both trainings are repeated.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the CSV files.")] = Path("mmfast-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it works.")] = False,
-) -> None:
-    """Trains a small VAE on heterogeneous data without the block and with it, and shows what that changes."""
-    need("the demo", "demo", EXTRAS)
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from mmfast.demo import data as tables
-    from mmfast.demo import figure, report, run
-    from mmfast.resolvers import resolver
-
-    console = Console()
-    started = time.perf_counter()
-    try:
-        rule = type(resolver(rule)).__name__
-    except (ValueError, TypeError) as error:
-        fail(f"--rule {rule}: {error}")
-    try:
-        if data in BUILTIN and types:
-            fail("--types is for a CSV file; the kinds of the built-in data are known")
-        if data not in BUILTIN and not Path(data).is_file():
-            fail(f"--data is {data!r}, which is neither a file nor one of {', '.join(BUILTIN)}")
-        table = tables.builtin(data) if data in BUILTIN else tables.read_csv(Path(data), _types(types))
-        out.mkdir(parents=True, exist_ok=True)
-    except tables.DataError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"--out {out} cannot be made: {error.strerror}")
-    report.show_columns(console, table)
-    settings = run.Settings(rule=rule, seeds=seeds, epochs=epochs)
-    if quick:
-        settings.steps, settings.timing_rounds, settings.timing_steps = 40, 2, 2
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[remark]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, object] = {}
-
-        def progress(name: str, done: int, total: int, remark: str) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, remark=remark)
-            bars.update(tasks[name], completed=done, remark=remark)  # type: ignore[arg-type]
-
-        result = run.run(table, settings, progress)
-    report.show(console, result)
-    if quick:
-        console.print("\n[yellow]note:[/] --quick trains and times far too briefly for these numbers to mean anything")
-    written = [figure.draw(result, out / "demo.png"), *report.write_csv(result, out)]
-    console.print(
-        f"\nWritten to {out}: {', '.join(path.name for path in written)}  ({time.perf_counter() - started:.0f} s in all)", highlight=False
-    )
-
-
-@app.command()
 def doctor() -> None:
     """Prints what this installation can do, and why it cannot do the rest."""
-    import torch
-
-    import mmfast
-    from mmfast.backends import library
-
-    facts: dict[str, object] = {
-        "mmfast": mmfast.__version__,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    for name, (available, reason) in mmfast.backends().items():
-        facts[f"backend {name}"] = reason if available else f"not available: {reason}"
-    facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    facts |= {f"built {name}": value for name, value in library.read_facts(library.PATH).items() if value}
+    facts = {"mmfast": __version__, "python": sys.version.split()[0]} | _torch_facts()
+    for extra, packages in EXTRAS.items():
+        lacking = ", ".join(missing(packages))
+        facts[f"mmfast {extra}"] = f"not available: needs {lacking}; pip install 'mmfast[{extra}]'" if lacking else "available"
+    facts |= {f"built {name}": value for name, value in _build_facts().items() if value}
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
 
 
+def _torch_facts() -> dict[str, Any]:
+    """What torch and the backends say of themselves, or why torch cannot be asked."""
+    cure = "mmfast computes nothing without it; pip install 'torch>=2.10'"
+    if missing({"torch": "torch"}):
+        return {"torch": f"not installed: {cure}"}
+    try:
+        import torch
+
+        from mmfast.backends.choice import backends
+    except Exception as error:  # noqa: BLE001 whatever a broken torch dies of, the person must be told
+        return {"torch": f"does not load ({type(error).__name__}: {error}): {cure}"}
+    facts: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    for name, (available, reason) in backends().items():
+        facts[f"backend {name}"] = reason if available else f"not available: {reason}"
+    return facts | {"GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"}
+
+
+def _build_facts() -> dict[str, Any]:
+    """What the build wrote down; read here, for the module that knows the library loads torch."""
+    library = os.environ.get("MMFAST_LIBRARY")
+    folder = Path(library).parent if library else Path(__file__).parent
+    try:
+        return json.loads((folder / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def make_app() -> Any:
+    """The commands as a typer application."""
+    import typer
+
+    from mmfast.demo.command import demo
+    from mmfast.experiments.commands import report, train
+
+    app = typer.Typer(help="Impartial multimodal training, in one fused pass.", add_completion=False, pretty_exceptions_enable=False)
+    app.command()(demo)
+    app.add_typer(train, name="train")
+    app.add_typer(report, name="report")
+    app.command()(doctor)
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        return make_app()
+    raise AttributeError(name)
+
+
 def main() -> None:
     """The entry point."""
-    app()
+    # torch says so whenever numpy is missing, which no command minds that runs without it
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    command = sys.argv[1] if len(sys.argv) > 1 else None
+    if command in (None, "--help", "-h"):
+        print(HELP)
+        raise SystemExit(2 if command is None else 0)
+    if command == "--version":
+        print(f"mmfast {__version__}")
+    elif command == "doctor":
+        _doctor(sys.argv[2:])
+    elif command not in COMMANDS:
+        fail(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
+    else:
+        extra = "demo" if command == "demo" else "train"
+        if lacking := missing({"torch": "torch"} | EXTRAS[extra]):
+            fail(f"mmfast {command} needs {', '.join(lacking)}: pip install 'mmfast[{extra}]'")
+        # several runs share the cores: threads that wait must not spin. OpenMP reads it once, when torch is loaded
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        make_app()()
+
+
+def _doctor(arguments: list[str]) -> None:
+    if arguments in (["--help"], ["-h"]):
+        print(f"Usage: mmfast doctor\n\n{COMMANDS['doctor']}")
+    elif arguments:
+        fail(f"doctor takes no arguments, got {' '.join(arguments)}")
+    else:
+        doctor()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 MAX_GRADS = 256
 PER = {"batch": 0, "sample": 1, "batch_sum": 2}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPLEX = (torch.complex32, torch.complex64, torch.complex128)  # taken as pairs of real numbers
+T = TypeVar("T")
 
 _OURS = tuple(str(Path(module).parent) for module in (__file__, torch.__file__))
 
@@ -36,15 +39,102 @@ def check_count(k: int, name: str = "grads") -> None:
         raise ValueError(f"{name} holds {k} gradients, expected 1 to {MAX_GRADS}")
 
 
-def check_grads(grads: Sequence[Tensor]) -> None:
-    """All are floating-point tensors of one shape, dtype and device."""
+def shortened(values: Sequence[Any]) -> str:
+    """The values of a list as an error shows them: the first few and how many there are."""
+    shown = ", ".join(repr(value) for value in values[:4])
+    return f"[{shown}]" if len(values) <= 4 else f"[{shown}, ... ({len(values)} in all)]"
+
+
+def as_rows(grads: Any) -> Sequence[Any]:
+    """K gradients as they come: a list or tuple as it is, a tensor [K, ...] as its K rows."""
+    if isinstance(grads, (list, tuple)):
+        return grads
+    if isinstance(grads, Tensor):
+        refuse_nested(grads, "grads")
+        if not grads.dim():
+            raise ValueError("grads is a tensor without dimensions, expected K gradients: a tensor [K, ...] or a list of K tensors")
+        check_count(grads.shape[0])
+        return grads.unbind(0) if torch.compiler.is_compiling() or grads.layout == torch.strided else grads.to_dense().unbind(0)
+    if hasattr(grads, "__len__") and hasattr(grads, "__iter__") and not isinstance(grads, (str, Mapping)):
+        return list(grads)
+    raise TypeError(f"grads is a {type(grads).__name__}, expected K gradients: a list of K tensors or a tensor [K, ...]")
+
+
+def check_dense(x: Tensor, name: str) -> None:
+    refuse_nested(x, name)
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}, expected torch.strided; use {name}.to_dense()")
+
+
+def refuse_nested(x: Tensor, name: str) -> None:
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor, whose rows differ in shape; expected a dense one; use {name}.to_padded_tensor(0.0)")
+
+
+def ordinary(grads: Sequence[Tensor], per: str, mask: Tensor | None, k: int) -> list[Tensor] | None:
+    """The gradients with sparse ones made dense and complex ones taken as pairs of real numbers [..., 2]; None where there is nothing to do."""
+    ask_layout = not torch.compiler.is_compiling()  # a traced backward pass may not ask for it
+    if not any(isinstance(g, Tensor) and (g.is_complex() or (ask_layout and g.layout != torch.strided)) for g in grads):
+        return None
+    dense = []
     for i, g in enumerate(grads):
         if not isinstance(g, Tensor):
             raise TypeError(f"grads[{i}] is a {type(g).__name__}, expected a tensor")
-        if not torch.compiler.is_compiling() and g.layout != torch.strided:  # a traced backward pass may not ask for it
-            raise TypeError(f"grads[{i}] has layout {g.layout}, expected torch.strided; use to_dense()")
-        if g.dtype not in DTYPES:
-            raise TypeError(f"grads[{i}] is {g.dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")
+        refuse_nested(g, f"grads[{i}]")
+        dense.append(g.to_dense() if ask_layout and g.layout != torch.strided else g)
+    if not dense[0].is_complex():
+        return dense
+    check_count(k)
+    check_grads(dense, COMPLEX)
+    check_per(per, dense[0].shape)
+    check_mask(mask, k, dense[0].shape, dense[0].device)
+    return [torch.view_as_real(g.resolve_conj()) for g in dense]
+
+
+def call_ordinary(
+    call: Callable[..., T],
+    grads: Sequence[Tensor],
+    arguments: tuple[Any, ...],
+    per: str,
+    mask: Tensor | None,
+    k: int,
+    back: Callable[[T], T],
+) -> T:
+    """call(grads, *arguments) of an operator, of which autograd records nothing: neither its result nor a state remembers where it came from.
+
+    For gradients that are sparse or complex it is called with ordinary ones, and its result is `back` of that where those stood for complex ones.
+    Only what a call refuses is looked at, so that others lose no time.
+    """
+    if torch.compiler.is_compiling():
+        found = ordinary(grads, per, mask, k)
+        with torch.no_grad():
+            result = call(grads if found is None else found, *arguments)
+        return back(result) if grads[0].is_complex() else result
+    recording = torch.is_grad_enabled()
+    if recording:
+        torch._C._set_grad_enabled(False)  # torch.no_grad() takes as long as a small operator
+    try:
+        return call(grads, *arguments)
+    except (RuntimeError, TypeError):
+        found = ordinary(grads, per, mask, k)
+        if found is None:
+            raise
+        result = call(found, *arguments)
+        return back(result) if grads[0].is_complex() else result
+    finally:
+        if recording:
+            torch._C._set_grad_enabled(True)
+
+
+def check_grads(grads: Sequence[Tensor], dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    """All are tensors of one shape, dtype (of those named) and device."""
+    for i, g in enumerate(grads):
+        if not isinstance(g, Tensor):
+            raise TypeError(f"grads[{i}] is a {type(g).__name__}, expected a tensor")
+        if not torch.compiler.is_compiling():  # a traced backward pass may not ask for a layout
+            check_dense(g, f"grads[{i}]")
+        if i == 0 and g.dtype not in dtypes:
+            raise TypeError(f"grads[{i}] is {g.dtype}, expected one of {', '.join(str(d) for d in DTYPES + COMPLEX)}")
         first = grads[0]
         if g.shape != first.shape:
             raise ValueError(f"grads[{i}] has shape {tuple(g.shape)}, expected {tuple(first.shape)} like grads[0]")

@@ -31,7 +31,7 @@ int main() {
     int K = 0;
     while (static_cast<size_t>(K) * K < G.size()) ++K;
     const Chain chain{steps.data(), static_cast<int>(steps.size() / 2), params.data(), true};
-    std::vector<double> state(static_cast<size_t>(chain_state_size(chain, K)) + 1), w(K), work(static_cast<size_t>(solve_work_size(K)));
+    std::vector<double> state(static_cast<size_t>(chain_state_size(chain, K)) + 1), w(K), work(static_cast<size_t>(solve_work_size(K, static_cast<int>(state.size()))));
     std::vector<int> iwork(static_cast<size_t>(solve_iwork_size(K)));
     std::cerr << name << " K = " << K << "\n";
     as_team([&](const Threads& team) { solve(team, chain, K, {G.data(), nullptr, state.data(), 5, 1, 0, w.data()}, work.data(), iwork.data()); });

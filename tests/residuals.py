@@ -43,6 +43,8 @@ def krum_residual(n_byzantine: int, n_selected: int, power: int) -> Callable[[Te
         excess = (score[taken].max() - score[~taken].min()).clamp(min=0) / score.max().clamp(min=1e-300)
         return float(max((w[taken] - 1 / n_selected).abs().max(), abs(int(taken.sum()) - n_selected), excess))
 
+    return residual
+
 
 def fair_residual(alpha: float) -> Callable[[Tensor, Tensor], float]:
     """G w = w^(-1/alpha), but for the documented barrier, per row; the rounding of G w itself, 45 eps of its terms, is let off."""

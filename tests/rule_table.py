@@ -117,6 +117,7 @@ RULES: dict[str, Row] = {
     "MGDA l2": Row(
         lambda k: minnorm.MGDA("l2"), residuals.mgda_unit_residual, power=-0.5, nonconflicting=True, golden=(0.5 / 18**0.5, 0.5 / 38**0.5)
     ),
+    "MGDA capped": Row(lambda k: minnorm.MGDA(cap=0.1), golden=(0.1, 0.1)),
     "CAGrad": Row(lambda k: minnorm.CAGrad(0.5), residuals.cagrad_residual(0.5), golden=(0.7041, 0.5), torchjd=_torchjd("CAGrad", c=0.5)),
     "CAGrad c=0.1": Row(lambda k: minnorm.CAGrad(0.1, rescale=2), residuals.cagrad_residual(0.1, 1 / 1.1)),
     "CAGrad c=1": Row(lambda k: minnorm.CAGrad(1.0, rescale=1), residuals.cagrad_residual(1.0, 0.5), nonconflicting=True),

@@ -172,6 +172,7 @@ def test_install_without_a_compiler(tmp_path, build):
     run = python("setup.py", "-q", "build", "--build-lib", str(tmp_path / "lib"), folder=tmp_path, **environment)
     assert run.returncode == 0, run.stderr
     assert ("NOTHING IS COMPILED" in run.stderr) == (build == "auto")
+    assert (tmp_path / "lib/mmfast/py.typed").exists()
     assert (tmp_path / "lib/mmfast/__init__.py").exists() and not list((tmp_path / "lib").rglob("*.so"))
     facts = json.loads((tmp_path / "lib/mmfast/_build.json").read_text())
     why = "MMFAST_BUILD=none" if build == "none" else "no C++ compiler was found"
@@ -245,6 +246,27 @@ def test_core_needs_no_numpy():
     code = "import sys; sys.modules['numpy'] = None; import mmfast.ops as o, torch; from mmfast.resolvers.simple import Sum; o.weights(torch.eye(2), Sum())"
     run = python("-c", code)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("how", ["sys.modules['numpy'] = None", "sys.path = [p for p in sys.path if 'site-packages' not in p] + [SITE]"])
+def test_a_missing_numpy_is_not_warned_of(how, tmp_path):
+    """Neither on import nor in the first calls, whether the import is blocked or NumPy is not installed."""
+    site = Path(torch.__file__).parent.parent
+    for package in site.iterdir():
+        if package.name != "numpy":
+            (tmp_path / package.name).symlink_to(package)
+    lines = [
+        "import sys",
+        f"SITE = {str(tmp_path)!r}",
+        how,
+        "import mmfast as mf, torch",
+        "assert mf.resolve(torch.ones(2, 3), 'mgda').tolist() == [1.0, 1.0, 1.0]",
+        "y = torch.ones(4, 3, requires_grad=True)",
+        "sum(out.sum() for out in mf.ImpartialityBlock([torch.nn.Linear(3, 1)] * 2, 'upgrad')(y)).backward()",
+        "try:\n    import numpy\nexcept ImportError:\n    print('without', mf.backends()['reference'])",
+    ]
+    run = python("-W", "always", "-c", "\n".join(lines))
+    assert run.stdout.startswith("without") and "NumPy" not in run.stderr, run.stdout + run.stderr
 
 
 def rule_classes(base=Rule):

@@ -7,7 +7,7 @@ import torch
 from problems import gramian
 
 from mmfast import ops
-from mmfast.resolvers import CRMOGM, NSGD, Compose, Constant, GradNorm, GradVac, Mean, PCGrad, Random, Resolver, Sum, resolver
+from mmfast.resolvers import CRMOGM, NSGD, Compose, Constant, GradDrop, GradNorm, GradVac, Mean, PCGrad, Random, Resolver, Sum, resolver
 
 BACKENDS = ["auto", "reference"]
 
@@ -181,9 +181,11 @@ def test_bad_parts():
     shared = Random()
     for make, message in (
         (lambda: Compose(), "no resolver was given"),
-        (lambda: Compose(Mean(), "pcgrad"), r"resolvers\[1\] is 'pcgrad'"),
+        (lambda: Compose(Mean(), "graddrop"), r"resolvers\[1\] is GradDrop"),
         (lambda: Compose(shared, Mean(), Compose(shared)), "given twice"),
-        (lambda: CRMOGM(PCGrad), "expected a Resolver"),
+        (lambda: CRMOGM(GradDrop), "expected a Resolver"),
+        (lambda: Compose("pcgard"), "did you mean PCGrad"),
+        (lambda: Compose(Mean, len), "resolver is a builtin"),
         (lambda: CRMOGM(Mean(), alpha=1.2), "alpha is 1.2"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -22,9 +22,12 @@ HOT = (
     "trimmed_kernel",
     "products_kernel",
     "mask_delta_kernel",
+    "lengths_kernel",
 )
 # bytes of a thread: arguments of the rules' functions, and what a few of them spill; with half of the registers more
-SOLVER_STACK = {"solve_kernel": 512, "persistent_kernel": 1024}
+SOLVER_STACK = {"solve_kernel": 896, "persistent_kernel": 1408}
+# bytes of stack and of spills around the call for a problem whose lengths are measured, which few are: others pass it by
+MEASURED = {"combine_kernel": (8, 0), "lengths_kernel": (24, 104)}
 # bytes that the functions of persistent_kernel around its solver store: what registers hold for their caller, once a call
 PHASE_SPILLS = {"read_phase": 48, "write_phase": 0}
 
@@ -57,8 +60,9 @@ def test_no_hot_kernel_spills(architecture):
         limit = next((bytes for kernel, bytes in SOLVER_STACK.items() if kernel in name), None)
         if limit is not None:
             assert stack <= limit, (name, stack)
-        else:
-            assert stack == spills == 0 and registers <= 255, (name, registers, stack, spills)
+            continue
+        most_stack, most_spills = next((bytes for kernel, bytes in MEASURED.items() if kernel in name), (0, 0))
+        assert stack <= most_stack and spills <= most_spills and registers <= 255, (name, registers, stack, spills)
 
 
 def test_the_phases_of_the_persistent_kernel_spill_nothing_of_their_own():

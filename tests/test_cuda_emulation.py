@@ -11,7 +11,7 @@ from mmfast.backends import library
 host = pytest.importorskip("mmfast._host", reason="MMFAST_HOST=1 was not set when mmfast was built", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not library.available, reason=f"nothing compiled to compare with: {library.missing_reason}")
 
-DTYPES = [torch.float32, torch.float64]
+DTYPES = [torch.float32, torch.float64, torch.float16]
 # around one step (16 or 8), one chain (512 or 256), one chunk (4096); several chunks
 LENGTHS = [1, 17, 255, 513, 4095, 4096, 4097, 12289]
 

@@ -139,7 +139,7 @@ def gradients(k, n, dtype):
     return [torch.randn(1, n, dtype=dtype) * 10.0 ** torch.randint(-3, 3, ()) for _ in range(k)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8])
 def test_the_persistent_path_has_the_bits_of_the_cpu(k, dtype):
     """Everything kept, a part, nothing; a block for each slot, fewer, more; what is not written is NaN."""
@@ -152,7 +152,7 @@ def test_the_persistent_path_has_the_bits_of_the_cpu(k, dtype):
             assert torch.equal(torch.from_numpy(ours), G) and torch.equal(torch.from_numpy(out), d), (n, blocks, kept)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("k", [1, 3, 4, 8])
 def test_a_cluster_has_the_bits_of_the_cpu(k, dtype):
     """Slots stay with their blocks, blocks without any among them; every block folds the same numbers."""

@@ -144,7 +144,25 @@ def test_no_blow_up_where_rounding_is_all_that_is_left(backend):
         torch.testing.assert_close(w, torch.full((k,), 1 / k, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+@both
+@pytest.mark.parametrize("normalize", ["none", "l2"])
+def test_a_cap_cuts_weights(normalize, backend):
+    """The weights on the hull, none above the cap; so low a cap as the published one makes all but zeros alike."""
+    G = torch.stack([gramian(5, seed=s) for s in range(4)])
+    length = G.diagonal(dim1=-2, dim2=-1).sqrt() if normalize == "l2" else torch.ones(4, 5, dtype=torch.float64)
+    whole = ops.weights(G, MGDA(normalize), backend=backend) * length
+    for cap in (1.0, 0.25, 1e-3):
+        found = ops.weights(G, MGDA(normalize, cap=cap), backend=backend)
+        torch.testing.assert_close(found, whole.clamp(max=cap) / length, rtol=1e-9, atol=1e-12)
+    g = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    kept = ops.resolve(g.unbind(), MGDA(cap=1e-3), preserve_norm=True, backend=backend)
+    torch.testing.assert_close(kept, torch.tensor([2.0, 1.0]))  # MGDA itself: [0.4, 0.8] at the length of the sum
+
+
 def test_bad_arguments():
+    for cap in (0.0, -1.0, 1.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="cap is .*, expected None or a number above 0 and at most 1"):
+            MGDA(cap=cap)
     with pytest.raises(ValueError, match='normalize is "loss".*gradients, not losses'):
         MGDA("loss")
     with pytest.raises(ValueError, match="normalize is 'l1'"):
@@ -157,5 +175,5 @@ def test_bad_arguments():
 
 
 def test_repr():
-    assert repr(MGDA("l2")) == "MGDA(normalize='l2')"
+    assert repr(MGDA("l2")) == "MGDA(normalize='l2')" and repr(MGDA(cap=1e-3)) == "MGDA(normalize='none', cap=0.001)"
     assert repr(CAGrad(c=0.4, rescale=1)) == "CAGrad(c=0.4, rescale=1)"

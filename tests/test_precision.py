@@ -1,21 +1,19 @@
-"""Promises hold for the gradients that were given, in float32 and bfloat16, also where their Gramian is all rounding: many rows, low ranks, zero in the hull."""
+"""Promises hold for the gradients that were given, in float32 and 16 bits, also where their Gramian is all rounding: many rows, low ranks, zero in the hull."""
 
 import copy
 
 import pytest
 import residuals
 import torch
+from precision_conditions import conditions
 from precision_problems import KINDS, SIZES, gradients
 from rule_table import RULES
 
 import mmfast as mf
 from mmfast import ops
-from mmfast.ops.heads import heads as linear_heads
-from mmfast.resolvers import solve
+from mmfast.ops.heads import heads
 
-P = torch.finfo(torch.float32).eps
 BACKENDS = ["auto", "cpu", "reference"]
-FLOATS = [torch.float32, torch.bfloat16]
 
 CAGRAD_ONE = [
     [-1.487959981, -0.986543834],
@@ -39,142 +37,152 @@ UPGRAD = [
 ]
 
 
-def rows(values, dtype=torch.float32):
-    return list(torch.tensor(values, dtype=dtype))
+def ways(J, rule, backend, preserve_norm=False):
+    """The resolved gradient of rows J [k, n] in every way of calling: as a batch, as samples (twice), as batch sums, through a block, as linear branches."""
+    grads, k = list(J), len(J)
 
+    def resolve(grads, per="batch"):
+        return mf.resolve(grads, copy.deepcopy(rule), per, backend=backend, preserve_norm=preserve_norm)
 
-def ways(grads, rule, backend):
-    """One problem in every way of calling: as a batch, as samples (the problem twice), as batch sums, and through a block."""
-    yield mf.resolve(grads, copy.deepcopy(rule), backend=backend)
-    twice = mf.resolve([torch.stack([g, g]) for g in grads], copy.deepcopy(rule), "sample", backend=backend)
-    yield from twice
-    yield mf.resolve([torch.stack([g / 2, g / 2]) for g in grads], copy.deepcopy(rule), "batch_sum", backend=backend).sum(0)
+    yield "batch", resolve(grads)
+    yield from (("sample", d) for d in resolve([torch.stack([g, g]) for g in grads], "sample"))
+    yield "batch_sum", resolve([torch.stack([g / 2, g / 2]) for g in grads], "batch_sum").sum(0)
+    ones = torch.ones(1, k, dtype=J.dtype)
+    yield "heads", heads(ones, J, torch.arange(k), copy.deepcopy(rule), k, "batch", None, preserve_norm, backend)[0][0]
+    yield "heads per sample", heads(ones, J, torch.arange(k), copy.deepcopy(rule), k, "sample", None, preserve_norm, backend)[0][0]
+    if backend == "auto":
+        y = torch.zeros(J.shape[1], dtype=J.dtype, requires_grad=True)
+        sum(
+            (branch * g).sum() for branch, g in zip(mf.fork(y, k, copy.deepcopy(rule), preserve_norm=preserve_norm), J, strict=True)
+        ).backward()
+        yield "fork", y.grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rules_do_not_follow_rounding(backend):
-    for d in ways(rows(CAGRAD_ONE), mf.CAGrad(1.0), backend):
-        assert d.norm() < 1e-5
-    for d in ways(rows(UPGRAD), mf.UPGrad(), backend):
-        assert d.norm() < 1e-5
+    for way, d in ways(torch.tensor(CAGRAD_ONE), mf.CAGrad(1.0), backend):
+        assert d.norm() < 1e-5, way
+    for way, d in ways(torch.tensor(UPGRAD), mf.UPGrad(), backend):
+        assert d.norm() < 1e-5, way
     J = torch.tensor(CAGRAD_TWO)
-    for d in ways(rows(CAGRAD_TWO), mf.CAGrad(0.2), backend):
+    mean = J.mean(0)
+    for way, d in ways(J, mf.CAGrad(0.2), backend):
         # three of the rows lie on a line: nothing helps them all, and what harms none lies across it, as long as the ball allows
-        assert (J @ d / J.norm(dim=1)).min() > -1e-5
-        mean = J.mean(0)
-        assert (d - mean).norm() <= 0.2 * mean.norm() * (1 + 1e-5)
+        assert (J @ d / J.norm(dim=1)).min() > -1e-4, way
+        assert (d - mean).norm() <= 0.2 * mean.norm() * (1 + 1e-5), way
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.15, 0.2, 0.3, 0.45])
 def test_fairgrad_of_high_powers(alpha, backend):
     """Where no solution exists the direction vanishes; where one does, it is the solution."""
-    J = rows([[0, 1], [-0.25, -0.25], [-1, 0.5], [0.25, -0.25]], torch.float64)
-    assert mf.resolve(J, mf.FairGrad(alpha), backend=backend).norm() < 1e-8
+    J = torch.tensor([[0, 1], [-0.25, -0.25], [-1, 0.5], [0.25, -0.25]], dtype=torch.float64)
+    assert mf.resolve(list(J), mf.FairGrad(alpha), backend=backend).norm() < 1e-6
     torch.manual_seed(0)
-    for seed in range(100):
-        G = torch.randn(5, 2, dtype=torch.float64)
-        d = mf.resolve(list(G), mf.FairGrad(alpha), backend=backend)
-        if torch.linalg.norm(G / G.norm(dim=1, keepdim=True), dim=1).numel() and residuals._hull_misses_zero(G @ G.mT) < 1e-9:
-            assert d.norm() < 1e-3, seed
-        else:
-            assert residuals.fair_residual(alpha)(G @ G.mT, mf.weights(G @ G.mT, mf.FairGrad(alpha), backend=backend)) < 1e-6, seed
+    J = torch.randn(100, 5, 2, dtype=torch.float64)
+    G = J @ J.mT
+    w = mf.weights(G, mf.FairGrad(alpha), backend=backend)
+    d = (w.unsqueeze(1) @ J).squeeze(1)
+    for i in range(100):
+        assert residuals.fair_residual(alpha)(G[i], w[i]) < 1e-4, i
+        if residuals._hull_misses_zero(G[i]) < 1e-9 and alpha >= 0.15:  # below, the barrier is reached before the direction vanishes
+            assert d[i].norm() < 1e-3, i
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bargain_is_never_longer_than_it_can_be(backend):
     torch.manual_seed(0)
-    for _ in range(100):
-        J = torch.randn(5, 2)
-        for d in ways(list(J), mf.NashMTL(), backend):
-            assert d.norm() <= 5**0.5 * (1 + 1e-5)
-        if residuals._hull_misses_zero((J @ J.mT).double()) < 1e-6:
-            assert mf.resolve(list(J), mf.FairGrad(2.0), backend=backend).norm() <= 5**0.5
+    problems = torch.randn(40, 5, 2)
+    for J in problems:
+        for way, d in ways(J, mf.NashMTL(), backend):
+            assert d.norm() <= 5**0.5 * (1 + 1e-5), way
+    stationary = [J for J in problems if residuals._hull_misses_zero((J @ J.mT).double()) < 1e-6]
+    assert len(stationary) > 3
+    for J in stationary:
+        assert mf.resolve(list(J), mf.FairGrad(2.0), backend=backend).norm() <= 5**0.5
 
 
-def batched(dtype, k, n, seeds=2):
-    """Samples of every kind: J [samples, k, n], their names."""
-    names = [(kind, seed) for kind in KINDS for seed in range(seeds)]
-    return torch.stack([gradients(kind, k, n, dtype, seed) for kind, seed in names]), names
-
-
-def conditions(name, rule, J, w, w64, exact):
-    """What must hold of weights w [k] for gradients J [k, n], each with its violation in units of k times the precision.
-
-    w64 are the weights of the same gradients as float64; exact those of the true Gramian, where it is known to be as inexact as the rounded one.
-    """
-    k, p = len(J), len(J) * P
-    G, norm, d = J @ J.mT, J.norm(dim=1), w @ J
-    bound = (w.abs() * norm).sum().clamp(min=1e-300)
-    mean, scale = J.mean(0), norm.mean()
-    apart = ((w - w64) @ J).norm() / norm.max()
-    row = RULES[name]
-    if row.nonconflicting:
-        yield "conflict", (-(J @ d) / (norm * bound)).max() / p
-    if name.startswith("MGDA"):
-        yield "shortest", row.residual(G, w) / p
-        yield "length", (d.norm() - (norm.min() if name == "MGDA" else 1)) / bound / p
-    elif name in ("UPGrad", "DualProj"):
-        yield "length", (d.norm() - scale) / scale / p
-        yield "float64", apart / p**0.5
-    elif name.startswith("CAGrad"):
-        shrink = {"CAGrad c=0.1": 1 / 1.1, "CAGrad c=1": 0.5}.get(name, 1.0)
-        yield "ball", ((d / shrink - mean).norm() - rule.c * mean.norm()) / scale / p**0.5
-        worst, best = ((J @ v / norm).min() / scale for v in (d, w64 @ J))
-        yield "worst case", (best - worst) / p**0.5
-    elif name.startswith(("NashMTL", "FairGrad")):
-        alpha = getattr(rule, "alpha", 1.0)
-        if name == "NashMTL(max_norm)":
-            yield "length", (d.norm() - 1) / p
-            return
-        yield "length", (d.norm() / (w ** (1 - 1 / alpha)).sum().sqrt() - 1) / p
-        x = w * norm / norm ** ((1 - alpha) / (1 + alpha))
-        if x.max() < 10:
-            yield "bargain", ((G @ w) * w ** (1 / alpha) - 1).abs().max() / p / 300
-    elif name == "PCGrad fixed":
-        yield "loop", residuals.pcgrad_fixed_residual(G, w * k) / p if apart > p else 0.0
-    elif name.startswith(("GradNorm", "NSGD", "Sum", "Mean", "Constant", "Random")):
-        yield "float64", (w - w64).abs().max() / w64.abs().max() / p
-    elif name.startswith(("Krum", "Multi-Krum")):
-        yield "nearest", row.residual(G, w) / p
-    elif name == "PCD":
-        yield "length", abs(d.norm() - norm[0]) / norm[0] / p**0.5 / bound * norm[0]
-        if w[1:].any():
-            yield "progress", (-(J @ d) / norm / norm[0]).max() / p**0.5
-    elif name.startswith(("IMTLG", "AlignedMTL", "ConFIG")):
-        values = torch.linalg.eigvalsh(G if name.startswith("AlignedMTL") else G / norm / norm.unsqueeze(1))
-        kept = values[values > 8 * p * values[-1]]
-        if kept[0] > 1e-3 * values[-1] and not ((values > 2 * p * values[-1]) & (values < 32 * p * values[-1])).any():
-            yield "aligned", ((w - exact) @ J).norm() / norm.max() / p / 1e3
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", list(RULES))
 def test_conditions_hold_for_the_gradients(name, dtype):
-    """Every optimality condition and bound of every rule, to the precision of the Gramian."""
-    row = RULES[name]
+    """Every optimality condition and bound of every rule, to what the precision of the Gramian allows."""
+    names = [(kind, seed) for kind in KINDS for seed in range(2)]
     for k, n in SIZES:
-        if k < row.min_k:
+        if k < RULES[name].min_k:
             continue
-        J, names = batched(dtype, k, n)
-        grads, base = list(J.unbind(1)), row.make(k)
-        J64 = J.double()
-        exact = solve.weights(J64 @ J64.mT, None, copy.deepcopy(base).chain(), *_kept(base, len(J), k), False, P)
-        _, truth = ops.resolve_info([g.double() for g in grads], copy.deepcopy(base), "sample")
-        for backend in ("auto", "reference"):
-            out, info = ops.resolve_info(grads, copy.deepcopy(base), "sample", backend=backend)
-            w = info[:, :k]
-            assert w.isfinite().all() and out.isfinite().all(), (k, n, backend)
-            for b, problem in enumerate(names):
-                for what, violation in conditions(name, base, J64[b], w[b], truth[b, :k], exact[b]):
-                    assert violation <= 4, (what, float(violation), problem, k, n, backend)
-        # one by one, past the dispatcher, the same
-        b = (k + n) % len(names)
-        if not row.make(k).random:
-            torch.testing.assert_close(mf.resolve(list(J[b]), row.make(k)), mf.resolve([g[b : b + 1] for g in grads], row.make(k), "sample")[0])
+        J = torch.stack([gradients(kind, k, n, dtype, seed) for kind, seed in names])
+        grads, rule = list(J.unbind(1)), RULES[name].make(k)
+        _, truth = ops.resolve_info([g.double() for g in grads], copy.deepcopy(rule), "sample")
+        for backend in ("auto", "reference")[: 2 if k <= 8 and dtype == torch.float32 else 1]:
+            out, info = ops.resolve_info(grads, copy.deepcopy(rule), "sample", backend=backend)
+            assert info.isfinite().all(), (k, n, backend)
+            assert (out.isfinite() | (truth[:, :k].abs().amax() * J.abs().amax() * k > torch.finfo(dtype).max)).all(), (k, n, backend)
+            for what, violation in conditions(name, rule, J.double(), info[:, :k], truth[:, :k]):
+                worst = int(violation.argmax())
+                assert violation[worst] <= 4, (what, float(violation[worst]), names[worst], k, n, backend)
 
 
-def _kept(rule, problems, k):
-    from mmfast.resolvers.chain import bind
+def _length_is_kept(J, rule, backend, tolerance=1e-5):
+    wanted = J.double().sum(0).norm()
+    for way, d in ways(J, rule, backend, preserve_norm=True):
+        # branches' lengths come from their two Gramians: what cancels in these is rounding of float64
+        slack = 1e-15 / wanted if way.startswith("heads") else 0
+        assert abs(d.double().norm() - wanted) <= tolerance * wanted + slack, (way, d, wanted)
 
-    return bind(copy.deepcopy(rule).chain(), (problems,), k, torch.device("cpu"))[1:]
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_norm_is_that_of_the_plain_sum_where_it_cancels(dtype, backend):
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, 1e-5)
+    for t in (1e-2, 1e-3, 1e-4, 1e-6, 1e-7):
+        tiny = dtype == torch.float16 and t < 1e-4  # below its normal numbers
+        for J in ([[1, 0], [-1, t]], [[1, 0, 0], [-0.5, t, 0], [-0.5, 0, t]], [[0, 7, 0, 0], [t, -7, t, 0]]):
+            _length_is_kept(torch.tensor(J, dtype=dtype), mf.Sum(), backend, 0.1 if tiny else tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name, row in RULES.items() if row.min_k <= 2])
+def test_every_rule_keeps_the_norm_of_a_pair_that_nearly_cancels(name):
+    """As long as the rule says anything: those that find a rank, and Compose of a row of which nothing is left, have no direction below the precision."""
+    for backend in BACKENDS:
+        for t in (1e-2, 1e-3, 1e-4, 1e-6):
+            rule, J = RULES[name].make(2), torch.tensor([[1, 0], [-1, t]])
+            if t == 1e-2 or not name.startswith(("IMTLG", "ConFIG", "AlignedMTL", "Compose")):
+                _length_is_kept(J, rule, backend, 1e-3 if t < 1e-3 else 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_decides_what_cancels(backend):
+    """With a third gradient the plain sum is long; without it, in the samples where it is masked out, it nearly vanishes."""
+    rows = torch.tensor([[1, 0], [-1, 1e-4], [3.0, 4.0]])
+    grads = [torch.stack([g, g, g]) for g in rows]
+    mask = torch.tensor([[True, True, False], [True, True, True], [False, True, False]])
+    d = mf.resolve(grads, mf.Sum(), "sample", mask, preserve_norm=True, backend=backend)
+    torch.testing.assert_close(d, torch.stack([rows[0] + rows[1], rows.sum(0), rows[1]]), rtol=1e-5, atol=1e-8)
+    for per in ("batch", "batch_sum"):
+        d = mf.resolve(grads, mf.UPGrad(), per, torch.tensor([True, True, False]), preserve_norm=True, backend=backend)
+        wanted = torch.stack(grads[:2]).sum(0)
+        wanted = wanted if per == "batch" else wanted.sum(0)
+        assert abs((d if per == "batch" else d.sum(0)).norm() - wanted.norm()) < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("rule", [mf.Sum(), mf.Mean(), mf.CAGrad(0.5)])
+def test_descent_on_two_quadratics_gets_as_far_as_plain_descent(rule):
+    """|x - a|^2 + |x - b|^2 has its minimum between a and b, where the gradients cancel."""
+    a, b = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([-1.0, 0.0, 0.25])
+
+    def distance(resolver):
+        x = torch.tensor([3.0, 1.0, 2.0], requires_grad=True)
+        for _ in range(200):
+            xa, xb = mf.fork(x, 2, copy.deepcopy(resolver)) if resolver else (x, x)
+            ((xa - a).square().sum() + (xb - b).square().sum()).backward()
+            with torch.no_grad():
+                x -= 0.1 * x.grad
+            x.grad = None
+        return _from_segment(x.detach(), a, b) if isinstance(rule, mf.CAGrad) else (x - (a + b) / 2).norm()
+
+    assert distance(rule) <= distance(None) + 2e-7
+
+
+def _from_segment(x, a, b):
+    """Distance from the Pareto-stationary points, all between a and b."""
+    return (x - a - ((x - a) @ (b - a) / (b - a).square().sum()).clamp(0, 1) * (b - a)).norm()

@@ -1,6 +1,7 @@
 """The report of a grid: medians over the same seeds, the rule chosen on validation, the corrected t-test."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from records import result
@@ -27,6 +28,12 @@ def test_the_rule_is_chosen_on_validation_and_reported_on_test():
     assert cell.by_rule == pytest.approx({"none": 0.3, "PCGrad": 0.11, "MGDA": 0.201})
     text = report.markdown([cell])
     assert "| VAE | Wine | 2000, 128, 1 | 3 | 0.086 | 0.071 | 0.300 | 0.201 | MGDA |" in text and "| 1.00 ms | 1.10x |" in text
+
+
+@pytest.mark.parametrize(("p", "text"), [(None, ""), (0.0, "< .01"), (0.00999, "< .01"), (0.01, ".01"), (0.039, ".04"), (1.0, "1.00")])
+def test_a_small_p_is_not_printed_as_zero(p, text):
+    (cell,) = report.cells([result("none", s, 0.3) for s in range(3)] + [result("MGDA", s, 0.2) for s in range(3)])
+    assert f"| MGDA | {text} |" in report.markdown([replace(cell, p=p)])
 
 
 def test_a_loss_is_reported_as_one():

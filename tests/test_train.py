@@ -1,6 +1,7 @@
 """Training runs: settings, the record, checkpoints and kills, the grid, and the report."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -207,6 +208,22 @@ run.train({LONG!r}, Path({str(tmp_path / "x.pt")!r}), lambda e, r: print(e, flus
     assert epochs[0] > 1 and numbers(found) == numbers(run.train(LONG, table=TABLE))
 
 
+def test_a_checkpoint_that_is_interrupted_leaves_the_old_one(tmp_path, monkeypatch):
+    parts = run.prepare(TABLE, 0)
+    state = run._start(run.make_model(SHORT, parts))
+    state.save(tmp_path / "x.pt", SHORT)
+    before = (tmp_path / "x.pt").read_bytes()
+
+    def interrupted(saved, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        state.save(tmp_path / "x.pt", SHORT)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"] and (tmp_path / "x.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, content):
     path = tmp_path / "x.pt"
@@ -227,6 +244,15 @@ def test_a_run_that_diverges_ends_and_says_so():
 def test_a_rule_that_does_not_suit_the_data_is_said():
     with pytest.raises(SettingsError, match=r"rule is 'Constant\(weights=\[1, 2\]\)': .*2"):
         run.train(replace(SHORT, rule="Constant(weights=[1, 2])"), table=TABLE)
+
+
+def test_step_times_are_the_threads_own(monkeypatch):
+    """A machine that works on something else meanwhile takes nothing from them."""
+    step = run.State.step
+    monkeypatch.setattr(run, "TIMED_STEPS", 5)
+    monkeypatch.setattr(run.State, "step", lambda *arguments: (time.sleep(0.2), step(*arguments)))
+    times = run._step_times(SHORT, run.prepare(TABLE, 0))
+    assert all(0 < t < 2e5 for t in times)
 
 
 def test_the_threads_of_torch_are_given_back():
@@ -315,6 +341,9 @@ def test_a_run_and_its_report_by_command(tmp_path):
         assert shown.exit_code == 0 and "residual_sugar" in shown.output and "test errors at epoch" in shown.output
     again = command("--model", "hivae", "--rule", "IMTLG", "--epochs", "2", *out)
     assert again.output.splitlines()[-16:] == shown.output.splitlines()[-16:]
+    assert "finished already" in again.output and "finished already" not in shown.output
+    grid_of_them = ("table1", "--model", "hivae", "--data", "Wine", "--rule", "none", "--seeds", "1", "--epochs", "2", *out)
+    assert "every run is finished already, nothing was trained" in command(*grid_of_them).output
     table = CliRunner().invoke(app, ["report", "table1", *out])
     assert table.exit_code == 0 and "| HI-VAE | Wine | 2, 1000, 1 | 1 | 0.126 | 0.117 |" in table.output
     assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 2
@@ -339,6 +368,51 @@ def test_commands_say_what_is_wrong(tmp_path, monkeypatch, arguments, message):
     assert shown.exit_code == 2 and message in shown.output and "Traceback" not in shown.output
 
 
-def test_a_report_of_nothing(tmp_path):
-    shown = CliRunner().invoke(app, ["report", "table1", "--out", str(tmp_path)])
-    assert shown.exit_code == 2 and "there is no" in shown.output
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table1"], "there is no mmfast-runs/runs.jsonl; mmfast train table1 --out mmfast-runs makes it"),
+        (["table1", "--out", "a b"], "mmfast train table1 --out 'a b' makes it"),
+        (["table1", "--out", "one"], "mmfast train --rule none --out one adds one without"),
+        ([], "report needs the name of a table: mmfast report table1\n"),
+        (["--out", "x"], "report needs the name of a table: mmfast report table1 --out x\n"),
+        (["--out", "x", "table1"], "--out stands before table1"),
+    ],
+)
+def test_a_report_of_nothing_names_the_command_that_is_missing(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    results.append(tmp_path / "one" / "runs.jsonl", result("MGDA"))
+    shown = CliRunner().invoke(app, ["report", *arguments])
+    assert shown.exit_code == 2 and message in shown.output
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, saved):
+    def interrupted(one, folder, tick):
+        if saved:
+            grid.checkpoint_of(folder, one).parent.mkdir(parents=True)
+            grid.checkpoint_of(folder, one).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "one", interrupted)
+    shown = command("--data", "Wine", "--rule", "GradNorm(alpha=1.0)", "--out", str(tmp_path))
+    assert shown.exit_code == 130 and "Traceback" not in shown.output
+    assert ("goes on from its last checkpoint" if saved else "starts over, for nothing was saved yet") in shown.output
+    assert shown.output.endswith(f"  mmfast train --data Wine --rule 'GradNorm(alpha=1.0)' --out {tmp_path}\n")
+
+
+@needs_data
+def test_ctrl_c_ends_a_grid_and_all_of_its_processes(tmp_path):
+    """A terminal sends it to every process of the command: one says something, none leaves half of a file."""
+    arguments = ["train", "table1", "--model", "hivae", "--data", "Wine", "--rule", "none", "--rule", "MGDA", "--seeds", "1"]
+    start = [sys.executable, "-m", "mmfast", *arguments, "--processes", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    limit = time.monotonic() + 120
+    while len(list(tmp_path.glob("checkpoints/*.pt"))) < 2 and time.monotonic() < limit:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "hivae Wine none 0: " in out
+    command = f"mmfast {' '.join(arguments)} --processes 2 --out {tmp_path}"
+    assert error == f"mmfast: stopped; the same command goes on from there: 0 of 2 runs are recorded:\n  {command}\n"
+    assert {path.suffix for path in (tmp_path / "checkpoints").iterdir()} == {".pt"}

@@ -17,7 +17,7 @@ from mmfast.resolvers.solve import weights as plain_weights
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 NAMES = [name for name, row in RULES.items() if type(row.make(row.min_k)) in solvers.KERNELS]
-FORMS = ["Sum", "Mean", "Constant", "Random", "PCGrad", "PCGrad fixed", "MGDA", "MGDA l2", "CAGrad"]
+FORMS = ["Sum", "Mean", "Constant", "Random", "PCGrad", "PCGrad fixed", "MGDA", "MGDA l2", "MGDA capped", "CAGrad"]
 FORMS += ["UPGrad", "DualProj", "NashMTL", "FairGrad(0.5)", "IMTLG", "AlignedMTL", "ConFIG"]  # of every kernel
 EPS = torch.finfo(torch.float64).eps
 

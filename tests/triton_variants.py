@@ -138,6 +138,7 @@ def every_solver(recorder, sizes):
             mf.PCGrad(order="fixed"),
             mf.MGDA(),
             mf.MGDA("l2"),
+            mf.MGDA("l2", cap=0.1),
             mf.CAGrad(),
             mf.UPGrad(),
         ]

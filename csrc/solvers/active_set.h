@@ -236,6 +236,8 @@ struct ActiveSet {
       }
       if (!ray) each(team, s, [&](int a) { w[S[a]] = y[a]; });
       evaluate();
+      // with a mean gradient, a hull that holds zero is the caller's to judge; what would enter now enters by rounding
+      if (b && !cone && length2 <= kCancelled * norm_bound * norm_bound) return;
       entered = most_violating();
       team.sync();
       if (entered < 0 || ray) return;

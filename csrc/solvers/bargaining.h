@@ -20,7 +20,7 @@ namespace MMFAST_ISA {
 namespace bargaining {
 
 constexpr double kFlat = 1e-10;
-constexpr int kMaxNewton = 100, kMaxSearch = 12;
+constexpr int kMaxNewton = 100, kMaxNewtonOfHighPowers = 400, kMaxSearch = 12;
 
 // One row's side of the bargain: (C x)_i = pull(m_i, x_i), with m = d^((1 - alpha)/(1 + alpha)) what the row takes alone.
 struct Side {
@@ -104,7 +104,8 @@ MMFAST_HD inline void solve(const Team& team, Problem& p, double alpha) {
   });
 
   double last_change = 1.0;
-  for (int iteration = 0; iteration < kMaxNewton; ++iteration) {
+  const int most = alpha < 0.1 ? kMaxNewtonOfHighPowers : kMaxNewton;
+  for (int iteration = 0; iteration < most; ++iteration) {
     multiply(team, k, C, k, x, Cx);
     each(team, k, [&](int i) {
       const double free_pull = side.free_pull(m[i], x[i]), barrier = side.barrier(x[i]);

@@ -13,7 +13,7 @@ struct Rule<6> : Rule<-1> {
   static constexpr bool exists = true;
   static constexpr bool lifts = true;
   static constexpr const char* name = "MGDA";
-  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1 || n_params == 2; }
   template <class Team>
   MMFAST_HD static void solve(const Team& team, Problem& p) {
     const bool unit = p.params[0] != 0.0;
@@ -28,6 +28,7 @@ struct Rule<6> : Rule<-1> {
     set.start_with_all();
     set.descend();
     set.share_among_copies();
+    if (p.n_params == 2) each(team, k, [&](int i) { p.w[i] = p.w[i] > p.params[1] ? p.params[1] : p.w[i]; });
     if (unit) each(team, k, [&](int i) { p.w[i] /= norm[i] * sqrt(p.scale); });
   }
 };

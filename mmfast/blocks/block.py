@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmfast import contract
@@ -11,7 +12,7 @@ from mmfast.blocks.fork import Plan, fork_by
 from mmfast.blocks.impartial import Impartial
 from mmfast.blocks.local_step import scale_outputs
 from mmfast.blocks.scaling import LocalScale
-from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.names import ResolverLike
 
 
 class ImpartialityBlock(Impartial):
@@ -21,11 +22,14 @@ class ImpartialityBlock(Impartial):
 
     Args:
         branches: K modules, in a list, an `nn.ModuleList`, or an `nn.ModuleDict`.
-        resolver: the rule of the global step, or its name; each block needs its own.
+        resolver: the rule of the global step, or its name or class; each block needs its own.
         local: the local step beta: K positive numbers, or a `StandardScale`, `DimRatio` or `LipschitzScale`. Branch i receives the gradient
             of its output times beta_i, so its parameters' gradients carry beta_i too; the resolver acts on the shared tensor alone.
         per: "batch", "sample" or "batch_sum", see `fork`.
         preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
+
+    `load_state_dict` also takes the checkpoint of the plain ModuleList or ModuleDict of the branches, and where these are `nn.Linear` that of
+    `LinearHeads`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -41,7 +45,7 @@ class ImpartialityBlock(Impartial):
     def __init__(
         self,
         branches: Sequence[nn.Module] | nn.ModuleList | nn.ModuleDict,
-        resolver: Resolver | str,
+        resolver: ResolverLike,
         *,
         local: LocalScale | Sequence[float] | Tensor | None = None,
         per: str = "batch",
@@ -69,16 +73,67 @@ class ImpartialityBlock(Impartial):
         """Every branch's output for the shared tensor.
 
         Args:
-            y: floating-point tensor; what each branch takes as its first argument.
+            y: floating-point or complex tensor; what each branch takes as its first argument.
             mask: bool [K] or [B, K], False where a branch's gradient is to be left out, see `fork`.
             kwargs: handed to every branch.
 
         Returns:
             The branches' outputs in a tuple, or in a dict for a ModuleDict.
+
+        Raises:
+            RuntimeError: a branch changes its input in place, which the others share.
         """
         branches = self.branches._modules
         aliases = fork_by(y, mask, Plan(len(branches), self.resolver, self.per, self.preserve_norm, self))
-        outputs = {name: branch(alias, **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            outputs = {name: branch(alias, **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}  # type: ignore[misc]
+        else:
+            outputs = _call_branches(branches, aliases, y, kwargs)
         if self._beta is not None and not transforms.exporting():
             outputs = {name: scale_outputs(out, beta, name) for beta, (name, out) in zip(self._beta, outputs.items(), strict=True)}
         return outputs if isinstance(self.branches, nn.ModuleDict) else tuple(outputs.values())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        names, branches = self.branches._modules, tuple(self.branches._modules.values())
+        own = any(key.startswith(f"{prefix}branches.{name}.") for key in state_dict for name in names)
+        if not own and prefix + "weight" in state_dict and all(type(branch) is nn.Linear for branch in branches):
+            _split_heads(state_dict, prefix, self.branches._modules)
+        elif not own and (found := [key for key in state_dict if key.startswith(tuple(f"{prefix}{name}." for name in names))]):
+            for key in found:
+                state_dict[f"{prefix}branches.{key[len(prefix) :]}"] = state_dict.pop(key)
+            self._keep_own(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _split_heads(state_dict: Any, prefix: str, branches: dict[str, Any]) -> None:
+    """Gives each linear branch its rows of the weight and bias of `LinearHeads`, where they are as many."""
+    sizes = [branch.out_features for branch in branches.values()]
+    for what in ("weight", "bias"):
+        whole = state_dict.get(prefix + what)
+        if whole is not None and len(whole) == sum(sizes):
+            parts = [part.clone() for part in state_dict.pop(prefix + what).split(sizes)]
+            state_dict.update({f"{prefix}branches.{name}.{what}": part for name, part in zip(branches, parts, strict=True)})
+
+
+def _call_branches(branches: dict[str, Any], aliases: Sequence[Tensor], y: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Each branch's output; raises where one changes what all of them see."""
+    if y.is_inference():  # such a tensor does not count its changes
+        return {name: branch(alias.clone(), **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}
+    outputs, version = {}, y._version
+    for alias, (name, branch) in zip(aliases, branches.items(), strict=True):
+        try:
+            outputs[name] = branch(alias, **kwargs)
+        except RuntimeError as error:
+            if "modified inplace" in str(error):
+                raise _changed_in_place(name, f": {error}") from error
+            raise
+        if y._version != version:
+            raise _changed_in_place(name, "")
+    return outputs
+
+
+def _changed_in_place(name: str, why: str) -> RuntimeError:
+    return RuntimeError(
+        f"branch {name} of an mmfast.ImpartialityBlock changes its input, or a view of another tensor, in place, but all branches share one input; "
+        f"set inplace=False in its first layer, or give that layer a clone() of the input{why}"
+    )

@@ -12,8 +12,8 @@ from torch import Tensor
 from mmfast import contract
 from mmfast.blocks import notices, transforms
 from mmfast.ops.resolve import resolve, resolve_info
-from mmfast.resolvers import resolver as by_name
 from mmfast.resolvers.base import Resolver, Rule
+from mmfast.resolvers.names import ResolverLike, instance_of, made_of
 
 
 class Recorder(Protocol):
@@ -40,7 +40,9 @@ def refuse_double_backward(what: str) -> None:
         raise transforms.no_second_derivative(what)
 
 
-class _Fork(torch.autograd.Function):
+class mmfast_fork(torch.autograd.Function):
+    """Its name stands in torch's error when an alias is changed in place."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -68,8 +70,12 @@ class _Fork(torch.autograd.Function):
         return _resolved(ctx.plan, mask, *grads), None, None
 
 
-class _TransformedFork(_Fork):
+class _TransformedFork(mmfast_fork):
     """For torch.func, which always asks for a gradient that has one itself; with a forward mode, which torch.compile would refuse."""
+
+    @staticmethod
+    def forward(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(y.clone() for _ in range(plan.k))  # nothing there refuses a change in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
@@ -92,17 +98,13 @@ def _resolved(plan: Plan, mask: Tensor | None, *grads: Tensor | None) -> Tensor:
     return out
 
 
-def check_plan(k: int, resolver: Resolver | str, per: str) -> Resolver:
+def check_plan(k: int, resolver: ResolverLike, per: str) -> Resolver:
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k is a {type(k).__name__}, expected an int")
     if not 1 <= k <= contract.MAX_GRADS:
         raise ValueError(f"k is {k}, expected 1 to {contract.MAX_GRADS} branches")
     contract.per_code(per)
-    if isinstance(resolver, str):
-        resolver = by_name(resolver)
-    if not isinstance(resolver, Resolver):
-        what = f"the class {resolver.__name__}" if isinstance(resolver, type) else f"a {type(resolver).__name__}"
-        raise TypeError(f"resolver is {what}, expected an instance of mmfast.Resolver or the name of one")
+    resolver = made_of(resolver)
     resolver.check(k)
     return resolver
 
@@ -110,8 +112,9 @@ def check_plan(k: int, resolver: Resolver | str, per: str) -> Resolver:
 def _check_tensors(y: Tensor, mask: Tensor | None, plan: Plan) -> None:
     if not isinstance(y, Tensor):
         raise TypeError(f"y is a {type(y).__name__}, expected a tensor")
-    if y.dtype not in contract.DTYPES:
-        raise TypeError(f"y is {y.dtype}, expected one of {', '.join(map(str, contract.DTYPES))}")
+    contract.check_dense(y, "y")
+    if y.dtype not in contract.DTYPES and y.dtype not in contract.COMPLEX:
+        raise TypeError(f"y is {y.dtype}, expected one of {', '.join(map(str, contract.DTYPES + contract.COMPLEX))}")
     if y.dim() == 0:
         contract.check_per(plan.per, y.shape)
     if mask is not None:
@@ -138,6 +141,12 @@ def check_traceable(resolver: Resolver, k: int) -> None:
 
 def fork_by(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
     _check_tensors(y, mask, plan)
+    if y.is_complex():
+        return tuple(map(torch.view_as_complex, _fork_real(torch.view_as_real(y.resolve_conj()), mask, plan)))
+    return _fork_real(y, mask, plan)
+
+
+def _fork_real(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
     if transforms.exporting():
         return tuple(y.view_as(y) for _ in range(plan.k))
     transforms.refuse_compiled(y, "a fork")
@@ -145,14 +154,16 @@ def fork_by(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
         return _TransformedFork.apply(y, mask, plan)
     if transforms.wants_gradient(y):
         check_traceable(plan.resolver, plan.k)
-        return transforms.apply(_Fork, transforms.tracked(y), mask, plan)
+        return transforms.apply(mmfast_fork, transforms.tracked(y), mask, plan)
     if plan.recorder is not None:
         plan.recorder.no_gradient_wanted()
+    if torch.compiler.is_compiling():  # where nothing is recorded, nothing refuses a change in place; a copy that is not needed is not made
+        return tuple(y.clone() for _ in range(plan.k))
     return tuple(y.view_as(y) for _ in range(plan.k))
 
 
 def fork(
-    y: Tensor, k: int, resolver: Resolver | str, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True
+    y: Tensor, k: int, resolver: ResolverLike, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True
 ) -> tuple[Tensor, ...]:
     """Splits a tensor into k aliases, one per branch, whose gradients are resolved into the tensor's gradient.
 
@@ -162,16 +173,17 @@ def fork(
     Based on Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
 
     Args:
-        y: floating-point tensor of any shape; the first dimension is the batch where `per` needs one.
+        y: floating-point or complex tensor of any shape, of which each complex number counts as a pair of real ones; the first dimension is the batch where `per` needs one.
         k: number of branches, 1 to 256.
-        resolver: the rule, or its name. A rule that keeps state belongs to one fork: give every fork its own, and keep it between calls.
+        resolver: the rule, or its name or class. A rule that keeps state belongs to one fork: give every fork its own, and keep it between calls.
         per: "batch" resolves one problem, each gradient flattened; "sample" one for each index of the first dimension; "batch_sum" one,
             from the gradients summed over the first dimension.
         mask: bool [k], False where a branch is to be left out, or [B, k] to leave it out of some entries of the first dimension.
         preserve_norm: scales the result to the length of the plain sum of the gradients, as the paper does.
 
     Returns:
-        k tensors that share y's memory; changing one in place is an error. The gradient is deterministic, up to the draws of a random rule.
+        k tensors that share y's memory; changing one in place is an error where a gradient is recorded, and shows in all where none is:
+        clone() it first. The gradient is deterministic, up to the draws of a random rule.
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was computed.
@@ -185,12 +197,5 @@ def fork(
         >>> y.grad
         tensor([2., 2.])
     """
-    named = resolver if isinstance(resolver, str) else None
-    resolver = check_plan(k, resolver, per)
-    if named and without_state(resolver, k):
-        raise ValueError(
-            f"resolver is {named!r}, which keeps state from call to call; expected an instance made once, such as "
-            f"mf.resolver({named!r}), or an ImpartialityBlock"
-        )
-    plan = Plan(k, resolver, per, preserve_norm, None)
+    plan = Plan(k, check_plan(k, instance_of(resolver, k), per), per, preserve_norm, None)
     return fork_by(y, mask, plan)

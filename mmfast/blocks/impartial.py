@@ -10,8 +10,8 @@ from mmfast import contract
 from mmfast.blocks.fork import check_plan, without_state
 from mmfast.blocks.local_step import check_local
 from mmfast.blocks.scaling import LocalScale
-from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.names import ResolverLike
 from mmfast.stats import BlockStats
 
 # what fills a record that holds nothing, and why; no squared norm is negative
@@ -32,7 +32,7 @@ class Impartial(nn.Module):
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
     def __init__(
-        self, k: int, resolver: Resolver | str, local: LocalScale | Sequence[float] | Tensor | None, per: str, preserve_norm: bool
+        self, k: int, resolver: ResolverLike, local: LocalScale | Sequence[float] | Tensor | None, per: str, preserve_norm: bool
     ) -> None:
         super().__init__()
         self.resolver = check_plan(k, resolver, per)
@@ -124,6 +124,12 @@ class Impartial(nn.Module):
             self._beta = tuple(self.beta.tolist())
         if local_metadata.get("assign_to_params_buffers") and self._info is not None and self._info.is_meta:
             self._settle(next((x.device for name, x in state_dict.items() if name.startswith(prefix)), self._info.device))
+
+    def _keep_own(self, state_dict: Any, prefix: str) -> None:
+        """Adds to the checkpoint of branches without a block what the block keeps besides them, as it is."""
+        for name, value in self.state_dict(prefix=prefix).items():
+            if name.startswith((prefix + "resolver.", prefix + "beta")):
+                state_dict.setdefault(name, value)
 
     def extra_repr(self) -> str:
         local = "" if self._beta is None else f", local=[{', '.join(f'{b:.4g}' for b in self._beta)}]"

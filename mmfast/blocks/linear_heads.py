@@ -20,8 +20,8 @@ from mmfast.blocks.fork import check_traceable, refuse_double_backward
 from mmfast.blocks.impartial import Impartial
 from mmfast.blocks.scaling import LocalScale
 from mmfast.ops.heads import heads
-from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.names import ResolverLike
 
 
 class _LinearHeads(torch.autograd.Function):
@@ -118,11 +118,13 @@ class LinearHeads(Impartial):
     Args:
         in_features: size of the last dimension of the shared tensor.
         out_features: K sizes, one per branch.
-        resolver: the rule of the global step, or its name: any that works on Gramians; each module needs its own.
+        resolver: the rule of the global step, or its name or class: any that works on Gramians; each module needs its own.
         bias: whether the branches add a bias.
         local: the local step beta, see `ImpartialityBlock`.
         per: "batch", "sample" or "batch_sum", see `fork`.
         preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
+
+    `load_state_dict` also takes the checkpoint of an `ImpartialityBlock` over a list of `nn.Linear` of these sizes, or of their plain ModuleList.
 
     Attributes:
         weight: [sum of out_features, in_features], branch after branch.
@@ -146,7 +148,7 @@ class LinearHeads(Impartial):
         self,
         in_features: int,
         out_features: Sequence[int],
-        resolver: Resolver | str,
+        resolver: ResolverLike,
         *,
         bias: bool = True,
         local: LocalScale | Sequence[float] | Tensor | None = None,
@@ -155,8 +157,10 @@ class LinearHeads(Impartial):
     ) -> None:
         if not isinstance(in_features, int) or in_features < 1:
             raise ValueError(f"in_features is {in_features!r}, expected a whole number of at least 1")
-        if isinstance(out_features, int) or not 1 <= len(out_features) <= contract.MAX_GRADS:
-            raise ValueError(f"out_features is {out_features!r}, expected 1 to {contract.MAX_GRADS} sizes")
+        if not isinstance(out_features, Sequence):
+            raise TypeError(f"out_features is {out_features!r}, expected a list of 1 to {contract.MAX_GRADS} sizes, one per branch")
+        if not 1 <= len(out_features) <= contract.MAX_GRADS:
+            raise ValueError(f"out_features is {contract.shortened(out_features)}, expected 1 to {contract.MAX_GRADS} sizes")
         for i, size in enumerate(out_features):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"out_features[{i}] is {size!r}, expected a whole number of at least 1")
@@ -188,18 +192,24 @@ class LinearHeads(Impartial):
         return tuple(map(str, range(len(self.sizes))))
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Every branch's output, [..., out_features[i]]: views of one tensor.
+        """Every branch's output, [..., out_features[i]]: parts of one tensor, which may be changed in place.
 
         Args:
             y: floating-point tensor [..., in_features]; the first dimension is the batch.
             mask: bool [K] or [B, K], False where a branch's gradient is to be left out at y (its parameters get it all the same).
         """
-        return self.joint(y, mask).split(self.sizes, -1)
+        joint = self.joint(y, mask)
+        if torch._C._are_functorch_transforms_active():  # vmap has no rule for the other
+            return joint.split(self.sizes, -1)
+        return tuple(torch.unsafe_split_with_sizes(joint, self.sizes, -1))  # nobody sees the whole, so parts may be changed in place
 
     def joint(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """All branches' outputs side by side, [..., sum of out_features]; the faster form where one computation takes them together."""
         if not isinstance(y, Tensor):
             raise TypeError(f"y is a {type(y).__name__}, expected a tensor")
+        contract.check_dense(y, "y")
+        if y.is_complex():
+            raise TypeError(f"y is {y.dtype}, expected a floating-point tensor; use an ImpartialityBlock over complex nn.Linear branches")
         if y.dim() == 0 or y.shape[-1] != self.weight.shape[1]:
             raise ValueError(f"y has shape {tuple(y.shape)}, expected [..., {self.weight.shape[1]}]")
         if self.per != "batch" and y.dim() < 2:
@@ -235,8 +245,17 @@ class LinearHeads(Impartial):
         self._index(self.weight.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for form in ("branches.", ""):
+            names = [f"{prefix}{form}{i}." for i in range(len(self.sizes))]
+            parts = [state_dict.get(name + "weight") for name in names]
+            if prefix + "weight" in state_dict or any(w is None or w.shape[:1] != (n,) for w, n in zip(parts, self.sizes, strict=True)):
+                continue
+            for what in ("weight", "bias") if all(name + "bias" in state_dict for name in names) else ("weight",):
+                state_dict[prefix + what] = torch.cat([state_dict.pop(name + what) for name in names])
+            if not form:
+                self._keep_own(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self._head_of.device != self.weight.device:  # assigned to a module on the meta device
             self._index(self.weight.device)
 

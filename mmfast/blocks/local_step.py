@@ -10,8 +10,8 @@ from mmfast.blocks import transforms
 from mmfast.blocks.scaling import LocalScale
 
 
-class _Scale(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by beta."""
+class mmfast_local_step(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by beta; its name stands in torch's error when an output is changed in place."""
 
     generate_vmap_rule = True
 
@@ -28,7 +28,7 @@ class _Scale(torch.autograd.Function):
         return grad * ctx.beta, None
 
 
-class _TransformedScale(_Scale):
+class _TransformedScale(mmfast_local_step):
     @staticmethod
     def jvp(ctx: Any, t: Tensor, _: None) -> Tensor:  # type: ignore[override]
         return t.view_as(t)
@@ -40,7 +40,7 @@ def scale_outputs(output: Any, beta: float, name: str) -> Any:
         transforms.refuse_compiled(output, "a local step")
         if transforms.active():
             return _TransformedScale.apply(output, beta)
-        return transforms.apply(_Scale, transforms.tracked(output), beta) if transforms.wants_gradient(output) else output
+        return transforms.apply(mmfast_local_step, transforms.tracked(output), beta) if transforms.wants_gradient(output) else output
     if isinstance(output, dict):
         scaled = output.copy()
         for key, value in output.items():

@@ -150,7 +150,8 @@ class LipschitzScale(LocalScale):
 
     Javaloy, Valera, "Lipschitz standardization for multivariate learning", arXiv 2002.11369. With L_j the smoothness in natural
     parameter j of a feature at its fit, and f_j(w) what scaling the data by w does to that parameter, beta solves
-    sum_j f_j(w) L_j * sum_j f_j(w) = 1 / (lr * number of continuous features). The released code scales the data by it.
+    sum_j f_j(w) L_j * sum_j f_j(w) = 1 / (lr * number of continuous features). The released code scales the data by it. The fit is that of
+    maximum likelihood, so variances are divided by N, the number of known cells, and not by N - 1 as the deviations of `StandardScale` are.
 
     Args:
         x: training rows [N, D], NaN where a cell is missing.

@@ -1,23 +1,19 @@
 """Tables with columns of several kinds: scikit-learn's own, or a user's CSV with kinds inferred and errors that name the line."""
 
-import csv
-import gzip
 import math
-import zlib
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from mmfast.data.table import Column, DataError, Table
+from mmfast.demo.cells import MISSING, number, point_decimals, read_cells
 
 KINDS = ("real", "positive", "count", "binary", "categorical")
-MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
 LARGEST_COUNT = 2000  # whole numbers beyond are measurements rather than counts
 FEW = 5  # whole numbers with at most so many values are codes
 MOST_CLASSES = 30
 LEAST_ROWS = 30
+MOST_COLUMNS = 256  # that a block takes
 
 
 def builtin(name: str) -> Table:
@@ -55,34 +51,43 @@ def builtin(name: str) -> Table:
     return Table(name, columns, x)
 
 
-def read_csv(path: Path, types: dict[str, str] | None = None) -> Table:
-    """The table in a CSV file (.csv or .csv.gz; comma, semicolon or tab; first line names the columns).
+def read_csv(path: Path, types: dict[str, str] | None = None, encoding: str = "utf-8", header: bool | None = None) -> Table:
+    """The table in a CSV file (.csv or .csv.gz; comma, semicolon, tab or bar), of its first 256 usable columns.
 
     Args:
         path: the file.
         types: kinds of columns, by name, that inference should not decide.
+        encoding: of its text.
+        header: whether its first line names the columns (else they are column_1, column_2, ...); None finds out, and refuses what may be either.
 
     Raises:
         DataError: naming the line and column where something is wrong.
     """
     types = types or {}
-    names, rows, lines = _cells(path)
+    names, rows, lines, named = read_cells(path, encoding, header)
     _check_rows(path, len(rows))
     for name, kind in types.items():
         if name not in names:
-            raise DataError(f"--types names the column {name!r}, which {path.name} does not have; it has {', '.join(names)}")
+            raise DataError(f"--types names the column {name!r}, which {path.name} does not have; it has {shortened(names)}")
         if kind not in KINDS:
             raise DataError(f"--types {name}={kind}: a kind is one of {', '.join(KINDS)}")
-    notes, columns, values = [], [], []
+    notes = [] if named else [f"no line names the columns: they are column_1 to column_{len(names)}"]
+    columns, values = [], []
     for i, name in enumerate(names):
         column, value, note = _column(name, [row[i] for row in rows], lines, types.get(name))
-        if column is None:
+        if note:
             notes.append(note)
-        else:
+        if column is not None:
             columns.append(column)
             values.append(value)
     if len(columns) < 2:
         raise DataError(f"{path.name} has {len(columns)} usable column(s), at least 2 are needed" + "".join(f"; {note}" for note in notes))
+    if len(columns) > MOST_COLUMNS:
+        notes.insert(
+            0,
+            f"{len(columns)} usable columns, but a block takes at most {MOST_COLUMNS}: the first {MOST_COLUMNS} are used, the others left out",
+        )
+        columns, values = columns[:MOST_COLUMNS], values[:MOST_COLUMNS]
     x = torch.tensor(values, dtype=torch.float64).T
     empty = x.isnan().all(1)
     if empty.any():
@@ -92,79 +97,32 @@ def read_csv(path: Path, types: dict[str, str] | None = None) -> Table:
     return Table(path.name.removesuffix(".gz").removesuffix(".csv"), columns, x.contiguous(), notes)
 
 
+def shortened(names: list[str], most: int = 12) -> str:
+    """The names, or the first of them and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _check_rows(path: Path, count: int) -> None:
     if count < LEAST_ROWS:
         raise DataError(f"{path.name} has {count} usable row(s), at least {LEAST_ROWS} are needed")
 
 
-def _text(path: Path) -> Iterator[str]:
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8-sig", newline="") as f
-    ):
-        yield from f
-
-
-def _cells(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """Names of the columns, the cells, and the line each row ends on."""
-    try:
-        text = list(_text(path))
-    except OSError as error:  # gzip.BadGzipFile is one
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (UnicodeDecodeError, EOFError, zlib.error):
-        raise DataError(f"{path} cannot be read: it is not {'a whole gzip file of' if path.suffix == '.gz' else ''} UTF-8 text") from None
-    first = next((line for line in text if line.strip()), None)
-    if first is None:
-        raise DataError(f"{path.name} is empty")
-    reader = csv.reader(text, delimiter=max(",;\t", key=first.count), strict=True)
-    names: list[str] = []
-    rows, lines = [], []
-    try:
-        for row in reader:
-            row = [cell.strip() for cell in row]
-            if not any(row) and len(row) < 2:
-                continue  # an empty line
-            if not names:
-                names = row
-                _check_names(path, names, reader.line_num)
-            elif len(row) != len(names):
-                raise DataError(f"{path.name}, line {reader.line_num}: {len(row)} cells, expected {len(names)} as in the first line")
-            else:
-                rows.append(row)
-                lines.append(reader.line_num)
-    except csv.Error as error:
-        raise DataError(f"{path.name}, line {reader.line_num}: {error}") from None
-    if not rows:
-        raise DataError(f"{path.name} has a first line with the names of {len(names)} column(s), but no rows")
-    return names, rows, lines
-
-
-def _check_names(path: Path, names: list[str], line: int) -> None:
-    if all(_number(name) is not None for name in names):
-        raise DataError(f"{path.name}, line {line}: only numbers; the first line must name the columns")
-    repeated = [name for name, n in Counter(names).items() if n > 1 and name]
-    if repeated:
-        raise DataError(f"{path.name}, line {line}: the column name {repeated[0]!r} is used {names.count(repeated[0])} times")
-    for i, name in enumerate(names):
-        names[i] = name or f"column_{i + 1}"  # R writes row numbers under an empty name
-
-
-def _number(cell: str) -> float | None:
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
 def _column(name: str, cells: list[str], lines: list[int], kind: str | None) -> tuple[Column | None, list[float], str]:
-    """The column, its values (NaN where missing); or None, nothing, and why it is dropped."""
-    here = f"column {name!r}"
+    """The column, its values (NaN where missing), and a remark; or None, nothing, and why it is dropped."""
+    here, note = f"column {name!r}", ""
+    first = {cell: line for cell, line in reversed(list(zip(cells, lines, strict=True))) if cell.lower() not in MISSING}
+    if kind not in ("categorical", "binary"):
+        try:
+            pointed = point_decimals(first)
+        except DataError as error:
+            raise DataError(f"{here}, {error}, or say --types {name}=categorical") from None
+        if pointed:
+            cells, note = [pointed.get(cell, cell) for cell in cells], f"{here} has decimal commas"
     present = [(cell, line) for cell, line in zip(cells, lines, strict=True) if cell.lower() not in MISSING]
     distinct = {cell for cell, _ in present}
     if len(distinct) < 2:
         return None, [], f"{here} dropped: " + (f"every value is {distinct.pop()}" if distinct else "it has no values")
-    numbers = {cell: _number(cell) for cell in distinct}
+    numbers = {cell: number(cell) for cell in distinct}
     bad = [(cell, line) for cell, line in present if numbers[cell] is None]
     as_numbers = kind in ("real", "positive", "count") or (kind is None and len(bad) < 0.5 * len(present))
     if as_numbers and bad:
@@ -189,13 +147,14 @@ def _column(name: str, cells: list[str], lines: list[int], kind: str | None) -> 
         if values == [values[0] + i for i in range(len(values))]:
             return None, [], f"{here} dropped: it numbers the rows"
         if len(seen) == 2 or (whole and len(seen) <= FEW):
-            return _classes(name, cells, "binary" if len(seen) == 2 else "categorical", distinct, numeric=True)
+            column, codes, _ = _classes(name, cells, "binary" if len(seen) == 2 else "categorical", distinct, numeric=True)
+            return column, codes, note
         kind = "count" if whole and 0 <= min(seen) and max(seen) <= LARGEST_COUNT else "positive" if min(seen) > 0 else "real"
     wrong = {"positive": lambda v: v <= 0, "count": lambda v: v < 0 or v != int(v), "real": lambda v: False}[kind]
     for cell, line in present:
         if wrong(float(numbers[cell] or 0.0)):
             raise DataError(f"line {line}, {here}: {cell} is not a {'positive number' if kind == 'positive' else 'count'}")
-    return Column(name, kind), values, ""
+    return Column(name, kind), values, note
 
 
 def _classes(name: str, cells: list[str], kind: str | None, distinct: set[str], numeric: bool) -> tuple[Column | None, list[float], str]:

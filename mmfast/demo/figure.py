@@ -29,13 +29,27 @@ STYLE: Any = {
     "ytick.color": INK,
     "text.color": INK,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # a dollar in a column's name is a dollar
 }
+MOST_FEATURES = 40  # in one figure: more would be too small to read
+
+
+def _short(name: str, most: int = 32) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def shown_features(result: Result) -> list[int]:
+    """The features in the figure, from the one that lost most to the one that gained most; of too many, half from either end."""
+    gain = (medians(result, WITHOUT) - medians(result, WITH)).nan_to_num(0.0)
+    order = gain.argsort(stable=True).tolist()
+    half = MOST_FEATURES // 2
+    return order if len(order) <= MOST_FEATURES else order[:half] + order[-half:]
 
 
 def _errors(ax: Axes, result: Result) -> None:
     """A dumbbell per feature: from the error without the block to the error with it; whiskers span the seeds."""
     before, after = medians(result, WITHOUT), medians(result, WITH)
-    order = sorted(range(len(before)), key=lambda i: float((before[i] - after[i]).nan_to_num(0.0)))
+    order = shown_features(result)
     for y, i in enumerate(order):
         a, b = before[i].item(), after[i].item()
         ax.plot([a, b], [y, y], color=BLUE if b < a else GREY, lw=2.5, alpha=0.35, solid_capstyle="round", zorder=2)
@@ -45,7 +59,7 @@ def _errors(ax: Axes, result: Result) -> None:
         ax.plot(a, y, "o", color=GREY, ms=7, zorder=3, clip_on=False)
         ax.plot(b, y, "o", color=BLUE, ms=7, zorder=3, clip_on=False)
     columns = [result.table.columns[i] for i in order]
-    ax.set_yticks(range(len(order)), [f"{column.name.replace('_', ' ')}  ({column.kind})" for column in columns])
+    ax.set_yticks(range(len(order)), [f"{_short(column.name.replace('_', ' '))}  ({column.kind})" for column in columns])
     ax.set_ylim(-0.7, len(order) - 0.3)
     ax.set_xlim(left=0)
     ax.grid(axis="x", color=LIGHT, lw=0.8)
@@ -54,7 +68,10 @@ def _errors(ax: Axes, result: Result) -> None:
     ax.set_xlabel(
         f"error on held-out rows: error rate, or RMSE / range{'; thin lines: range over the seeds' if len(result.outcomes[WITH]) > 1 else ''}"
     )
-    ax.set_title("Reconstruction error of each feature")
+    k, shown = len(result.table.columns), len(order)
+    ax.set_title(
+        "Reconstruction error of each feature" if shown == k else f"Reconstruction error of {shown} of {k} features: most gained, most lost"
+    )
     ax.plot([], [], "o", color=GREY, ms=7, label="without block")
     ax.plot([], [], "o", color=BLUE, ms=7, label=f"with block ({result.settings.rule})")
     ax.legend(frameon=False, loc="best", handletextpad=0.2)
@@ -112,7 +129,7 @@ def _speed(ax: Axes, result: Result) -> None:
 
 def draw(result: Result, path: Path) -> Path:
     """Writes the figure as a PNG."""
-    k, timed = len(result.table.columns), len(result.speeds)
+    k, timed = len(shown_features(result)), len(result.speeds)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(12, max(7.2, 1.6 + 0.36 * k)), layout="constrained")
         grid = figure.add_gridspec(3, 2, width_ratios=[1.25, 1], height_ratios=[1, 1, 0.25 + 0.16 * timed])
@@ -123,7 +140,7 @@ def draw(result: Result, path: Path) -> Path:
         a, b = (mean_error(result, name) for name in (WITHOUT, WITH))
         seeds = len(result.outcomes[WITH])
         figure.suptitle(
-            f"{result.table.name}: mean error {a:.3f} without the block, {b:.3f} with it ({percent(change(a, b))}), "
+            f"{_short(result.table.name)}: mean error {a:.3f} without the block, {b:.3f} with it ({percent(change(a, b))}), "
             f"{f'median of {seeds} seeds' if seeds > 1 else 'one seed'}, {result.epochs:,} epochs",
             x=0.01,
             ha="left",

@@ -52,7 +52,8 @@ def gradients(model: VAE, x: Tensor, seen: Tensor) -> list[Tensor]:
     with torch.no_grad():
         y = model.decoder.body(model.posterior(x, seen)[0])
     model.train(was_training)
-    y.requires_grad_()
-    raw = torch.cat([head(y) for head in model.decoder.heads.branches], -1)  # type: ignore[union-attr]
-    losses = -(model.joint.log_prob(raw, x) * seen).sum(0)
-    return [torch.autograd.grad(loss, y, retain_graph=True)[0] for loss in losses]
+    heads: list[nn.Linear] = list(model.decoder.heads.branches)  # type: ignore[union-attr, arg-type]
+    raw = [head(y) for head in heads]
+    loss = -(model.joint.log_prob(torch.cat(raw, -1), x) * seen).sum()
+    # a feature's loss sees its own head alone, so one backward pass to the heads' outputs serves all of them
+    return [delta @ head.weight.detach() for delta, head in zip(torch.autograd.grad(loss, raw), heads, strict=True)]

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 from torch import Tensor
 
-from mmfast.demo.data import Table
+from mmfast.demo.data import Table, shortened
 from mmfast.demo.run import WITH, WITHOUT, Conflict, Result
 
+NOTES = 12  # about a table, that are shown
 MEASURE = {True: "error rate", False: "RMSE / range"}
 
 
@@ -78,7 +80,7 @@ def verdict(result: Result) -> list[str]:
     no_better = [name for name, x, y in zip(names, before, after, strict=True) if not y < x]
     helped = len(names) - len(no_better)
     lines.append(
-        f"Better on {helped} of {len(names)} features" + (f", no better on {len(no_better)}: {', '.join(no_better)}." if no_better else ".")
+        f"Better on {helped} of {len(names)} features" + (f", no better on {len(no_better)}: {shortened(no_better)}." if no_better else ".")
     )
     if not b < a:
         lines.append(f"On these data {result.settings.rule} does not pay; another --rule may.")
@@ -94,8 +96,12 @@ def conflict_summary(result: Result, name: str) -> Conflict:
 
 
 def show_columns(console: Console, table: Table) -> None:
-    """The columns of a table with their kinds."""
-    grid = _grid(console, f"{table.name}: {len(table.x):,} rows, {len(table.columns)} features")
+    """What was done about a table, then its columns with their kinds."""
+    for note in table.notes[:NOTES]:
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    if len(table.notes) > NOTES:
+        console.print(f"[yellow]note:[/] and {len(table.notes) - NOTES} more such columns", highlight=False)
+    grid = _grid(console, f"{escape(table.name)}: {len(table.x):,} rows, {len(table.columns)} features")
     for heading, justify in (("feature", "left"), ("kind", "left"), ("values", "left"), ("missing", "right")):
         grid.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for i, column in enumerate(table.columns):
@@ -104,10 +110,8 @@ def show_columns(console: Console, table: Table) -> None:
         shown = ", ".join(column.labels[:6]) + (", ..." if len(column.labels) > 6 else "")
         values = shown if column.labels else f"{seen.min():.6g} to {seen.max():.6g}"
         missing = 1 - len(seen) / len(x)
-        grid.add_row(column.name, column.kind, values, f"{missing:.1%}" if missing else "")
+        grid.add_row(escape(column.name), column.kind, escape(values), f"{missing:.1%}" if missing else "")
     console.print(grid)
-    for note in table.notes:
-        console.print(f"[yellow]note:[/] {note}")
 
 
 def show(console: Console, result: Result) -> None:
@@ -128,10 +132,10 @@ def show(console: Console, result: Result) -> None:
     grid.add_column("change", percent(change(*means)), justify="right", footer_style="bold")
     for column, a, b in zip(result.table.columns, before.tolist(), after.tolist(), strict=True):
         colour = "green" if b < a else "red" if b > a else "dim"
-        grid.add_row(column.name, column.kind, _error(a), _error(b), f"[{colour}]{percent(change(a, b))}[/]")
+        grid.add_row(escape(column.name), column.kind, _error(a), _error(b), f"[{colour}]{percent(change(a, b))}[/]")
     console.print(grid)
     for line in verdict(result):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
 
     grid = _grid(console, "Gradients where the features meet", "(pairs with a negative cosine, largest norm over smallest; medians)")
     for heading in ("", "in conflict", "mean cosine", "norm ratio", "after the block"):

@@ -22,6 +22,7 @@ from mmfast.stats import cosines, norms
 
 WITHOUT, WITH = "without block", "with block"
 HIDDEN = 50
+TIMING_SECONDS = 10.0  # for each way to write the block: loops over hundreds of features take seconds a step
 CHECKS = 60  # how often a training is validated and its gradients are looked at
 
 Progress = Callable[[str, int, int, str], None]  # task, done, total, remark
@@ -192,6 +193,8 @@ def time_steps(table: Table, parts: Prepared, settings: Settings, tick: Callable
             if step is None:
                 continue
             for _ in range(settings.timing_steps):
+                if sum(times) > TIMING_SECONDS:
+                    break
                 start = time.perf_counter()
                 step(x, seen)
                 times.append(time.perf_counter() - start)

@@ -1,19 +1,20 @@
 """The commands mmfast train and mmfast report."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from mmfast.console import fail, need
+from mmfast.console import INTERRUPTED, Progress, fail, need
 
 EXTRAS = {"rich": "rich", "scipy": "scipy"}
 RULES = ["none", "GradNorm", "PCGrad", "MGDA", "IMTLG", "GradNorm(alpha=1.0)", "GradNorm+PCGrad", "GradNorm(alpha=1.0)+PCGrad"]
 
 train = typer.Typer(help="Trains a reference model; `mmfast train table1` trains the grid of a table.", invoke_without_command=True)
-report = typer.Typer(help="Shows what the runs of a grid came to.", no_args_is_help=True)
+report = typer.Typer(help="Shows what the runs of a grid came to.", invoke_without_command=True)
 
 Out = Annotated[Path, typer.Option(help="Folder of the record of finished runs (runs.jsonl) and of the checkpoints.")]
 OUT = Path("mmfast-runs")
@@ -35,22 +36,24 @@ def train_one(
 ) -> None:
     """Trains one model on one data set with one rule and records its errors (not its weights); killed and called again, it goes on where it was."""
     if context.invoked_subcommand is not None:
-        given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
-        if given:
-            fail(f"--{given[0]} stands before {context.invoked_subcommand}; put the options of {context.invoked_subcommand} behind it")
+        _refuse_options_before(context)
         return
     need("training", "train", EXTRAS)
     from mmfast.data import DataError
-    from mmfast.experiments import grid
+    from mmfast.experiments import grid, results
     from mmfast.experiments.settings import SettingsError, settings
 
     try:
         run = settings(model, data, rule, seed, epochs, batch, samples)
-        with _bars() as bars:
-            task = bars.add_task(f"{model} {data} {run.rule}", total=run.epochs, remark="")
-            result = grid.one(run, out, lambda done, remark: bars.update(task, completed=done, remark=remark))
+        if any(found.settings == run for found in results.read(out / grid.RECORD)):
+            print(f"this run is finished already, nothing was trained; another --seed or --out makes a new one. {out / grid.RECORD} says:")
+        with Progress() as progress:
+            result = grid.one(run, out, lambda done, remark: progress(f"{model} {data} {run.rule}", done, run.epochs, remark))
     except (SettingsError, DataError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        kept = grid.checkpoint_of(out, run).exists()
+        _stopped("goes on from its last checkpoint" if kept else "starts over, for nothing was saved yet", _again(context, "mmfast train"))
     width = max(map(len, ["mean", *result.test_errors]))
     for feature, value in {**result.test_errors, "mean": result.test_error}.items():
         print(f"{feature:<{width}}  {'none' if value is None else f'{value:.4f}'}")
@@ -64,6 +67,7 @@ def train_one(
 
 @train.command("table1")
 def train_table1(
+    context: typer.Context,
     model: Annotated[list[str] | None, typer.Option(help="elbo, iwae, dreg, hivae; repeatable, all by default.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="A data set; repeatable, all that are here by default.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help=f"A rule; repeatable, {', '.join(RULES)} by default.")] = None,
@@ -85,33 +89,65 @@ def train_table1(
             check(name)
     except (SettingsError, DataError) as error:
         fail(str(error))
+    if len(finished) == len(runs):
+        print("every run is finished already, nothing was trained")
     wrong: list[tuple[Settings, str]] = []
-    with _bars() as bars:
-        everything = bars.add_task(f"{len(runs)} runs", total=len(runs), completed=len(finished), remark="")
+    with Progress() as shown:
         share = {run: float(run in finished) for run in runs}
-        lines: dict[Settings, object] = {}
 
         def progress(run: Settings, done: int, remark: str) -> None:
             share[run] = done / run.epochs
-            bars.update(everything, completed=sum(share.values()))
-            if done < run.epochs and run not in lines:
-                lines[run] = bars.add_task(f"{run.model} {run.data} {run.rule} {run.seed}", total=run.epochs, remark="")
-            if run in lines:
-                bars.update(lines[run], completed=done, remark=remark, visible=done < run.epochs)  # type: ignore[arg-type]
+            shown(f"{run.model} {run.data} {run.rule} {run.seed}", done, run.epochs, remark, keep=False)
+            shown(f"{len(runs)} runs", sum(share.values()), len(runs))
 
         def failed(run: Settings, reason: str) -> None:
             wrong.append((run, reason))
-            progress(run, run.epochs, "")
-            bars.console.print(f"{run.name} failed: {reason.strip().splitlines()[-1]}", style="red", markup=False)
+            progress(run, run.epochs, "failed")
+            print(f"{run.name} failed: {reason.strip().splitlines()[-1]}")
 
         try:
             found = grid.many(runs, out, processes or os.cpu_count() or 1, progress, failed)
         except SettingsError as error:
             fail(str(error))
+        except KeyboardInterrupt:
+            recorded = len({found.settings for found in results.read(out / grid.RECORD)}.intersection(runs))
+            _stopped(f"goes on from there: {recorded} of {len(runs)} runs are recorded", _again(context, "mmfast train table1"))
     print(f"{len(found)} of {len(runs)} runs are recorded in {out / grid.RECORD}; mmfast report table1 --out {out} shows them")
     if wrong:
         print(f"\n{wrong[0][0].name}:\n{wrong[0][1]}")
         raise typer.Exit(1)
+
+
+def _again(context: typer.Context, command: str) -> str:
+    """The command line that was given, to be given once more."""
+    words = command.split()
+    for name, value in context.params.items():
+        if _given(context, name):
+            words += [word for one in (value if isinstance(value, list) else [value]) for word in (f"--{name}", str(one))]
+    return shlex.join(words)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_options_before(context: typer.Context) -> None:
+    """Options that stand before a subcommand would be read as another command's."""
+    if given := [name for name in context.params if _given(context, name)]:
+        fail(f"--{given[0]} stands before {context.invoked_subcommand}; put the options of {context.invoked_subcommand} behind it")
+
+
+def _stopped(what: str, command: str) -> NoReturn:
+    fail(f"stopped; the same command {what}:\n  {command}", INTERRUPTED)
+
+
+@report.callback()
+def report_what(context: typer.Context, out: Out = OUT) -> None:
+    """Shows what the runs of a grid came to."""
+    if context.invoked_subcommand is None:
+        fail(f"report needs the name of a table: {_again(context, 'mmfast report table1')}")
+    _refuse_options_before(context)
 
 
 @report.command("table1")
@@ -124,13 +160,18 @@ def report_table1(out: Out = OUT) -> None:
 
     record = out / grid.RECORD
     if not record.is_file():
-        fail(f"there is no {record}; mmfast train table1 --out {out} makes it")
+        fail(
+            f"there are no results in {out}: there is no {record}; {shlex.join(['mmfast', 'train', 'table1', '--out', str(out)])} makes it"
+        )
     try:
         table = cells(results.read(record))
     except SettingsError as error:
         fail(str(error))
     if not table:
-        fail(f"{record} has no model and data set with a run without a block and one with a rule")
+        fail(
+            f"{record} has no model and data set with a run without a block and one with a rule; "
+            f"{shlex.join(['mmfast', 'train', '--rule', 'none', '--out', str(out)])} adds one without (and --model, --data, --seed as in the others)"
+        )
     print(markdown(table))
 
 
@@ -148,16 +189,3 @@ def _here() -> Sequence[str]:
     if others:
         print(f"not here, and left out: {', '.join(others)}; --data NAME downloads one that can be")
     return found
-
-
-def _bars():  # type: ignore[no-untyped-def]
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description:<28}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        TextColumn("{task.fields[remark]}"),
-    )

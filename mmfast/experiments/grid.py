@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing as mp
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from mmfast.experiments import results
 from mmfast.experiments.results import Result
-from mmfast.experiments.run import train
+from mmfast.experiments.run import part_of, train
 from mmfast.experiments.settings import Settings, SettingsError, settings
 
 RECORD = "runs.jsonl"  # in the folder of a grid, beside its checkpoints
@@ -83,6 +84,7 @@ def many(
             for worker in workers.values():
                 worker.process.terminate()
                 worker.process.join()
+                part_of(checkpoint_of(folder, worker.run)).unlink(missing_ok=True)  # it may have been writing
         return [done[run] for run in runs if run in done]
 
 
@@ -116,9 +118,23 @@ def _start(run: Settings, folder: Path) -> _Worker:
     context = mp.get_context("spawn")  # torch's threads do not survive a fork
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(run, folder, theirs, os.getpid()), daemon=True)
-    process.start()
+    with _without_interrupts():
+        process.start()
     theirs.close()  # so that its death is seen as the end of the pipe
     return _Worker(run, process, ours)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What starts in here never sees Ctrl-C, which reaches every process of a terminal: its parent does, and ends it."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(worker: _Worker) -> tuple[int, str] | Result | str:

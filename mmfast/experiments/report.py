@@ -123,12 +123,17 @@ def markdown(table: Sequence[Cell]) -> str:
             *map(_error, (c.paper_plain, c.paper_ours, c.plain, c.ours)),
             c.rule,
         ]
-        values += ["" if c.p is None else f"{c.p:.2f}", c.verdict, f"{c.plain_us / 1e3:.2f} ms", f"{c.step_ratio:.2f}x"]
+        values += [_p(c.p), c.verdict, f"{c.plain_us / 1e3:.2f} ms", f"{c.step_ratio:.2f}x"]
         lines.append(f"| {' | '.join(values)} |")
     rules = sorted({rule for c in table for rule in c.by_rule}, key=lambda rule: (rule != NONE, rule))
     lines += ["", f"| model | data | {' | '.join(rules)} |", f"|---|---|{'--:|' * len(rules)}"]
     lines += [f"| {MODELS[c.run.model]} | {c.run.data} | {' | '.join(_error(c.by_rule.get(rule)) for rule in rules)} |" for c in table]
     return "\n".join(lines)
+
+
+def _p(p: float | None) -> str:
+    """With two digits and without the zero before the point; what would round to .00 is said to be below .01."""
+    return "" if p is None else "< .01" if p < 0.01 else f"{p:.2f}".removeprefix("0")
 
 
 def _error(value: float | None) -> str:

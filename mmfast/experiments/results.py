@@ -21,7 +21,7 @@ class Result:
     validation_error: float | None  # mean over features
     test_error: float | None  # mean over features
     test_errors: dict[str, float | None]  # of each feature; None for one that has no error, see `prepare.errors`
-    step_us: float  # one training step
+    step_us: float  # one training step, of the thread's processor time
     plain_step_us: float  # one of the same model without a block, timed in turn with it
     versions: dict[str, str] = field(default_factory=dict)
 

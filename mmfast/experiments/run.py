@@ -48,12 +48,15 @@ class State:
     def save(self, path: Path, settings: Settings) -> None:
         """Replaces the checkpoint in one move: a kill leaves the old one or the new one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as f:
-            torch.save(self._state(settings), f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
+        part = part_of(path)
+        try:
+            with part.open("wb") as f:
+                torch.save(self._state(settings), f)
+                f.flush()
+                os.fsync(f.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)  # what Ctrl-C or a full disk left
 
     def _state(self, settings: Settings) -> dict[str, object]:
         return {
@@ -84,6 +87,11 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["random"])
         self.epoch, self.kept = saved["epoch"], saved["kept"]
+
+
+def part_of(checkpoint: Path) -> Path:
+    """Where a checkpoint is written before it takes its place."""
+    return checkpoint.with_suffix(".part")
 
 
 def make_model(settings: Settings, parts: Prepared) -> nn.Module:
@@ -160,15 +168,19 @@ def _start(model: nn.Module) -> State:
 
 
 def _step_times(settings: Settings, parts: Prepared) -> tuple[float, float]:
-    """Microseconds of a training step of this run's model and of the same without a block: medians of steps made in turn, so a busy machine favours none."""
+    """Microseconds of a training step of this run's model and of the same without a block: medians of steps made in turn.
+
+    Of this thread's processor time: a machine that is shared takes nothing from it, and with one thread of torch the whole step, backward pass included,
+    is this thread's work.
+    """
     states = [_start(make_model(run, parts)) for run in (settings, replace(settings, rule=NONE))]
     x, seen = parts.train.x[: settings.batch], parts.train.seen[: settings.batch]
     times: list[list[float]] = [[], []]
     for _ in range(TIMED_STEPS):
         for state, found in zip(states, times, strict=True):
-            start = time.perf_counter()
+            start = time.thread_time_ns()
             state.step(x, seen)
-            found.append((time.perf_counter() - start) * 1e6)
+            found.append((time.thread_time_ns() - start) / 1e3)
     own, plain = map(statistics.median, times)
     return own, plain
 

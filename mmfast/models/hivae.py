@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from mmfast import contract
 from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
 from mmfast.models.vae import apply_heads, make_heads
-from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.names import ResolverLike
 
 _INIT = 0.05  # standard deviation of the first weights
 
@@ -53,7 +54,7 @@ class HIVAE(nn.Module):
     _offsets: Tensor  # of each class feature among the codes
 
     def __init__(
-        self, joint: Joint, latent: int = 10, y_size: int = 5, components: int = 10, resolvers: Sequence[Resolver] | None = None
+        self, joint: Joint, latent: int = 10, y_size: int = 5, components: int = 10, resolvers: Sequence[ResolverLike] | None = None
     ) -> None:
         super().__init__()
         self.joint, self.components, self.tau = joint, components, 1.0
@@ -62,7 +63,8 @@ class HIVAE(nn.Module):
             torch.tensor([i for i, part in enumerate(joint.likelihoods) if isinstance(part, kind)], dtype=torch.long) for kind in kinds
         ]
         if sum(map(len, places)) < len(joint.sizes):
-            raise TypeError(f"joint has {joint.likelihoods!r}; the inputs of HI-VAE are defined for {kinds[:3]} and {kinds[3]} alone")
+            other = [part for part in joint.likelihoods if not isinstance(part, (*kinds[:3], *kinds[3]))]
+            raise TypeError(f"joint has {contract.shortened(other)}; the inputs of HI-VAE are defined for {kinds[:3]} and {kinds[3]} alone")
         self._counts = [len(p) for p in places[:3]]
         self.register_buffer("_numeric", torch.cat(places[:3]), persistent=False)
         self.register_buffer("_classes", places[3], persistent=False)
@@ -108,7 +110,7 @@ class HIVAE(nn.Module):
             return (apply_heads(self.z_heads, z) + apply_heads(self.s_heads, s)) * self.free
 
     def loss(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Minus the evidence lower bound, one sample of s and z, summed over the batch; missing cells are left out.
+        """Minus the evidence lower bound, one sample of s and z (the divergence of s is exact), summed over the batch; missing cells are left out.
 
         Args:
             x: [rows, K] as `prepare` gives it.
@@ -123,7 +125,7 @@ class HIVAE(nn.Module):
         z = mean + log_std.exp() * noise
         log_x = (self.joint.log_prob(self.decode(z, s), x) * seen).sum()
         kl_z = (0.5 * ((z - self.prior(s)).square() - noise.square()) - log_std).sum()
-        kl_s = (s * log_q_s).sum() + len(x) * math.log(self.components)
+        kl_s = (log_q_s.exp() * log_q_s).sum() + len(x) * math.log(self.components)  # exact: at the relaxed s it would be biased
         return kl_z + kl_s - log_x
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mmfast.blocks.linear_heads import LinearHeads
 from mmfast.models.likelihoods import Joint
-from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.names import ResolverLike
 
 OBJECTIVES = ("elbo", "iwae", "dreg")
 
@@ -27,7 +27,7 @@ def _xavier(module: nn.Module, gain: float) -> None:
             nn.init.constant_(m.bias, 0.01)
 
 
-def make_heads(in_features: int, sizes: Sequence[int], resolver: Resolver | None, bias: bool = True) -> nn.Module:
+def make_heads(in_features: int, sizes: Sequence[int], resolver: ResolverLike | None, bias: bool = True) -> nn.Module:
     """K linear branches in one module: with a block, or as one plain layer that adds up their gradients."""
     return nn.Linear(in_features, sum(sizes), bias) if resolver is None else LinearHeads(in_features, sizes, resolver, bias=bias)
 
@@ -81,7 +81,7 @@ class VAE(nn.Module):
         joint: Joint,
         hidden: int,
         latent: int,
-        resolvers: Sequence[Resolver] | None = None,
+        resolvers: Sequence[ResolverLike] | None = None,
         objective: str = "elbo",
         samples: int = 1,
     ) -> None:
@@ -98,7 +98,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(k), *mlp([k, hidden, hidden, hidden], nn.Tanh))
         self.mean, self.std = nn.Linear(hidden, latent), nn.Linear(hidden, latent)
         body = mlp([latent, hidden, hidden, hidden], nn.ReLU)
-        rules: Sequence[Resolver | None] = resolvers or [None] * blocks
+        rules: Sequence[ResolverLike | None] = resolvers or [None] * blocks
         decoders = [Decoder(body, make_heads(hidden, joint.sizes, rule)) for rule in rules]
         self.decoder = decoders[0]
         for part, gain in ((self.encoder, 5 / 3), (body, 2**0.5), (self.mean, 1.0), (self.std, 1.0)):

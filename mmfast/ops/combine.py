@@ -9,7 +9,7 @@ from mmfast import contract
 from mmfast.backends.choice import choose, functions_of
 
 
-def combine(grads: Sequence[Tensor], w: Tensor, per: str = "batch", *, backend: str = "auto") -> Tensor:
+def combine(grads: Sequence[Tensor] | Tensor, w: Tensor, per: str = "batch", *, backend: str = "auto") -> Tensor:
     """The weighted sum of the gradients, sum_i w_i g_i.
 
     Args:
@@ -20,14 +20,20 @@ def combine(grads: Sequence[Tensor], w: Tensor, per: str = "batch", *, backend: 
 
     Returns:
         A fresh contiguous tensor of the shape and dtype of one gradient; rows are added in order, 16-bit types are rounded once.
+        No gradient flows back through it.
 
     >>> import torch, mmfast as mf
     >>> mf.combine([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])], torch.tensor([0.5, 1.0]))
     tensor([2.5000, 2.0000])
     """
     contract.per_code(per)
+    grads = contract.as_rows(grads)
     k = len(grads)
     contract.check_count(k)
+    return contract.call_ordinary(_combine, grads, (w, per, k, backend), per, None, k, torch.view_as_complex)
+
+
+def _combine(grads: Sequence[Tensor], w: Tensor, per: str, k: int, backend: str) -> Tensor:
     contract.check_grads(grads)
     contract.check_per(per, grads[0].shape)
     expected = (grads[0].shape[0], k) if per == "sample" else (k,)

@@ -9,8 +9,9 @@ from torch import Tensor
 from mmfast import contract
 from mmfast.backends import cuda, library
 from mmfast.backends.choice import TRITON_ROWS, backends, choose, triton_kernels
-from mmfast.resolvers.base import Resolver, Rule
+from mmfast.resolvers.base import Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.names import ResolverLike, instance_of
 
 CACHED = 1 << 18  # bytes of a sample that are still in a processor's cache when it is combined
 
@@ -107,8 +108,8 @@ def _cuda(first: Tensor, present: int, k: int, chain: list[Rule], per: str, mask
 
 
 def explain(
-    grads: Sequence[Tensor | None],
-    resolver: Resolver,
+    grads: Sequence[Tensor | None] | Tensor,
+    resolver: ResolverLike,
     per: str = "batch",
     mask: Tensor | None = None,
     *,
@@ -134,9 +135,12 @@ def explain(
     memory   not counted
     floor    16 kB, 0.8 µs at 20 GB/s
     """
+    grads = contract.as_rows(grads)
     k, there = len(grads), [g for g in grads if g is not None]
+    resolver = instance_of(resolver, k)
     if not there:
         raise ValueError("grads has no tensor, expected at least one")
+    there = contract.ordinary(there, per, mask, k) or there
     contract.check(there, per, mask, k)
     resolver.check(k)
     first = there[0]

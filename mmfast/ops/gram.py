@@ -10,11 +10,13 @@ from mmfast.backends import cpu, library
 from mmfast.backends.choice import choose, functions_of
 
 
-def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
+def gram(grads: Sequence[Tensor] | Tensor, per: str = "batch", *, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Inner products of all pairs of gradients: the only pass that reads all data.
 
     Args:
-        grads: 1 to 256 tensors of one shape, dtype (float16, bfloat16, float32, float64) and device; any strides.
+        grads: 1 to 256 tensors of one shape, dtype and device, or one tensor [K, ...] with a gradient in each row ([K, B, ...] where `per`
+            needs a batch). float16, bfloat16, float32 or float64, any strides; sparse ones are made dense, and of complex ones each number
+            counts as the pair of its real and imaginary part.
         per: "batch" takes each gradient as one vector; "sample" one Gramian per entry of the leading dimension;
             "batch_sum" the Gramian of the gradients summed over the leading dimension.
         mask: bool [K], or [B, K] for a mask per sample; False entries count as zero and are not read.
@@ -24,7 +26,7 @@ def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = N
     Returns:
         float64 [K, K], or [B, K, K] per sample, freshly allocated. Products are summed in single precision over at most 4096
         elements (double for float64), then in double, in an order that depends on the number of elements alone: the same bits
-        for every thread count and instruction set.
+        for every thread count and instruction set. No gradient flows back through it.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
@@ -35,8 +37,13 @@ def gram(grads: Sequence[Tensor], per: str = "batch", *, mask: Tensor | None = N
             [ 3.,  1.]], dtype=torch.float64)
     """
     contract.per_code(per)
+    grads = contract.as_rows(grads)
     k = len(grads)
     contract.check_count(k)
+    return contract.call_ordinary(_gram, grads, (per, mask, k, backend), per, mask, k, lambda G: G)
+
+
+def _gram(grads: Sequence[Tensor], per: str, mask: Tensor | None, k: int, backend: str) -> Tensor:
     first, functions = grads[0], cpu
     if backend != "auto" or not library.available or torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cpu:
         contract.check(grads, per, mask, k)

@@ -12,13 +12,14 @@ from mmfast.backends.choice import choose, functions_of
 from mmfast.resolvers.base import Resolver, call_resolver
 from mmfast.resolvers.chain import bind
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.names import ResolverLike, instance_of
 from mmfast.resolvers.norm import measured
 from mmfast.resolvers.solve import precision_of, present_rows, untold
 
 
 def resolve(
-    grads: Sequence[Tensor | None],
-    resolver: Resolver,
+    grads: Sequence[Tensor | None] | Tensor,
+    resolver: ResolverLike,
     per: str = "batch",
     mask: Tensor | None = None,
     *,
@@ -28,8 +29,8 @@ def resolve(
     """One gradient from K conflicting ones: Gramian, weights and weighted sum in one call.
 
     Args:
-        grads: 1 to 256 tensors of one shape, dtype and device; entries that are None are missing modalities.
-        resolver: how conflicts are resolved.
+        grads: as for `gram`; entries of a list that are None are missing modalities.
+        resolver: how conflicts are resolved: an instance, or the name or class of a rule that needs no arguments and keeps no state.
         per: "batch" (one problem), "sample" (one problem per entry of the leading dimension) or "batch_sum" (one problem, of the
             gradients summed over the leading dimension).
         mask: bool [K], or [B, K]: False where a gradient (or a sample of it) is missing; what it holds is never read.
@@ -38,7 +39,7 @@ def resolve(
 
     Returns:
         A fresh contiguous tensor of the shape and dtype of one gradient. The same inputs, resolver state and seed give the same
-        bits on every run, thread count and instruction set. A non-finite gradient gives a non-finite result.
+        bits on every run, thread count and instruction set. A non-finite gradient gives a non-finite result. No gradient flows back through it.
 
     >>> import torch, mmfast as mf
     >>> mf.resolve([torch.tensor([-3.0, 1.0, 1.0]), torch.tensor([5.0, 1.0, 1.0])], mf.MGDA())
@@ -48,8 +49,8 @@ def resolve(
 
 
 def resolve_info(
-    grads: Sequence[Tensor | None],
-    resolver: Resolver,
+    grads: Sequence[Tensor | None] | Tensor,
+    resolver: ResolverLike,
     per: str = "batch",
     mask: Tensor | None = None,
     *,
@@ -61,6 +62,9 @@ def resolve_info(
 
     info is None for elementwise resolvers; without `with_info` it may be None, or lack what the result did not need.
     """
+    grads = contract.as_rows(grads)
+    if not isinstance(resolver, Resolver):
+        resolver = instance_of(resolver, len(grads))
     if mask is None and per == "batch" and backend == "auto":
         found = direct.resolve(grads, resolver, preserve_norm, with_info)
         if found is not None:
@@ -68,7 +72,12 @@ def resolve_info(
     k = len(grads)
     missing = tuple([i for i, g in enumerate(grads) if g is None])
     present = [g for g in grads if g is not None] if missing else cast(Sequence[Tensor], grads)
-    return _resolve(present, resolver, k, missing, per, mask, preserve_norm, with_info, backend)
+    arguments = (resolver, k, missing, per, mask, preserve_norm, with_info, backend)
+    return contract.call_ordinary(_resolve, present, arguments, per, mask, k, _complex)
+
+
+def _complex(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    return torch.view_as_complex(found[0]), found[1]
 
 
 def _resolve(

@@ -8,16 +8,17 @@ from mmfast.backends.choice import choose, functions_of
 from mmfast.resolvers.base import Resolver, call_resolver, known_precision
 from mmfast.resolvers.chain import bind
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.names import ResolverLike, instance_of
 from mmfast.resolvers.solve import precision_of, present_rows, preserved
 
 
-def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preserve_norm: bool = False, backend: str = "auto") -> Tensor:
+def weights(G: Tensor, resolver: ResolverLike, mask: Tensor | None = None, *, preserve_norm: bool = False, backend: str = "auto") -> Tensor:
     """Weights of a resolver for given Gramians.
 
     Args:
         G: Gramians [..., K, K], any floating dtype; solved in float64, each on its own. The dtype tells how exact the numbers are:
             what could be rounding counts as zero in the rules that need a rank (IMTLG, ConFIG, AlignedMTL).
-        resolver: how conflicts are resolved.
+        resolver: how conflicts are resolved; see `resolve`.
         mask: bool [K] or [..., K]; False rows are missing: left out of the problem, weight 0. All-zero rows are missing too.
         preserve_norm: scale the weights so that the resolved gradient has the norm of the plain sum.
         backend: as for `gram`.
@@ -30,6 +31,7 @@ def weights(G: Tensor, resolver: Resolver, mask: Tensor | None = None, *, preser
     tensor([0.6000, 0.4000], dtype=torch.float64)
     """
     contract.check_gramian(G)
+    resolver = instance_of(resolver, G.shape[-1])
     if isinstance(resolver, ElementwiseRule):
         resolver(G)  # raises: it needs gradients
     problems, k = G.shape[:-2], G.shape[-1]

@@ -10,6 +10,7 @@ from mmfast.resolvers.linalg import cosines, times
 
 FLAT = 1e-10
 STEPS = 100
+STEPS_OF_HIGH_POWERS = 400  # alpha below 0.1
 SEARCHES = 6
 
 
@@ -40,7 +41,7 @@ def _bargain(p: Problem, alpha: float) -> Tensor:
     norm, C = cosines(p.G)
     sides = _Sides(norm, p.active, alpha)
     x = sides.m.clone()
-    for _ in range(STEPS):
+    for _ in range(STEPS if alpha >= 0.1 else STEPS_OF_HIGH_POWERS):
         pull, curve = sides(x)
         gradient = times(C, x) - pull
         H = C + torch.diag_embed(curve)
@@ -129,7 +130,8 @@ class FairGrad(Rule):
     """The alpha-fair solution, G w = w^(-1/alpha) (Ban and Ji, "Fair resource allocation in multi-task learning", ICML 2024).
 
     Args:
-        alpha: fairness: 0 is the mean of the gradients, 1 proportional fairness (NashMTL), and the larger, the nearer to equal progress for all.
+        alpha: fairness: 0 is the mean of the gradients, 1 proportional fairness (NashMTL), and the larger, the nearer to equal progress for all;
+            between 0 and 0.05 it is refused.
     """
 
     method = 12
@@ -137,8 +139,10 @@ class FairGrad(Rule):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha is {alpha}, expected a number that is not negative")
+        if not (math.isfinite(alpha) and (alpha == 0 or alpha >= 0.05)):
+            raise ValueError(
+                f"alpha is {alpha}, expected 0 or a number from 0.05 up: w^(-1/alpha) of less has no solution that Newton's method finds"
+            )
         self.alpha = float(alpha)
 
     def params(self) -> list[float]:

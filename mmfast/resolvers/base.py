@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmfast import contract
 from mmfast.resolvers.philox import Draw
 
 EPS = torch.finfo(torch.float64).eps
@@ -180,7 +181,7 @@ class PreferringRule(Rule):
         super().__init__()
         self.pref = None if pref is None else tuple(float(x) for x in pref)
         if self.pref is not None and not (all(math.isfinite(x) and x >= 0 for x in self.pref) and any(self.pref)):
-            raise ValueError(f"pref is {self.pref}, expected K finite numbers, none negative, not all zero")
+            raise ValueError(f"pref is {contract.shortened(self.pref)}, expected K finite numbers, none negative, not all zero")
 
     def params(self) -> list[float]:
         return list(self.pref or ())

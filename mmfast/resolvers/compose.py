@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mmfast.resolvers.base import Problem, Resolver, Rule, call_resolver, known_precision, weights_of
 from mmfast.resolvers.chain import states_of
 from mmfast.resolvers.elementwise import ElementwiseRule
+from mmfast.resolvers.names import ResolverLike, made_of
 from mmfast.resolvers.solve import advance_states, apply, present, row_map
 from mmfast.resolvers.units import common_change, to_one_unit
 
@@ -19,7 +20,7 @@ class Compose(Resolver):
     the Gramian, in one call of the compiled solver where every step is a built-in rule.
 
     Args:
-        resolvers: one or more resolvers; nested ones are laid out flat.
+        resolvers: one or more resolvers, or names or classes of them; nested ones are laid out flat.
 
     Example:
         >>> mf.Compose(mf.GradNorm(alpha=1.0), mf.PCGrad())
@@ -28,14 +29,15 @@ class Compose(Resolver):
 
     parts: Sequence[Resolver]
 
-    def __init__(self, *resolvers: Resolver) -> None:
+    def __init__(self, *resolvers: ResolverLike) -> None:
         super().__init__()
         if not resolvers:
             raise ValueError("Compose: no resolver was given, expected one or more")
-        for n, part in enumerate(resolvers):
-            if not isinstance(part, Resolver) or isinstance(part, ElementwiseRule):
+        steps = [made_of(part) for part in resolvers]
+        for n, part in enumerate(steps):
+            if isinstance(part, ElementwiseRule):
                 raise TypeError(f"Compose: resolvers[{n}] is {part!r}, expected a Resolver of Gramians")
-        flat = [p for part in resolvers for p in (part.parts if isinstance(part, Compose) else [part])]
+        flat = [p for part in steps for p in (part.parts if isinstance(part, Compose) else [part])]
         if len({id(part) for part in flat}) < len(flat):
             raise ValueError("Compose: one resolver was given twice, expected one for each step, because each keeps its own state")
         self.parts = nn.ModuleList(flat)  # type: ignore[assignment]
@@ -106,16 +108,17 @@ class CRMOGM(Rule):
     gradients that have changed, in the mean, since they were first seen, by 1.
 
     Args:
-        inner: the resolver whose weights to smooth; those of a class of your own are taken to depend on ratios of the gradients alone, unless its
-            `degree` says otherwise. The first weights of a gradient are taken as they are.
+        inner: the resolver whose weights to smooth, or its name or class; those of a class of your own are taken to depend on ratios of the gradients
+            alone, unless its `degree` says otherwise. The first weights of a gradient are taken as they are.
         alpha: weight of the running mean against the newest weights, from 0 to 1.
     """
 
     method = 18
     smooths = True
 
-    def __init__(self, inner: Resolver, alpha: float = 0.9) -> None:
-        if not isinstance(inner, Resolver) or isinstance(inner, ElementwiseRule):
+    def __init__(self, inner: ResolverLike, alpha: float = 0.9) -> None:
+        inner = made_of(inner)
+        if isinstance(inner, ElementwiseRule):
             raise TypeError(f"CRMOGM: inner is {inner!r}, expected a Resolver of Gramians")
         if not 0 <= alpha <= 1:
             raise ValueError(f"CRMOGM: alpha is {alpha!r}, expected a number from 0 to 1")

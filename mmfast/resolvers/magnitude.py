@@ -38,8 +38,9 @@ def _mean(x: Tensor, p: Problem) -> Tensor:
 class GradNorm(Rule):
     """Learns weights that balance the gradient norms (Chen et al., "GradNorm", ICML 2018, as modified by Javaloy et al., ICML 2022).
 
-    Needs the Gramian alone: how far a branch has trained shows in its gradient norm, not in its loss. The weights sum to K.
-    A loss scale that changes from call to call changes nothing; a branch that joins later counts as changed as much as the others in the mean.
+    Needs the Gramian alone: how far a branch has trained shows in its gradient norm, not in its loss. The weights sum to K. Norms are divided by their mean
+    before Adam sees a gradient of them (the code of Javaloy et al. does not, and compares with its 21st call by default), and a loss scale that changes from
+    call to call changes nothing; a branch that joins later counts as changed as much as the others in the mean.
 
     Args:
         alpha: how strongly branches whose norms fell less are favoured; 0 makes all norms equal.

@@ -44,15 +44,19 @@ def share(w, G, idx, K: tl.constexpr):
 @kernel
 def mgda(
     G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     idx = tl.arange(0, P)
     G, active, rows, half = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
-    if UNIT:  # on the cosines
+    norm, C = G, G
+    if UNIT:
         norm, C = cosines(G, active, idx)
-        w = share(shortest(C, active, idx, K), G, idx, K) / norm * half
-    else:
-        w = share(shortest(G, active, idx, K), G, idx, K)
+    w = share(shortest(C, active, idx, K), G, idx, K)
+    if CAPPED:
+        cap = parameter(numbers, 2)
+        w = tl.where(w > cap, cap, w)
+    if UNIT:
+        w = w / norm * half
     store(w_ptr, w, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)
 
 

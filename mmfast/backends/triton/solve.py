@@ -23,7 +23,7 @@ KERNELS: dict[type[Rule], tuple[Any, Callable[[Any], dict[str, bool]]]] = {
     resolvers.Constant: (simple.fixed, lambda rule: {"MEAN": False, "CONSTANT": True}),
     resolvers.Random: (simple.random, lambda rule: {}),
     resolvers.PCGrad: (projection.pcgrad, lambda rule: {"FIXED": not rule.random}),
-    resolvers.MGDA: (minnorm.mgda, lambda rule: {"UNIT": rule.normalize == "l2"}),
+    resolvers.MGDA: (minnorm.mgda, lambda rule: {"UNIT": rule.normalize == "l2", "CAPPED": rule.cap is not None}),
     resolvers.CAGrad: (minnorm.cagrad, lambda rule: {}),
     resolvers.UPGrad: (cone.upgrad, lambda rule: {"GIVEN": rule.pref is not None}),
     resolvers.DualProj: (cone.dualproj, lambda rule: {"GIVEN": rule.pref is not None}),

@@ -1,0 +1,48 @@
+"""What a user writes with the public API; tests/test_typing.py lets mypy read it as a file outside of mmfast."""
+
+from typing import assert_type  # not in Python 3.10, where mypy alone reads this file
+
+import torch
+from torch import Tensor, nn
+
+import mmfast as mf
+
+
+class Shortest(mf.Resolver):
+    def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.one_hot(G.diagonal(dim1=-2, dim2=-1).argmin(-1), G.shape[-1]).double()
+
+
+grads: list[Tensor] = [torch.randn(4, 10) for _ in range(3)]
+rows = torch.randn(3, 4, 10)
+G = mf.gram(grads, per="sample", mask=torch.ones(3, dtype=torch.bool), backend="auto")
+assert_type(G, Tensor)
+assert_type(mf.gram(rows), Tensor)
+assert_type(mf.weights(G, mf.UPGrad(pref=[1.0, 2.0, 3.0]), preserve_norm=True), Tensor)
+assert_type(mf.combine(rows, torch.ones(3)), Tensor)
+assert_type(mf.resolve([grads[0], None, grads[2]], "mgda"), Tensor)
+for rule in (mf.CAGrad, mf.CAGrad(c=0.4, rescale=1), mf.resolver("cagrad", c=0.4), Shortest, Shortest(), "upgrad"):
+    mf.resolve(tuple(grads), rule, per="batch_sum", preserve_norm=True)
+print(mf.explain(grads, mf.MGDA, bandwidth=20.0).floor_us)
+assert_type(mf.backends(), dict[str, tuple[bool, str]])
+
+y = torch.randn(8, 10, requires_grad=True)
+assert_type(mf.fork(y, 2, mf.PCGrad), tuple[Tensor, ...])
+block = mf.ImpartialityBlock(
+    nn.ModuleDict({"a": nn.Linear(10, 1), "b": nn.Linear(10, 2)}),
+    mf.Compose("gradvac", mf.MGDA, mf.CRMOGM(mf.NashMTL(max_norm=1.0), alpha=0.5)),
+    local=mf.StandardScale(torch.randn(8, 2), ["real", "real"]),
+    per="sample",
+)
+block(y, mask=torch.ones(2, dtype=torch.bool))
+seen = block.stats()
+assert_type(seen.weights, Tensor)
+print(seen, block.names)
+heads = mf.LinearHeads(10, [3, 1, 7], mf.IMTLG, bias=False, local=[1.0, 2.0, 3.0])
+assert_type(heads.joint(y), Tensor)
+a, b, c = heads(y)
+heads.resolver.reset()
+print(mf.DimRatio([3, 4]), mf.LipschitzScale(torch.randn(8, 1), ["real"], lr=1e-3), mf.stats.norms(G), mf.__version__)
+print(mf.Krum(1, n_selected=2), mf.TrimmedMean(1), mf.GradDrop(leak=0.1), mf.Constant([1.0, 2.0]), mf.Random(), mf.Sum(), mf.Mean())
+print(mf.GradNorm(alpha=0.5, lr=1e-2, update_at=3), mf.NSGD(update_at=2), mf.PCD(tau=0.1, beta=0.9), mf.DualProj(), mf.FairGrad(alpha=2.0))
+print(mf.GradVac(beta=0.1), mf.AlignedMTL(scale="median"), mf.ConFIG(length="projection"), mf.PCGrad(reduction="mean", order="fixed"))
