@@ -7,8 +7,12 @@ from torch.func import grad, hessian, jacrev, vjp, vmap
 
 import mmfast as mf
 
+# torch.compile itself uses what torch calls deprecated
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch", "ignore:.*should not be instantiated"
+    "ignore::DeprecationWarning:torch",
+    "ignore::FutureWarning:torch",
+    "ignore:.*should not be instantiated",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
 )
 x = torch.randn(4, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

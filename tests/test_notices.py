@@ -64,6 +64,17 @@ def test_gradients_taken_for_each_loss_or_part_of_them(make):
             step(y, losses)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_other_kinds_of_gradients(kind):
+    y = torch.randn(6, 3, dtype=torch.complex64 if kind == "complex" else torch.float32, requires_grad=True)
+    one, other, _ = mf.fork(y * 2, 3, mf.MGDA())
+    if kind == "sparse":
+        one = nn.functional.embedding(torch.tensor([1, 2]), one, sparse=True)
+    one.abs().square().sum().backward(retain_graph=True)
+    with pytest.warns(UserWarning, match=APART):
+        other.abs().sum().backward()
+
+
 @every
 def test_the_same_branches_again_are_fine(make):
     block = make(mf.Sum(), preserve_norm=False)

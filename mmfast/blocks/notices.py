@@ -20,8 +20,9 @@ goes_back_again = torch._C._autograd._get_current_graph_task_keep_graph  # wheth
 
 def present_branches(grads: tuple[Tensor | None, ...]) -> Tensor:
     """Which of K gradients are there and not all zero, bool [K]."""
-    some = next(g for g in grads if g is not None)
-    return torch.stack([some.new_zeros((), dtype=torch.bool) if g is None else (g != 0).any() for g in grads])
+    device = next(g.device for g in grads if g is not None)
+    absent = torch.zeros((), dtype=torch.bool, device=device)
+    return torch.stack([absent if g is None else ((g if g.layout == torch.strided else g.to_dense()) != 0).any() for g in grads])
 
 
 def present_heads(delta: Tensor, head_of: Tensor, k: int) -> Tensor:
