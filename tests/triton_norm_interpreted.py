@@ -140,7 +140,7 @@ def test_heads():
     for rule in (mf.UPGrad(), mf.Mean(), mf.GradVac()):
         for per in ("batch", "sample", "batch_sum"):
             made = [
-                heads(delta, weight, torch.tensor([0, 1]), 2, copy.deepcopy(rule), per, None, preserve_norm=True, backend=b)
+                heads(delta, weight, torch.tensor([0, 1]), copy.deepcopy(rule), 2, per, None, preserve_norm=True, backend=b)
                 for b in ("triton", "reference")
             ]
             torch.testing.assert_close(made[0], made[1], rtol=1e-5, atol=1e-9)
