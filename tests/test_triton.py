@@ -22,7 +22,7 @@ def run(*arguments, **environment):
 
 
 @installed
-@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_solve_interpreted.py"])
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_solve_interpreted.py", "triton_norm_interpreted.py"])
 def test_the_kernels_interpreted(file):
     """Each can be run by itself, too: TRITON_INTERPRET=1 pytest tests/triton_interpreted.py."""
     done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{file}", TRITON_INTERPRET="1")

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("triton", "3.6", reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
-SPILLS = {
-    "cuda:100": 24
-}  # bytes, of gram (with Triton 3.6 8 of combine): three registers, which its assembler gives for one more program on a processor
+# bytes, of gram on sm_100 (with Triton 3.6 8 of combine) and of combine with the norm of four rows on sm_90: up to three registers, which the
+# assembler gives for one more program on a processor
+SPILLS = {"cuda:90": 8, "cuda:100": 24}
 
 
 def run(folder, *arguments):
@@ -33,7 +33,16 @@ def ask(what, folder, *sizes):
 def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
     found = ask(target, tmp_path)
     names = {line["kernel"].split()[0] for line in found}
-    expected = {"few_kernel", "fold_kernel", "sums_kernel", "combine_kernel", "presence_kernel", "graddrop_kernel", "trimmed_kernel"}
+    expected = {
+        "few_kernel",
+        "fold_kernel",
+        "sums_kernel",
+        "combine_kernel",
+        "lengths_kernel",
+        "presence_kernel",
+        "graddrop_kernel",
+        "trimmed_kernel",
+    }
     assert names >= expected | ({"many_kernel"} if target in ("cuda:90", "hip:gfx942") else set())
     for line in found:
         print(line)
@@ -54,7 +63,7 @@ def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
 def test_few_variants_whatever_the_alignment(tmp_path):
     """375 alignments and lengths of three rows, and one with a missing row: aligned or not is all that is compiled for."""
     for counts in ask("alignments", tmp_path):
-        assert counts == {"few_kernel": 2, "combine_kernel": 2, "fold_kernel": 1, "mgda": 1}
+        assert counts == {"few_kernel": 2, "combine_kernel": 4, "lengths_kernel": 1, "fold_kernel": 1, "mgda": 1}
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])

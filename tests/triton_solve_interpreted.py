@@ -3,10 +3,12 @@
 import copy
 
 import pytest
+import residuals
 import torch
 from problems import gramian, kinds
 from rule_table import RULES
 from test_minnorm import hard, randn
+from test_precision import CAGRAD_ONE, CAGRAD_TWO, UPGRAD, batched, conditions
 
 from mmfast import resolvers
 from mmfast.backends.triton import solve as solvers
@@ -20,6 +22,7 @@ NAMES = [name for name, row in RULES.items() if type(row.make(row.min_k)) in sol
 FORMS = ["Sum", "Mean", "Constant", "Random", "PCGrad", "PCGrad fixed", "MGDA", "MGDA l2", "MGDA capped", "CAGrad"]
 FORMS += ["UPGrad", "DualProj", "NashMTL", "FairGrad(0.5)", "IMTLG", "AlignedMTL", "ConFIG"]  # of every kernel
 EPS = torch.finfo(torch.float64).eps
+SINGLE = precision_of(torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -136,20 +139,58 @@ def test_hard_gramians(name, tolerance, step):
 
 def test_rounded_gramian():
     """A rank-deficient Gramian rounded to float32 is no longer positive semidefinite: the weights stay tame, the direction useful."""
-    single = precision_of(torch.float32)
     for rule, k in ((resolvers.UPGrad(), 4), (resolvers.DualProj(), 12), (resolvers.MGDA(), 12), (resolvers.CAGrad(), 4)):
         J = torch.randn(k, k // 2, dtype=torch.float64)
         G = J @ J.mT
         size = G.diagonal().sqrt()
-        w = solve(rule, G.float().double(), precision=single)
+        w = solve(rule, G.float().double(), precision=SINGLE)
         assert w.isfinite().all() and w.abs().max() <= 1e4
         if not isinstance(rule, resolvers.CAGrad):
             assert ((G @ w) >= -1e-6 * size * (w * size).sum()).all()
     J = torch.randn(4, 2, dtype=torch.float64)
     G = (J @ J.mT).float().double()
     for rule in (resolvers.IMTLG(), resolvers.ConFIG(), resolvers.AlignedMTL()):
-        expected = plain_weights(G, None, [rule], [None], None, False, single)
-        torch.testing.assert_close(solve(rule, G, precision=single), expected, rtol=1e-6, atol=1e-6)
+        expected = plain_weights(G, None, [rule], [None], None, False, SINGLE)
+        torch.testing.assert_close(solve(rule, G, precision=SINGLE), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if type(RULES[name].make(2)).lifts or name.startswith(("PCGrad", "IMTLG"))])
+def test_conditions_hold_for_the_gradients(name):
+    """Of a Gramian rounded to float32: every condition and bound that the rule's row has, for the gradients that were rounded, whatever their kind."""
+    k, n = 3, 2
+    J, names = batched(torch.float32, k, n, 1)
+    J, rule = J.double(), RULES[name].make(k)
+    G = (J.float() @ J.float().mT).double()
+    w = solve(copy.deepcopy(rule), G, precision=SINGLE)
+    truth, exact = (plain_weights(J @ J.mT, None, [rule], [None], rule.rng, False, p) for p in (EPS, SINGLE))
+    for b, problem in enumerate(names):
+        for what, violation in conditions(name, rule, J[b], w[b], truth[b], exact[b]):
+            assert violation <= 4, (what, float(violation), problem)
+
+
+def test_weights_do_not_follow_rounding():
+    """Zero in the hull, as far as a float32 Gramian tells: no direction is made of what is left; CAGrad stays within its ball."""
+    for values, rule in ((CAGRAD_ONE, resolvers.CAGrad(1.0)), (UPGRAD, resolvers.UPGrad())):
+        J = torch.tensor(values)
+        w = solve(rule, (J @ J.mT).double(), precision=SINGLE)
+        assert (w @ J.double()).norm() < 1e-5
+    J = torch.tensor(CAGRAD_TWO)
+    d, mean = solve(resolvers.CAGrad(0.2), (J @ J.mT).double(), precision=SINGLE) @ J.double(), J.double().mean(0)
+    assert (J.double() @ d / J.norm(dim=1)).min() > -1e-5 and (d - mean).norm() <= 0.2 * mean.norm() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3])
+def test_fairgrad_of_high_powers(alpha):
+    """Where no solution exists the direction vanishes; where one does, it is the solution."""
+    J = torch.tensor([[0, 1], [-0.25, -0.25], [-1, 0.5], [0.25, -0.25]], dtype=torch.float64)
+    assert (solve(resolvers.FairGrad(alpha), J @ J.mT) @ J).norm() < 1e-8
+    J = torch.randn(4, 3, 2, dtype=torch.float64)
+    J = torch.cat([J, J.abs()])
+    for x, w in zip(J, solve(resolvers.FairGrad(alpha), J @ J.mT), strict=True):
+        if residuals._hull_misses_zero(x @ x.T) < 1e-9:
+            assert (w @ x).norm() < 1e-3
+        else:
+            assert residuals.fair_residual(alpha)(x @ x.T, w) < 1e-6
 
 
 def test_copies_share_equally():

@@ -20,7 +20,9 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import mmfast as mf
+from mmfast import contract
 from mmfast.backends.triton import combine, elementwise, gram, rows, solve
+from mmfast.backends.triton import lengths as measures
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -87,6 +89,16 @@ def gradients(k, n, dtype, batch=1):
     return rows.rows_of([torch.zeros(batch, n, dtype=dtype) for _ in range(k)])
 
 
+# those that are compiled with what keeps the norm, too
+NORMED = [(8, torch.float32), (8, torch.bfloat16), (4, torch.float32), (32, torch.float64), (64, torch.float32)]
+
+
+def with_norm(g, mask, per):
+    """What follows the solver where the norm is to be preserved."""
+    G, both = torch.zeros(g.k, g.k, dtype=torch.float64), torch.zeros(2, g.k, dtype=torch.float64)
+    combine.combine_with_norm(g, mask, both[0], False, measures.measure_by_gramian(g, mask, G, both, contract.PER[per], 1e-7))
+
+
 def every_kernel(recorder, all_sizes):
     """The kernels of the smallest and largest rows that each form takes."""
     few = [(3, torch.float32), (8, torch.float32), (8, torch.bfloat16)]
@@ -105,6 +117,8 @@ def every_kernel(recorder, all_sizes):
         w = torch.zeros(k, dtype=torch.float64)
         gram.gram(g, None, False)
         combine.combine(g, None, w, False, True)
+        if (k, dtype) in NORMED:
+            with_norm(g, None, "batch")
         recorder.compile(name)
     for k in [3, 8] * all_sizes:
         gram.gram(rows.rows_of([torch.zeros(1, 8193)[:, 1:] for _ in range(k)]), None, False)
@@ -112,6 +126,10 @@ def every_kernel(recorder, all_sizes):
             rows.rows_of([torch.zeros(1, 8193)[:, 1:] for _ in range(k)]), None, torch.zeros(k, dtype=torch.float64), False, False
         )
         recorder.compile(f"K={k} float32 unaligned")
+    g, w = gradients(3, 8192, torch.float32), torch.zeros(3, dtype=torch.float64)
+    measures.lengths(g, None, w, contract.PER["batch"])
+    measures.measure(g, None, w, contract.PER["batch"], torch.zeros(3, dtype=torch.float64))
+    recorder.compile("K=3 float32")
     for k, dtype in [(3, torch.float32)] + [(8, torch.float32), (64, torch.bfloat16)] * all_sizes:
         g = gradients(k, 1000, dtype, 4)
         name = f"K={k} {str(dtype).removeprefix('torch.')} masked"
@@ -120,6 +138,7 @@ def every_kernel(recorder, all_sizes):
         gram.gram(g, mask, True)
         gram.batch_sums(g, mask)
         combine.combine(g, mask, torch.zeros(k, dtype=torch.float64), False, True)
+        with_norm(g, mask, "batch_sum")
         elementwise.graddrop(g, mask, torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
         elementwise.trimmed_mean(g, mask, 1)
         recorder.compile(name)
@@ -142,12 +161,15 @@ def every_solver(recorder, sizes):
             mf.CAGrad(),
             mf.UPGrad(),
         ]
-        plain += [mf.DualProj(), mf.NashMTL(), mf.FairGrad(), mf.IMTLG(), mf.AlignedMTL(), mf.ConFIG()]
+        plain += [mf.DualProj(), mf.NashMTL(), mf.FairGrad(), mf.FairGrad(0.1), mf.IMTLG(), mf.AlignedMTL(), mf.ConFIG()]
         given = [mf.UPGrad(pref), mf.DualProj(pref), mf.AlignedMTL(pref=pref), mf.ConFIG(pref)]
         for rule, mask in [(rule, None) for rule in plain] + [
             (rule, torch.ones(2, k, dtype=torch.bool)) for rule in [mf.Mean(), *given] if k == sizes[-1]
         ]:
-            assert solve.solve(torch.zeros(2, k, k, dtype=torch.float64), mask, [rule], [None], rule.rng, True, 1e-7) is not None
+            G = torch.zeros(2, k, k, dtype=torch.float64)
+            assert solve.solve_twice(G, mask, [rule], [None], rule.rng, 1e-7) is not None
+            if mask is not None:  # and as `mf.weights` asks for it
+                solve.solve(G, mask, [rule], [None], rule.rng, True, 1e-7)
             recorder.compile(f"{type(rule).__name__} K={k}" + " masked" * (mask is not None))
 
 
@@ -159,6 +181,7 @@ def alignments(recorder):
         gram.gram(g, None, False)
         w = torch.zeros(4, dtype=torch.float64)[n % 2 :][:3]
         combine.combine(g, None, w, False, True)
+        with_norm(g, None, "batch")
         solve.solve(
             torch.zeros(10 + n % 2, dtype=torch.float64)[n % 2 :][:9].view(3, 3),
             None,

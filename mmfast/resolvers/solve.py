@@ -133,8 +133,6 @@ def _solve_twice(
     G: Tensor, mask: Tensor | None, chain: list[Rule], states: list[Tensor | None], rng: Tensor | None, precision: float
 ) -> tuple[Tensor, list[Tensor | None], Norm]:
     """`solve`, and what it says of the norm: the problems and the shifted ones are solved as one batch."""
-    rows, finite = present(G, mask)
-    scaled, scale = _normalised(torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), G, 0), rows & finite.unsqueeze(-1))
     if any(rule.needs_gram for rule in chain):
         B = G.shape[0]
         both = torch.cat([G, shifted(G, precision)])
@@ -144,8 +142,15 @@ def _solve_twice(
     else:
         w, after = solve(G, mask, chain, states, rng, precision)
         moved = w
+    return w, after, norm_of(G, mask, w, moved, precision)
+
+
+def norm_of(G: Tensor, mask: Tensor | None, w: Tensor, moved: Tensor, precision: float) -> Norm:
+    """What Gramians G [B, K, K] say of the norm of their weights w [B, K], where `moved` are the weights of the shifted ones."""
+    rows, finite = present(G, mask)
+    scaled, scale = _normalised(torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), G, 0), rows & finite.unsqueeze(-1))
     norm = of_gramian(scaled, rows, w, moved, precision)
-    return w, after, norm._replace(noise=norm.noise * scale.sqrt())
+    return norm._replace(noise=norm.noise * scale.sqrt())
 
 
 def advance_states(states: Sequence[Tensor | None], after: Sequence[Tensor | None], rng: Tensor | None) -> None:

@@ -39,17 +39,18 @@ def multiples(G, pref, active, precision, idx, K: tl.constexpr):
 
 @kernel
 def imtlg(
-    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, problems: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr,
+    NORM: tl.constexpr
 ):  # fmt: skip
     idx = tl.arange(0, P)
-    G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
+    G, active, rows, _ = load(G_ptr, mask_ptr, numbers, mask_stride, problems, K, P, HAS_MASK, NORM, False)
     precision = parameter(numbers, 0)
     _, a, _, square = multiples(G, tl.where(active, 1.0, 0.0).to(tl.float64), active, precision, idx, K)
     a = tl.where(active, a, 0.0)
     total, reach = tl.sum(a, axis=0), tl.sum(tl.abs(a), axis=0)
     defined = (square > 0.0) & (tl.abs(total) > 1e-12 * reach)
     w = a * tl.where(defined, 1.0, 0.0) / tl.where(defined, total, 1.0)
-    store(w_ptr, w, G, active, rows, precision, K, P, PRESERVE_NORM)
+    store(w_ptr, w, G, active, rows, numbers, K, P, NORM, False)
 
 
 @triton.jit
@@ -70,12 +71,12 @@ def tracked(norm, active, kind):
 
 @kernel
 def config(
-    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
-    GIVEN: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, problems: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr,
+    NORM: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """numbers: the length model (0 is the projection), then K preferences or nothing."""
     idx = tl.arange(0, P)
-    G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
+    G, active, rows, _ = load(G_ptr, mask_ptr, numbers, mask_stride, problems, K, P, HAS_MASK, NORM, False)
     precision, kind = parameter(numbers, 0), parameter(numbers, 1)
     pref = tl.where(active, 1.0, 0.0).to(tl.float64)
     if GIVEN:
@@ -87,17 +88,17 @@ def config(
         along = tracked(norm, active, kind) * tl.sum(cosine, axis=0)
     defined = square > 0.0
     w = a * (tl.where(defined, along, 0.0) / tl.where(defined, square, 1.0))
-    store(w_ptr, w, G, active, rows, precision, K, P, PRESERVE_NORM)
+    store(w_ptr, w, G, active, rows, numbers, K, P, NORM, False)
 
 
 @kernel
 def aligned(
-    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
-    GIVEN: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, problems: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr,
+    NORM: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """numbers: the common squared norm among the eigenvalues (0 least, 1 lower median, 2 mean), then K preferences or nothing."""
     idx = tl.arange(0, P)
-    G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
+    G, active, rows, _ = load(G_ptr, mask_ptr, numbers, mask_stride, problems, K, P, HAS_MASK, NORM, False)
     precision, kind = parameter(numbers, 0), parameter(numbers, 1)
     pref = preference(numbers, 2, active, idx, K, GIVEN)
     values, V = eigh(G, idx, K)
@@ -111,4 +112,4 @@ def aligned(
         target = tl.where(kind == 0.0, 0, tl.maximum(count - 1, 0) // 2)
         sigma = tl.sum(tl.where(keep & (place == target), values, 0.0), axis=0)
     y = tl.where(keep, tl.sqrt(sigma / tl.where(keep, values, 1.0)), 0.0) * tl.sum(V * pref[:, None], axis=0)
-    store(w_ptr, times(V, y), G, active, rows, precision, K, P, PRESERVE_NORM)
+    store(w_ptr, times(V, y), G, active, rows, numbers, K, P, NORM, False)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mmfast.backends.triton.nonnegative import inverse_times, nonnegative
-from mmfast.backends.triton.problem import column, cosines, diagonal, load, number, parameter, store, times
+from mmfast.backends.triton.problem import cancelled, column, cosines, diagonal, lift_of, load, number, parameter, store, times
 from mmfast.backends.triton.rows import kernel
 
 
@@ -43,11 +43,11 @@ def share(w, G, idx, K: tl.constexpr):
 
 @kernel
 def mgda(
-    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr,
-    UNIT: tl.constexpr, CAPPED: tl.constexpr,
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, problems: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr,
+    NORM: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     idx = tl.arange(0, P)
-    G, active, rows, half = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
+    G, active, rows, half = load(G_ptr, mask_ptr, numbers, mask_stride, problems, K, P, HAS_MASK, NORM, True)
     norm, C = G, G
     if UNIT:
         norm, C = cosines(G, active, idx)
@@ -57,17 +57,18 @@ def mgda(
         w = tl.where(w > cap, cap, w)
     if UNIT:
         w = w / norm * half
-    store(w_ptr, w, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)
+    store(w_ptr, w, G, active, rows, numbers, K, P, NORM, True)
 
 
 @triton.jit
-def ball(C, b, a, active, c, idx, K: tl.constexpr):
+def ball(C, b, a, active, c, part, idx, K: tl.constexpr):
     """z >= 0 with d = g0 + sum_i z_i u_i at the best place within c of the mean g0 of length 1, for unit rows u with cosines C and b_i = u_i'g0.
 
     Best is where min_i (u_i'd) / a_i is largest. The places for all radii are the solutions z(t) of min 1/2 z'(C + aa')z + (b - t a)'z
     over z >= 0: on the rows of z the slope is a_i (t - a'z), on no row is it less. Newton's method looks for the t with z'Cz = c^2, exact
     once the set is known. Rounds 0 and 1 solve the same problem with other numbers: z with slopes of 0, the harmless place nearest to g0,
-    and the shortest vector of the hull, which tells whether zero lies in it; then no direction helps every row.
+    and the shortest vector of the hull, which tells whether zero lies in it; then no direction helps every row. `part` of the diagonal of C
+    is lift: where little more is left of that vector, it is zero as far as the Gramian tells.
     """
     one = tl.where(idx[:, None] == idx[None, :], 1.0, 0.0)
     pair = active[:, None] & active[None, :]
@@ -105,7 +106,7 @@ def ball(C, b, a, active, c, idx, K: tl.constexpr):
                 inside = active
         elif going == 1:
             total = tl.sum(x, axis=0)
-            if square <= 1e-12 * total * total:
+            if square <= tl.maximum(1e-12 * total * total, 4.0 * part * tl.sum(x * x, axis=0)):
                 running = running * 0
             inside = active & (harmless > 0.0)
         else:
@@ -140,23 +141,26 @@ def ball(C, b, a, active, c, idx, K: tl.constexpr):
 
 @kernel
 def cagrad(
-    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVE_NORM: tl.constexpr
+    G_ptr, mask_ptr, rng_ptr, numbers, w_ptr, mask_stride: tl.int64, problems: tl.int64, K: tl.constexpr, P: tl.constexpr, HAS_MASK: tl.constexpr,
+    NORM: tl.constexpr
 ):  # fmt: skip
     idx = tl.arange(0, P)
-    G, active, rows, _ = load(G_ptr, mask_ptr, K, mask_stride, P, HAS_MASK)
+    G, active, rows, _ = load(G_ptr, mask_ptr, numbers, mask_stride, problems, K, P, HAS_MASK, NORM, True)
     c, rescale = parameter(numbers, 1), parameter(numbers, 2)
     shrink = 1.0 / tl.where(rescale == 1.0, 1.0 + c * c, tl.where(rescale == 2.0, 1.0 + c, 1.0))
     count = number(active)
     even = tl.where(active, 1.0 / count, 0.0)
     norm, C = cosines(G, active, idx)
     slope = times(G, even)
-    mean2 = tl.sum(even * slope, axis=0)
+    part = lift_of(active, numbers)
+    part = part / (1.0 + part)  # of the diagonal of G, that no gradient has
+    mean2 = tl.sum(even * slope, axis=0) - part * tl.sum(even * even * norm * norm, axis=0)
     reach = tl.sum(even * norm, axis=0)
     w = even
-    if (mean2 > 1e-14 * reach * reach) & (c > 0.0):  # else the mean gradient is rounding
+    if (mean2 > cancelled(numbers) * reach * reach) & (c > 0.0):  # else the mean gradient is rounding
         length = tl.sqrt(mean2)
         shortest_row = tl.min(tl.where(active, norm, float("inf")), axis=0)
         a = tl.where(active, shortest_row / norm, 0.0)
-        z = ball(C, tl.where(active, slope / norm / length, 0.0), a, active, c, idx, K)
+        z = ball(C, tl.where(active, slope / norm / length, 0.0), a, active, c, part, idx, K)
         w += share(tl.where(active, z * length / norm, 0.0), G, idx, K)
-    store(w_ptr, shrink * w, G, active, rows, parameter(numbers, 0), K, P, PRESERVE_NORM)
+    store(w_ptr, shrink * w, G, active, rows, numbers, K, P, NORM, True)

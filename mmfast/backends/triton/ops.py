@@ -10,12 +10,14 @@ from mmfast.backends import reference
 from mmfast.backends.triton import combine as combines
 from mmfast.backends.triton import elementwise
 from mmfast.backends.triton import gram as grams
+from mmfast.backends.triton import lengths as measures
 from mmfast.backends.triton import solve as solvers
 from mmfast.backends.triton.rows import INTERPRETED, rows_of
 from mmfast.resolvers.chain import Bound
 from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
+from mmfast.resolvers.norm import Norm, measured
 from mmfast.resolvers.philox import advance
-from mmfast.resolvers.solve import precision_of
+from mmfast.resolvers.solve import norm_of, precision_of, weights_and_norm
 
 SAMPLE, BATCH_SUM = contract.PER["sample"], contract.PER["batch_sum"]
 DEVICES = ("cpu",) if INTERPRETED else ("cuda", "xpu")  # of the tensors that the kernels take
@@ -43,6 +45,18 @@ def _combine(grads: list[Tensor], missing: list[int], mask: Tensor | None, w: Te
     return combines.combine(rows_of(grads, missing), mask, w.resolve_neg().contiguous(), per == SAMPLE, skip)
 
 
+def _combine_with_norm(
+    grads: list[Tensor], missing: list[int], mask: Tensor | None, w: Tensor, norms: Tensor, per: int
+) -> tuple[Tensor, Tensor]:
+    rows, w = rows_of(grads, missing), w.contiguous()
+    out, scaled = combines.combine_with_norm(rows, mask, w, per == SAMPLE, measures.measure(rows, mask, w, per, norms.contiguous()))
+    return out, scaled.clone() if scaled is w else scaled  # an operator must not return its argument
+
+
+def _lengths(grads: list[Tensor], missing: list[int], mask: Tensor | None, w: Tensor, per: int) -> Tensor:
+    return measures.lengths(rows_of(grads, missing), mask, w.resolve_neg().contiguous(), per)
+
+
 def _graddrop(grads: list[Tensor], missing: list[int], mask: Tensor | None, leak: float, rng: Tensor) -> Tensor:
     share = torch.full((), leak, dtype=torch.float64, device=grads[0].device)  # as an argument it would be rounded to float32
     return elementwise.graddrop(rows_of(grads, missing), mask, share, rng)
@@ -61,12 +75,22 @@ def _like_one(grads: list[Tensor], *rest: object) -> Tensor:
     return grads[0].new_empty(grads[0].shape)
 
 
+def _like_one_and_weights(grads: list[Tensor], missing: list[int], mask: Tensor | None, w: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return grads[0].new_empty(grads[0].shape), w.new_empty(w.shape)
+
+
+def _two(grads: list[Tensor], missing: list[int], mask: Tensor | None, w: Tensor, per: int) -> Tensor:
+    return w.new_empty((*w.shape[:-1], 2))
+
+
 # torch.compile can't follow a launch that reads addresses: it sees these, plain calls go past the dispatcher
 _OPERATORS = {}
 for _function, _fake in (
     (_gram, _squares),
     (_presence, _squares),
     (_combine, _like_one),
+    (_combine_with_norm, _like_one_and_weights),
+    (_lengths, _two),
     (_graddrop, _like_one),
     (_trimmed_mean, _like_one),
 ):
@@ -74,9 +98,12 @@ for _function, _fake in (
     _OPERATORS[_function].register_fake(_fake)
 
 
+def _plain(grads: Sequence[Tensor]) -> bool:
+    return not torch.compiler.is_compiling() and all(type(g) in (Tensor, torch.nn.Parameter) for g in grads)
+
+
 def _call(function, grads: Sequence[Tensor], missing: Sequence[int], *rest):
-    plain = not torch.compiler.is_compiling() and all(type(g) in (Tensor, torch.nn.Parameter) for g in grads)
-    return (function if plain else _OPERATORS[function])(list(grads), list(missing), *rest)
+    return (function if _plain(grads) else _OPERATORS[function])(list(grads), list(missing), *rest)
 
 
 def gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
@@ -87,6 +114,12 @@ def gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, p
 def combine(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, per: str, skip: bool = False) -> Tensor:
     """sum_i w_i g_i; w float64 [K], or [B, K] per sample, over all K; rows of weight zero are not read where `skip`."""
     return _call(_combine, grads, missing, mask, w, contract.PER[per], skip)
+
+
+def lengths(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, per: str) -> tuple[Tensor, Tensor]:
+    """Squared lengths of the plain sum and of sum_i w_i g_i, float64 [] (per="sample": [B]), of the elements; per="batch_sum": of their batch sums."""
+    found = _call(_lengths, grads, missing, mask, w, contract.PER[per])
+    return found[..., 0], found[..., 1]
 
 
 def graddrop(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, rule: GradDrop) -> Tensor:
@@ -131,8 +164,46 @@ def resolve(
     code = contract.PER[per]
     with_gram = with_gram or code == BATCH_SUM  # there a row is missing when its batch sum is zero
     G = _call(_gram if with_gram else _presence, grads, missing, mask, code)
-    w = weights(G, reference.problem_mask(mask, per), bound, preserve_norm, precision_of(grads[0].dtype))
-    return _call(_combine, grads, missing, mask, w, code, with_gram), torch.cat([w, G.flatten(-2)], -1)
+    rows, precision = reference.problem_mask(mask, per), precision_of(grads[0].dtype)
+    if preserve_norm:
+        out, w = _with_norm(grads, missing, mask, bound, code, G, rows, precision)
+    else:
+        w = weights(G, rows, bound, False, precision)
+        out = _call(_combine, grads, missing, mask, w, code, with_gram)
+    return out, torch.cat([w, G.flatten(-2)], -1)
+
+
+def _with_norm(
+    grads: Sequence[Tensor],
+    missing: Sequence[int],
+    mask: Tensor | None,
+    bound: Bound,
+    per: int,
+    G: Tensor,
+    rows: Tensor | None,
+    precision: float,
+) -> tuple[Tensor, Tensor]:
+    """(result, weights) with the norm of the plain sum, of the gradients with Gramian G and the rows that a mask leaves in it."""
+    both = solvers.solve_twice(G, rows, *bound, precision) if _plain([*grads, G]) else None
+    if both is None:
+        w, norm = weights_and_norm(G, rows, *bound, True, precision)
+        assert norm is not None
+        norms = torch.stack([norm.factor, norm.settled.double(), norm.noise], -1)
+        return _call(_combine_with_norm, grads, missing, mask, w, norms, per)
+    held = rows_of(grads, missing)
+    return combines.combine_with_norm(held, mask, both[0], per == SAMPLE, measures.measure_by_gramian(held, mask, G, both, per, precision))
+
+
+def _weights_and_norm(G: Tensor, rows: Tensor | None, bound: Bound, precision: float) -> tuple[Tensor, Norm]:
+    """`solve.weights_and_norm` for a norm that is to be preserved, its weights by the kernel where the chain has one."""
+    both = solvers.solve_twice(G, rows, *bound, precision) if _plain([G]) else None
+    if both is None:
+        w, norm = weights_and_norm(G, rows, *bound, True, precision)
+        assert norm is not None
+        return w, norm
+    k = G.shape[-1]
+    norm = norm_of(G.view(-1, k, k), rows, both[0].view(-1, k), both[-1].view(-1, k), precision)
+    return both[0], Norm(*(x.view(G.shape[:-2]) for x in norm))
 
 
 def heads(
@@ -148,5 +219,10 @@ def heads(
     """As `reference.heads`: its matrix products are torch's own."""
     delta = reference.hide_branches(delta, head_of, mask)
     G = reference.heads_gram(delta, weight, head_of, k, per)
-    w = weights(G, reference.problem_mask(mask, per), bound, preserve_norm, precision_of(delta.dtype))
+    rows, precision = reference.problem_mask(mask, per), precision_of(delta.dtype)
+    if preserve_norm:
+        w, norm = _weights_and_norm(G, rows, bound, precision)
+        w = w * measured(norm, *reference.heads_lengths(delta, weight, head_of, w, per)).unsqueeze(-1)
+    else:
+        w = weights(G, rows, bound, False, precision)
     return reference.heads_combine(delta, weight, head_of, w, per), torch.cat([w, G.flatten(-2)], -1)

@@ -1,6 +1,5 @@
 """From Gramians to weights in one launch: a program of Triton for each problem, float64, without synchronisation."""
 
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from mmfast import resolvers
 from mmfast.backends.triton import alignment, bargaining, cone, minnorm, projection, simple
+from mmfast.backends.triton.problem import packed
 from mmfast.backends.triton.rows import current
 from mmfast.resolvers.base import Rule
 from mmfast.resolvers.philox import advance
@@ -28,7 +28,7 @@ KERNELS: dict[type[Rule], tuple[Any, Callable[[Any], dict[str, bool]]]] = {
     resolvers.UPGrad: (cone.upgrad, lambda rule: {"GIVEN": rule.pref is not None}),
     resolvers.DualProj: (cone.dualproj, lambda rule: {"GIVEN": rule.pref is not None}),
     resolvers.NashMTL: (bargaining.nash, lambda rule: {}),
-    resolvers.FairGrad: (bargaining.fair, lambda rule: {}),
+    resolvers.FairGrad: (bargaining.fair, lambda rule: {"SEARCHES": 0 < rule.alpha < 0.5}),
     resolvers.IMTLG: (alignment.imtlg, lambda rule: {}),
     resolvers.AlignedMTL: (alignment.aligned, lambda rule: {"GIVEN": rule.pref is not None}),
     resolvers.ConFIG: (alignment.config, lambda rule: {"GIVEN": rule.pref is not None}),
@@ -38,15 +38,6 @@ KERNELS: dict[type[Rule], tuple[Any, Callable[[Any], dict[str, bool]]]] = {
 def launch_options(size: int) -> dict[str, Any]:
     """Warps that keep a tile of so many rows in registers; products and sums rounded apart, whatever Triton's version has for default."""
     return {"num_warps": 1 if size <= 16 else size // 8, "enable_fp_fusion": False}
-
-
-def packed(params: Sequence[float]) -> tuple[int, ...]:
-    """The bits of numbers as arguments of a kernel, 32 at a time: a float would be rounded to float32, and a tensor copied to the device.
-
-    Odd and beyond 32 bits, so that all are alike to the compiler.
-    """
-    bits = [int.from_bytes(struct.pack("<d", x), "little") for x in params]
-    return tuple((1 << 40) + 2 * half + 1 for x in bits for half in (x >> 32, x & 0xFFFFFFFF))
 
 
 def has_kernel(chain: Sequence[Rule], k: int) -> bool:
@@ -73,27 +64,38 @@ def solve(
     Returns:
         float64 [..., K], fresh; NaN for a Gramian with a number that is not finite. Deterministic.
     """
+    return _launch(G, mask, chain[0], rng, int(preserve_norm), precision)[0] if has_kernel(chain, G.shape[-1]) else None
+
+
+def solve_twice(
+    G: Tensor, mask: Tensor | None, chain: Sequence[Rule], states: Sequence[Tensor | None], rng: Tensor | None, precision: float
+) -> Tensor | None:
+    """Weights [2, ..., K] of the Gramians and of the Gramians changed within their precision, alike in all else; [1, ..., K] for rules that read none."""
+    return _launch(G, mask, chain[0], rng, 2 * chain[0].needs_gram, precision) if has_kernel(chain, G.shape[-1]) else None
+
+
+def _launch(G: Tensor, mask: Tensor | None, rule: Rule, rng: Tensor | None, norm: int, precision: float) -> Tensor:
+    """Weights [1 or 2, ..., K]; `norm` as problem.py says."""
+    kernel, form = KERNELS[type(rule)]
     k = G.shape[-1]
-    if not has_kernel(chain, k):
-        return None
-    kernel, form = KERNELS[type(chain[0])]
-    w = torch.empty(G.shape[:-1], dtype=torch.float64, device=G.device)
-    problems = w.numel() // k
-    if problems:
+    w = torch.empty((1 + (norm == 2), *G.shape[:-1]), dtype=torch.float64, device=G.device)
+    programs = w.numel() // k
+    if programs:
         size = triton.next_power_of_2(k)
         with current(G.device):
-            kernel[(problems,)](
+            kernel[(programs,)](
                 G,
                 G if mask is None else mask.contiguous().view(torch.uint8),
                 G if rng is None else rng,
-                packed((precision, *chain[0].params())),
+                packed((precision, *rule.params())),
                 w,
                 0 if mask is None or mask.dim() == 1 else k,
+                programs // w.shape[0],
                 K=k,
                 P=size,
                 HAS_MASK=mask is not None,
-                PRESERVE_NORM=preserve_norm,
-                **form(chain[0]),
+                NORM=norm,
+                **form(rule),
                 **launch_options(size),
             )
     if rng is not None:
