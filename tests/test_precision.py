@@ -151,6 +151,16 @@ def test_every_rule_keeps_the_norm_of_a_pair_that_nearly_cancels(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", [mf.CAGrad(1.0), mf.UPGrad(), mf.DualProj(), mf.MGDA(), mf.NashMTL(), mf.FairGrad(2.0)], ids=str)
+def test_rounding_is_not_given_the_norm_of_the_plain_sum(rule, backend):
+    """No direction helps all: what is left is rounding and lift, and stays little beside the plain sum, which is long."""
+    for rows in (CAGRAD_ONE, UPGRAD):
+        J = torch.tensor(rows)
+        for (way, raw), (_, kept) in zip(ways(J, rule, backend), ways(J, rule, backend, preserve_norm=True), strict=True):
+            assert kept.norm() <= max(17 * raw.norm(), 0.05 * J.sum(0).norm()), (way, raw, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mask_decides_what_cancels(backend):
     """With a third gradient the plain sum is long; without it, in the samples where it is masked out, it nearly vanishes."""
     rows = torch.tensor([[1, 0], [-1, 1e-4], [3.0, 4.0]])

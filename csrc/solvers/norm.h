@@ -19,7 +19,7 @@ constexpr double kLargest = 16.0;     // factor that is always taken: what it ma
 struct Norm {
   double factor;
   double settled;  // 1: factor is good; 0: the lengths are to be measured
-  double noise;    // length of the resolved gradient below which its direction is not known
+  double noise;    // length of the resolved gradient below which its direction is not known, and its length falls off with the square
 };
 
 // Sum of |w_i| |g_i|.
@@ -69,7 +69,8 @@ MMFAST_HD inline double measured_factor(const Norm& norm, double plain, double r
   if (!(plain < HUGE_VAL && resolved < HUGE_VAL)) return NAN;
   if (!(resolved > 0.0)) return 0.0;
   const double length = sqrt(resolved), wanted = sqrt(plain);
-  return fmin(wanted / length, norm.noise > 0.0 ? fmax(wanted / norm.noise, kLargest) : HUGE_VAL);
+  const double trust = norm.noise > length ? length / norm.noise : 1.0;
+  return fmin(wanted / length, fmax(wanted / length * trust * trust, kLargest));
 }
 
 }  // namespace MMFAST_ISA

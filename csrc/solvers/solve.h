@@ -160,11 +160,11 @@ MMFAST_APART void apply_map(const Team& team, int k, int K, const double* map, c
 
 // One rule. One that follows the inverse of the Gramian gets it with its diagonal raised by k times the precision: entries known to that make a
 // Gramian that may have negative eigenvalues, and so raised it has none, as if each gradient had a small part of its own that no other one has; no
-// weights then make a vector longer than it says. A float64 Gramian stays as it is: there the rules know what rounding is.
+// weights then make a vector longer than it says. A float64 Gramian stays as it is: there the rules know what rounding is, and `lift` is zero.
 template <class R, class Team>
-MMFAST_APART void solve_rule(const Team& team, Problem& p, double* G, double* diagonal) {
-  const bool lifts = R::lifts && p.precision > DBL_EPSILON;
-  p.lift = lifts ? p.k * p.precision : 0.0;
+MMFAST_APART void solve_rule(const Team& team, Problem& p, double lift, double* G, double* diagonal) {
+  const bool lifts = R::lifts && lift > 0.0;
+  p.lift = lifts ? lift : 0.0;
   if (lifts)
     each(team, p.k, [&](int i) {
       diagonal[i] = G[i * p.k + i];
@@ -175,9 +175,10 @@ MMFAST_APART void solve_rule(const Team& team, Problem& p, double* G, double* di
   if (lifts) each(team, p.k, [&](int i) { G[i * p.k + i] = diagonal[i]; });
 }
 
-// Weights [K] of G by a chain, without the norm; `state` moves on. False where no weight is a number or all are zero.
+// Weights [K] of G by a chain, without the norm; `state` moves on. False where no weight is a number or all are zero. `lifted` is how many
+// times its precision the diagonal is raised for each row.
 template <class Team>
-MMFAST_APART bool run_chain(const Team& team, const Chain& chain, int K, const Io& io, const double* G, double* state, const Workspace& at) {
+MMFAST_APART bool run_chain(const Team& team, const Chain& chain, int K, const Io& io, const double* G, double* state, const Workspace& at, double lifted) {
   int k = 0;
   double scale = 1.0;
   if (!compact(team, G, K, io.mask, at.row_index, at.dense, &k, &scale)) {
@@ -210,7 +211,7 @@ MMFAST_APART bool run_chain(const Team& team, const Chain& chain, int K, const I
       }
       with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) {
         using R = decltype(rule);
-        solve_rule<R>(team, p, at.dense, at.diagonal);
+        solve_rule<R>(team, p, chain.precision > DBL_EPSILON ? lifted * k * chain.precision : 0.0, at.dense, at.diagonal);
         maps = R::maps_rows;
         if (state) state += R::state_size(K);
       });
@@ -248,9 +249,9 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
   Norm norm{1.0, 1.0, 0.0};
   double* w = at.w;
   const double* G = io.G;
-  // the second time for the Gramian changed within its precision, where much depends on it
+  // the second time for the Gramian changed within its precision, where much depends on it; what the lift alone made must change, too
   for (int pass = 0; pass < 2; ++pass) {
-    const bool solved = run_chain(team, chain, K, io, G, pass ? at.state : io.state, at);
+    const bool solved = run_chain(team, chain, K, io, G, pass ? at.state : io.state, at, pass ? 2.0 : 1.0);
     if (!chain.preserve_norm || !solved) break;
     int k = 0;
     double scale = 1.0;

@@ -21,7 +21,7 @@ class Norm(NamedTuple):
 
     factor: Tensor  # [...]
     settled: Tensor  # [...] bool: factor is good; else the lengths are to be measured
-    noise: Tensor  # [...] length of the resolved gradient below which its direction is not known
+    noise: Tensor  # [...] length of the resolved gradient below which its direction is not known, and its length falls off with the square
 
 
 def _length(G: Tensor, rows: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +61,8 @@ def of_gramian(G: Tensor, rows: Tensor, w: Tensor, shifted_w: Tensor, precision:
 def measured(norm: Norm, plain: Tensor, ours: Tensor) -> Tensor:
     """The factor, from the squared lengths of the plain sum and of the resolved gradient where they had to be measured."""
     length, wanted = ours.sqrt(), plain.sqrt()
-    most = (wanted / norm.noise).clamp(min=LARGEST)  # infinite where there is no noise
-    factor = torch.where(length > 0, torch.minimum(wanted / length, most), 0)
+    trust = torch.where(norm.noise > length, length / norm.noise, 1)
+    factor = torch.where(length > 0, torch.minimum(wanted / length, (wanted / length * trust.square()).clamp(min=LARGEST)), 0)
     return torch.where(norm.settled, norm.factor, torch.where((plain + ours).isfinite(), factor, torch.nan))
 
 

@@ -27,14 +27,18 @@ def _normalised(G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(pair, G / scale.view(-1, 1, 1), identity), scale
 
 
-def _lift(active: Tensor, precision: float) -> Tensor | float:
+def _lift(active: Tensor, precision: float, once: int | None) -> Tensor | float:
     """By how much, relative to the squared norms, the diagonal of a Gramian is raised for rules that follow its inverse, [B, 1].
 
     Entries known to `precision` make a Gramian that may have negative eigenvalues of up to K times that, relative to the squared norms. So
     raised it has none, and no weights make a vector longer than it says: as if each gradient had a small part of its own that no other one
-    has. A float64 Gramian stays as it is: there the solvers know what rounding is.
+    has. A float64 Gramian stays as it is: there the solvers know what rounding is. Problems after the first `once` are raised twice as
+    much: they show what the precision makes of the weights, and the lift alone makes something, too.
     """
-    return active.sum(-1, keepdim=True) * precision if precision > EPS else 0.0
+    if precision <= EPS:
+        return 0.0
+    times = 1 if once is None else 1 + (torch.arange(len(active), device=active.device) >= once).unsqueeze(-1)
+    return times * active.sum(-1, keepdim=True) * precision
 
 
 def present_rows(G: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,7 +88,7 @@ def row_map(
     for s, rule in enumerate(chain):
         scaled, scale = _normalised(current, active)
         draw = Draw(rng, G.shape[0], s, streams) if rule.random and rng is not None else None
-        lift = _lift(active, precision) if rule.lifts else 0.0
+        lift = _lift(active, precision, streams) if rule.lifts else 0.0
         raised = torch.where(active, scaled.diagonal(dim1=-2, dim2=-1), 0) * lift
         p = Problem(scaled + torch.diag_embed(raised), active, scale, states[s], draw, precision, lift)
         if rule.smooths:
@@ -121,7 +125,8 @@ def solve(
     """Weights [B, K] of the Gramians G [B, K, K] float64, and the next state of each rule of the chain.
 
     mask is bool [B, K] or None. A missing row (masked, or all zero) is left out and gets weight 0; a problem with a
-    non-finite number gets NaN weights and keeps its state. Only `streams` problems draw apart, the next ones draw as they do.
+    non-finite number gets NaN weights and keeps its state. Only `streams` problems draw apart, the next ones, shifted
+    forms of the same, draw as they do.
     """
     rows, finite = present(G, mask)
     A, next_states = row_map(G, mask, chain, states, rng, precision, streams)

@@ -152,7 +152,7 @@ def cagrad(
     even = tl.where(active, 1.0 / count, 0.0)
     norm, C = cosines(G, active, idx)
     slope = times(G, even)
-    part = lift_of(active, numbers)
+    part = lift_of(active, numbers, problems, NORM)
     part = part / (1.0 + part)  # of the diagonal of G, that no gradient has
     mean2 = tl.sum(even * slope, axis=0) - part * tl.sum(even * even * norm * norm, axis=0)
     reach = tl.sum(even * norm, axis=0)

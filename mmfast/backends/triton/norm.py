@@ -81,8 +81,9 @@ def final_factor(norms_ptr, slots_ptr, problem, per_problem):
             slot += LANES
         plain, ours = tl.sum(plains, axis=0), tl.sum(squares, axis=0)
         factor = tl.where(ours > 0.0, tl.sqrt(plain) / tl.sqrt(tl.where(ours > 0.0, ours, 1.0)), 0.0)
-        most = tl.maximum(tl.sqrt(plain) / tl.where(noise > 0.0, noise, 1.0), LARGEST)
-        factor = tl.where(noise > 0.0, tl.minimum(factor, most), factor)
+        trust = tl.sqrt(ours) / tl.where(noise > 0.0, noise, 1.0)
+        most = tl.maximum(factor * trust * trust, LARGEST)
+        factor = tl.where((noise > 0.0) & (trust < 1.0), tl.minimum(factor, most), factor)
         factor = tl.where((plain < float("inf")) & (ours < float("inf")), factor, float("nan"))
     return factor, settled
 

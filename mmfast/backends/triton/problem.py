@@ -120,10 +120,13 @@ def half_of(trace):
 
 
 @triton.jit
-def lift_of(active, numbers):
-    """By how much, relative to the squared norms, the diagonal is raised for rules that follow the inverse of a rounded Gramian."""
+def lift_of(active, numbers, problems, NORM: tl.constexpr):
+    """By how much, relative to the squared norms, the diagonal is raised for rules that follow the inverse of a rounded Gramian; twice where it is solved again."""
     precision = parameter(numbers, 0)
-    return tl.where(precision > 2.220446049250313e-16, tl.sum(active.to(tl.int32), axis=0).to(tl.float64) * precision, 0.0)
+    lift = tl.where(precision > 2.220446049250313e-16, tl.sum(active.to(tl.int32), axis=0).to(tl.float64) * precision, 0.0)
+    if NORM == 2:
+        lift *= tl.where(tl.program_id(0) >= problems, 2.0, 1.0)
+    return lift
 
 
 @triton.jit
@@ -153,7 +156,7 @@ def load(
     # twice, for the whole factor may not be a number where its halves are
     G = tl.where(active[:, None] & active[None, :], half * raw * half, tl.where(one, 1.0, 0.0))
     if LIFTS:
-        G += tl.where(one & active[:, None], lift_of(active, numbers) * G, 0.0)
+        G += tl.where(one & active[:, None], lift_of(active, numbers, problems, NORM) * G, 0.0)
     return G, active, rows, half
 
 
@@ -164,7 +167,7 @@ def store(w_ptr, w, G, active, rows, numbers, K: tl.constexpr, P: tl.constexpr, 
     w = tl.where(active, w, 0.0)
     if NORM == 1:  # norm.by_gramian
         if LIFTS:  # the norm is that of the gradients as they are
-            G = tl.where(idx[:, None] == idx[None, :], G / (1.0 + lift_of(active, numbers)), G)
+            G = tl.where(idx[:, None] == idx[None, :], G / (1.0 + lift_of(active, numbers, 0, NORM)), G)
         pair = active[:, None] & active[None, :]
         plain = tl.sum(tl.sum(tl.where(pair, G, 0.0), axis=1), axis=0)
         ours = tl.sum(tl.sum(tl.where(pair, G * w[:, None] * w[None, :], 0.0), axis=1), axis=0)
