@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -26,7 +27,8 @@ def _is_command() -> bool:
     """Whether `mmfast` or `python -m mmfast` started this process: then mmfast.cli decides what is loaded, and what is set before torch is."""
     if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module; its name stands before the arguments
         return sys.orig_argv[-len(sys.argv)].split(".")[0] == "mmfast"
-    return bool(sys.argv) and sys.argv[0].replace("\\", "/").rpartition("/")[2] in ("mmfast", "mmfast.exe")
+    script = Path(sys.argv[0] if sys.argv else "")
+    return script.stem == "mmfast" and script.parent.name in ("bin", "Scripts") and sys.argv[0] in sys.orig_argv
 
 
 if TYPE_CHECKING or not _is_command():

@@ -118,3 +118,9 @@ def test_progress_is_bars_in_a_terminal(monkeypatch):
         assert (task.description, task.completed, task.visible) == ("[task]", 2, False)
     monkeypatch.setenv("TERM", "dumb")
     assert console.Progress()._bars is None
+
+
+def test_a_script_of_ones_own_named_mmfast_has_the_library(tmp_path):
+    script = tmp_path / "mmfast"
+    script.write_text("import mmfast as mf\nprint(mf.MGDA())\n")
+    assert command(start=(str(script),)).stdout.startswith("MGDA(")

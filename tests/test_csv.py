@@ -185,3 +185,9 @@ def test_the_gradients_are_those_of_each_features_loss():
     losses = -(joint.log_prob(torch.cat([head(y) for head in model.decoder.heads.branches], -1), x) * seen).sum(0)
     for loss, g in zip(losses, found, strict=True):
         torch.testing.assert_close(g, torch.autograd.grad(loss, y, retain_graph=True)[0])
+
+
+def test_points_beside_decimal_commas():
+    """A point that separates no thousands is a decimal one, and then so are the others."""
+    assert data.point_decimals({"0,436": 1, "0.776": 2, "1.234": 3}) == {"0,436": "0.436"}
+    assert data.point_decimals({"1,5": 1, "1.234": 2, "12.345.678": 3}) == {"1,5": "1.5", "1.234": "1234", "12.345.678": "12345678"}

@@ -80,14 +80,16 @@ def test_a_clone_is_the_cure(kind):
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_inference_mode_is_right(kind):
-    """Such tensors do not count their changes, so each branch has an input of its own."""
-    block = mf.ImpartialityBlock([CHANGES[kind](), nn.Identity()], "mgda")
+def test_inference_mode(kind):
+    """Such tensors do not count their changes: a block's first call looks at the numbers."""
     with torch.inference_mode():
-        y = torch.randn(4, 3)
-        before = y.clone()
-        _, two = block(y)
-        assert torch.equal(two, before) and torch.equal(y, before)
+        with pytest.raises(RuntimeError, match="branch 0 of an mmfast.ImpartialityBlock changes its input"):
+            mf.ImpartialityBlock([CHANGES[kind](), nn.Identity()], "mgda")(torch.randn(4, 3))
+        block = mf.ImpartialityBlock([nn.Tanh(), nn.Identity()], "mgda")
+        for y in (torch.tensor([[1.0, torch.nan]]), torch.randn(4, 3)):
+            one, two = block(y)
+            torch.testing.assert_close(one, y.tanh(), equal_nan=True)
+            assert two.data_ptr() == y.data_ptr()
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -161,3 +163,9 @@ def test_outputs_of_linear_heads_may_be_changed(change, local, mode):
         found.append([a, b, y.grad, *(p.grad for p in heads.parameters())])
     for theirs, ours in zip(*found, strict=True):
         assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def test_a_block_of_one_branch_may_change_its_input():
+    block = mf.ImpartialityBlock([nn.ReLU(inplace=True)], "mgda")
+    with torch.no_grad():
+        assert torch.equal(block(torch.tensor([-1.0, 2.0]))[0], torch.tensor([0.0, 2.0]))

@@ -291,3 +291,23 @@ def test_long_lists_are_not_printed():
 def test_reference_models_take_names():
     joint = likelihoods.Joint([likelihoods.Normal(), likelihoods.Bernoulli()])
     assert isinstance(VAE(joint, 4, 2, ["mgda"]).decoder.heads.resolver, mf.MGDA)
+
+
+def test_complex_weights_are_refused():
+    for grads in ([torch.randn(3)] * 2, [torch.randn(3, dtype=torch.complex64)] * 2):
+        with pytest.raises(TypeError, match="w is torch.complex64, expected a floating-point tensor"):
+            mf.combine(grads, torch.ones(2, dtype=torch.complex64))
+
+
+def test_a_rule_of_ones_own_may_have_a_degree():
+    class Own(mf.Resolver):
+        def __init__(self):
+            super().__init__()
+            self.degree = 2
+
+    assert mf.CRMOGM(Own()).degree == 2 and mf.CRMOGM("mgda").degree == 0
+
+
+def test_resolver_takes_a_name():
+    with pytest.raises(TypeError, match="name is the class MGDA, expected a str"):
+        mf.resolver(mf.MGDA)

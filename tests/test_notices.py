@@ -146,3 +146,16 @@ def test_two_ranks(tmp_path):
         for rank in range(2)
     ]
     assert [run.communicate(timeout=120)[0].strip() for run in runs] == ["1 True"] * 2
+
+
+def test_branches_are_looked_at_a_few_times(monkeypatch):
+    """Looking reads every gradient; a program that keeps its graphs pays for that at its start only."""
+    from mmfast.blocks import notices
+
+    calls, look = [], notices.present_branches
+    monkeypatch.setattr(notices, "present_branches", lambda grads: calls.append(1) or look(grads))
+    rule = mf.MGDA()
+    for _ in range(3 * notices.LOOKS):
+        y = torch.randn(5, requires_grad=True)
+        sum(a.sum() for a in mf.fork(y, 2, rule)).backward(retain_graph=True)
+    assert len(calls) == notices.LOOKS

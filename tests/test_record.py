@@ -38,6 +38,8 @@ def test_a_frozen_encoder(make):
     with torch.no_grad():
         block(torch.randn(2, 4))  # an evaluation in between
     assert torch.equal(block.stats().weights, seen)
+    block.eval()(torch.randn(2, 4))  # the same with gradients left on
+    assert torch.equal(block.train().stats().weights, seen)
     step(block, wanted=False)
     with pytest.raises(RuntimeError, match=FROZEN):
         block.stats()

@@ -83,7 +83,7 @@ def _tell_slow() -> None:
     global _told_slow
     if not _told_slow and not torch.compiler.is_compiling():
         _told_slow = True
-        contract.tell(f"mmfast runs in plain torch on this CPU, hundreds of times slower than compiled: {library.missing_reason}")
+        contract.tell(f"mmfast runs in plain torch on this CPU, many times slower than compiled: {library.missing_reason}")
 
 
 def functions_of(name: str) -> Any:

@@ -42,6 +42,8 @@ class ImpartialityBlock(Impartial):
         torch.Size([2])
     """
 
+    _branches_looked_at = False  # whether a call in inference mode has shown that none changes its input
+
     def __init__(
         self,
         branches: Sequence[nn.Module] | nn.ModuleList | nn.ModuleDict,
@@ -88,21 +90,46 @@ class ImpartialityBlock(Impartial):
         if torch.compiler.is_compiling():
             outputs = {name: branch(alias, **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}  # type: ignore[misc]
         else:
-            outputs = _call_branches(branches, aliases, y, kwargs)
+            outputs = self._call_branches(branches, aliases, y, kwargs)
         if self._beta is not None and not transforms.exporting():
             outputs = {name: scale_outputs(out, beta, name) for beta, (name, out) in zip(self._beta, outputs.items(), strict=True)}
         return outputs if isinstance(self.branches, nn.ModuleDict) else tuple(outputs.values())
+
+    def _call_branches(self, branches: dict[str, Any], aliases: Sequence[Tensor], y: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Each branch's output; raises where one changes what all of them see."""
+        if len(branches) == 1 and not y.requires_grad:
+            return {name: branch(aliases[0], **kwargs) for name, branch in branches.items()}
+        counts = not y.is_inference()  # its changes; where it does not, the first call looks at its numbers
+        before = None if counts or self._branches_looked_at else y.clone()
+        outputs, version = {}, y._version if counts else 0
+        for alias, (name, branch) in zip(aliases, branches.items(), strict=True):
+            try:
+                outputs[name] = branch(alias, **kwargs)
+            except RuntimeError as error:
+                if "modified inplace" in str(error):
+                    raise _changed_in_place(name, f": {error}") from error
+                raise
+            if y._version != version if counts else before is not None and not torch.allclose(y, before, 0, 0, equal_nan=True):
+                raise _changed_in_place(name, "")
+        if not counts:
+            self.__dict__["_branches_looked_at"] = True
+        return outputs
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         names, branches = self.branches._modules, tuple(self.branches._modules.values())
         own = any(key.startswith(f"{prefix}branches.{name}.") for key in state_dict for name in names)
         if not own and prefix + "weight" in state_dict and all(type(branch) is nn.Linear for branch in branches):
             _split_heads(state_dict, prefix, self.branches._modules)
-        elif not own and (found := [key for key in state_dict if key.startswith(tuple(f"{prefix}{name}." for name in names))]):
+        elif not own and (found := self._of_plain_branches(state_dict, prefix)):
             for key in found:
                 state_dict[f"{prefix}branches.{key[len(prefix) :]}"] = state_dict.pop(key)
             self._keep_own(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _of_plain_branches(self, state_dict: Any, prefix: str) -> list[str]:
+        """The keys of a checkpoint of the branches without a block."""
+        starts, mine = tuple(f"{prefix}{name}." for name in self.branches._modules), self.state_dict(prefix=prefix)
+        return [key for key in state_dict if key.startswith(starts) and key not in mine]
 
 
 def _split_heads(state_dict: Any, prefix: str, branches: dict[str, Any]) -> None:
@@ -113,23 +140,6 @@ def _split_heads(state_dict: Any, prefix: str, branches: dict[str, Any]) -> None
         if whole is not None and len(whole) == sum(sizes):
             parts = [part.clone() for part in state_dict.pop(prefix + what).split(sizes)]
             state_dict.update({f"{prefix}branches.{name}.{what}": part for name, part in zip(branches, parts, strict=True)})
-
-
-def _call_branches(branches: dict[str, Any], aliases: Sequence[Tensor], y: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Each branch's output; raises where one changes what all of them see."""
-    if y.is_inference():  # such a tensor does not count its changes
-        return {name: branch(alias.clone(), **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}
-    outputs, version = {}, y._version
-    for alias, (name, branch) in zip(aliases, branches.items(), strict=True):
-        try:
-            outputs[name] = branch(alias, **kwargs)
-        except RuntimeError as error:
-            if "modified inplace" in str(error):
-                raise _changed_in_place(name, f": {error}") from error
-            raise
-        if y._version != version:
-            raise _changed_in_place(name, "")
-    return outputs
 
 
 def _changed_in_place(name: str, why: str) -> RuntimeError:

@@ -29,6 +29,7 @@ class Impartial(nn.Module):
     """The base of ImpartialityBlock and LinearHeads."""
 
     beta: Tensor | None
+    _no_gradient = False  # whether the last training pass asked for none, so that what was recorded before is stale
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
     def __init__(
@@ -42,7 +43,6 @@ class Impartial(nn.Module):
         self.register_buffer("beta", None if self._beta is None else torch.tensor(self._beta, dtype=torch.float64))
         # no buffer: DistributedDataParallel would send it around at every step
         self._info = torch.full((k + k * k,), _NO_BACKWARD_YET, dtype=torch.float64)
-        self._k = k
         for rule in without_state(self.resolver, k) if per != "sample" else ():
             rule.state = torch.zeros(rule.state_size(k), dtype=torch.float64)
 
@@ -56,7 +56,7 @@ class Impartial(nn.Module):
         if self.beta is not None:
             self.beta = torch.tensor(self._beta, dtype=torch.float64, device=device)
         if self._info is not None:
-            self._info = self._info.new_full((self._k + self._k**2,), _NO_BACKWARD_YET, device=device)
+            self._info = self._info.new_full((len(self.names) + len(self.names) ** 2,), _NO_BACKWARD_YET, device=device)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,6 +82,8 @@ class Impartial(nn.Module):
                 f"{type(self.resolver).__name__} works on each element by itself and has neither weights nor Gramian; "
                 "call mmfast.gram on the gradients to see how they conflict"
             )
+        if self._no_gradient:
+            raise RuntimeError(_REASONS[_NO_GRADIENT])
         reason = _NO_BACKWARD_YET if info.is_meta else info.flatten()[0].item() if info.numel() else 0.0
         if reason in _REASONS and (info.is_meta or (info == reason).all()):
             raise RuntimeError(_REASONS[reason])
@@ -91,6 +93,7 @@ class Impartial(nn.Module):
         """Keeps weights and Gramian of a backward pass."""
         if not torch.compiler.is_compiling():
             self.__dict__["_info"] = info if info is None else contract.plain(info)
+            self.__dict__["_no_gradient"] = False
         elif torch._C._are_functorch_transforms_active():
             pass  # which may not write into a tensor that is not their own
         elif info is not None and self._info is not None:  # a graph can write into a tensor of ours, not bind a name
@@ -101,13 +104,12 @@ class Impartial(nn.Module):
 
     def no_gradient_wanted(self) -> None:
         """Called in a forward pass whose tensor asks for no gradient: what was recorded before is not what a backward pass now sees."""
-        if not torch.is_grad_enabled() or self._info is None:
+        if not self.training or not torch.is_grad_enabled():
             return  # an evaluation between backward pass and stats()
-        if torch.compiler.is_compiling():
-            if not torch._C._are_functorch_transforms_active():
-                self._info.fill_(_NO_GRADIENT)
-        else:
-            self.__dict__["_info"] = self._info.new_full((self._k + self._k**2,), _NO_GRADIENT)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_no_gradient"] = True
+        elif self._info is not None and not torch._C._are_functorch_transforms_active():
+            self._info.fill_(_NO_GRADIENT)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Impartial":
         super()._apply(fn, recurse)

@@ -2,7 +2,7 @@
 
 import sys
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -11,11 +11,20 @@ from mmfast import contract
 from mmfast.resolvers.base import Resolver
 
 _PIECEMEAL = ("autograd/gradcheck.py", "autograd/functional.py")  # they go back for each output by itself, and put nothing together
+LOOKS = 16  # backward passes of a resolver that may be one of several: looking costs a reading of the gradients
+_looks: WeakKeyDictionary[Resolver, int] = WeakKeyDictionary()
 _told_apart: WeakSet[Resolver] = WeakSet()
 _told_shards: WeakSet[Resolver] = WeakSet()
 
 HAS_GROUPS = torch.distributed.is_available()  # whether this torch was built with process groups
 goes_back_again = torch._C._autograd._get_current_graph_task_keep_graph  # whether the graph is kept for another backward pass
+
+
+def watches(resolver: Resolver) -> bool:
+    """Whether to look at which branches a backward pass brings that keeps its graph: the first times, until it was told what they are."""
+    looks = _looks.get(resolver, 0)
+    _looks[resolver] = looks + 1
+    return looks < LOOKS and resolver not in _told_apart
 
 
 def present_branches(grads: tuple[Tensor | None, ...]) -> Tensor:
@@ -34,7 +43,7 @@ def present_heads(delta: Tensor, head_of: Tensor, k: int) -> Tensor:
 def branches_apart(ctx: Any, resolver: Resolver, present: Tensor) -> None:
     """Called in a backward pass that is one of several through one forward pass: says where they bring different branches."""
     before, ctx.seen = ctx.seen, present
-    if before is None or resolver in _told_apart or present.is_cuda and torch.cuda.is_current_stream_capturing():
+    if before is None or present.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if torch.equal(before, present) or not present.any() or _piecemeal():
         return

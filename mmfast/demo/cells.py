@@ -135,5 +135,7 @@ def point_decimals(cells: dict[str, int]) -> dict[str, str]:
         raise DataError(
             f"line {cells[cell]}: {cell!r} may be {cell.replace(',', '.')} or {cell.replace(',', '')}; write it with a decimal point, or without the comma"
         )
-    grouped = {cell for cell in cells if re.fullmatch(r"[+-]?\d{1,3}(\.\d{3})+", cell)}
+    grouped = {cell for cell in cells if re.fullmatch(r"[+-]?[1-9]\d{0,2}(\.\d{3})+", cell)}
+    if any("." in cell and number(cell) is not None for cell in cells.keys() - grouped):
+        grouped = set()  # a point that separates no thousands is a decimal one, beside the commas
     return {cell: cell.replace(".", "").replace(",", ".") for cell in commas | grouped}

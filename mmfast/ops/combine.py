@@ -39,5 +39,7 @@ def _combine(grads: Sequence[Tensor], w: Tensor, per: str, k: int, backend: str)
     expected = (grads[0].shape[0], k) if per == "sample" else (k,)
     if not isinstance(w, Tensor) or tuple(w.shape) != expected:
         raise ValueError(f"w is {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}, expected a tensor of shape {expected}")
+    if not w.is_floating_point():
+        raise TypeError(f"w is {w.dtype}, expected a floating-point tensor")
     w = w.to(dtype=torch.float64, device=grads[0].device).contiguous()
     return functions_of(choose(grads[0].device, backend, k)).combine(grads, [], None, w, per)

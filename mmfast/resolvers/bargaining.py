@@ -110,7 +110,7 @@ class NashMTL(Rule):
         return [self.max_norm or 0.0]
 
     @property
-    def degree(self) -> float:
+    def degree(self) -> float:  # type: ignore[override]
         return -1.0
 
     def rule(self, p: Problem) -> Tensor:
@@ -149,7 +149,7 @@ class FairGrad(Rule):
         return [self.alpha]
 
     @property
-    def degree(self) -> float:
+    def degree(self) -> float:  # type: ignore[override]
         return -2 * self.alpha / (1 + self.alpha)
 
     def rule(self, p: Problem) -> Tensor:

@@ -79,13 +79,10 @@ class Resolver(nn.Module):
         ...         return torch.nn.functional.one_hot(squares.argmin(-1), G.shape[-1]).double()
     """
 
+    degree: float = 0.0  # the weights of c times the gradients are c^degree times theirs; 0 where only ratios of the gradients matter
+
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(G, mask=None) -> weights")
-
-    @property
-    def degree(self) -> float:
-        """Of homogeneity: the weights of c times the gradients are c^degree times theirs. 0 where only ratios of the gradients matter."""
-        return 0.0
 
     def check(self, k: int) -> None:
         """Raises ValueError where the resolver cannot serve k gradients."""

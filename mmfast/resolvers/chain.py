@@ -48,7 +48,7 @@ def states_of(chain: list[Rule], problems: tuple[int, ...], k: int, device: torc
         if state.shape != (*problems, size):
             raise ValueError(
                 f"{type(rule).__name__} keeps state of shape {tuple(state.shape)} from earlier calls, but these gradients need "
-                f"{(*problems, size)}; use one resolver per block, or call its reset()"
+                f"{(*problems, size)}; use one resolver per block, call its reset() (also after a checkpoint of an earlier version)"
             )
         states.append(state)
     return states

@@ -43,7 +43,7 @@ class Compose(Resolver):
         self.parts = nn.ModuleList(flat)  # type: ignore[assignment]
 
     @property
-    def degree(self) -> float:
+    def degree(self) -> float:  # type: ignore[override]
         degree = 0.0
         for part in self.parts:  # the rows that it sees have grown by 1 + degree
             degree += (1 + degree) * part.degree
@@ -129,7 +129,7 @@ class CRMOGM(Rule):
         return [self.alpha, self.degree]
 
     @property
-    def degree(self) -> float:
+    def degree(self) -> float:  # type: ignore[override]
         return self.inner.degree
 
     def check(self, k: int) -> None:

@@ -133,9 +133,8 @@ class PCD(Rule):
         return [self.tau, self.beta]
 
     def state_size(self, k: int) -> int:
-        return (
-            3 * k + 1
-        )  # the averages of |g_i|^2; the weight of all that was averaged, 1 - beta^n after n steps; the averages' sets and units
+        # the averages of |g_i|^2; the weight of all that was averaged, 1 - beta^n after n steps; the averages' sets and units
+        return 3 * k + 1
 
     def rule(self, p: Problem) -> Tensor:
         assert p.state is not None

@@ -154,6 +154,7 @@ class MGDA(Rule):
 
     method = 6
     lifts = True
+    cap: float | None = None
 
     def __init__(self, normalize: str = "none", cap: float | None = None) -> None:
         super().__init__()
@@ -169,7 +170,7 @@ class MGDA(Rule):
         return [float(self.normalize == "l2")] + ([] if self.cap is None else [float(self.cap)])
 
     @property
-    def degree(self) -> float:
+    def degree(self) -> float:  # type: ignore[override]
         return -1.0 if self.normalize == "l2" else 0.0
 
     def rule(self, p: Problem) -> Tensor:

@@ -33,6 +33,8 @@ def resolver(name: str, **kwargs: Any) -> Resolver:
     >>> mf.resolver("cagrad", c=0.4)
     CAGrad(c=0.4, rescale=0)
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {_words(name)}, expected a str, such as 'mgda'")
     rule = _by_name.get(_plain(name))
     if rule is None:
         near = [_by_name[match].__name__ for match in difflib.get_close_matches(_plain(name), _by_name)]
