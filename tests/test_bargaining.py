@@ -94,7 +94,7 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match="max_norm is .* expected None or a positive number"):
             NashMTL(max_norm)
     for alpha in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="alpha is .* expected a number that is not negative"):
+        with pytest.raises(ValueError, match="alpha is .* expected 0 or a number from 0.05 up"):
             FairGrad(alpha)
 
 

@@ -412,7 +412,7 @@ def test_ctrl_c_ends_a_grid_and_all_of_its_processes(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "hivae Wine none 0: " in out
+    assert process.returncode == 130 and "hivae Wine " in out
     command = f"mmfast {' '.join(arguments)} --processes 2 --out {tmp_path}"
     assert error == f"mmfast: stopped; the same command goes on from there: 0 of 2 runs are recorded:\n  {command}\n"
     assert {path.suffix for path in (tmp_path / "checkpoints").iterdir()} == {".pt"}

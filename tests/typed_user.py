@@ -34,7 +34,7 @@ block = mf.ImpartialityBlock(
     local=mf.StandardScale(torch.randn(8, 2), ["real", "real"]),
     per="sample",
 )
-block(y, mask=torch.ones(2, dtype=torch.bool))
+sum(output.sum() for output in block(y, mask=torch.ones(2, dtype=torch.bool)).values()).backward()
 seen = block.stats()
 assert_type(seen.weights, Tensor)
 print(seen, block.names)

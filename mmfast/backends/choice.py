@@ -81,7 +81,7 @@ _told_slow = False
 def _tell_slow() -> None:
     """Says once that a call on the CPU has no compiled code."""
     global _told_slow
-    if not _told_slow and not torch.compiler.is_compiling():
+    if library.missing_reason and not _told_slow and not torch.compiler.is_compiling():
         _told_slow = True
         contract.tell(f"mmfast runs in plain torch on this CPU, many times slower than compiled: {library.missing_reason}")
 
