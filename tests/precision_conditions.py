@@ -57,6 +57,15 @@ def conditions(name: str, rule, J: Tensor, w: Tensor, w64: Tensor) -> Iterator[t
         yield "float64", (w - w64).abs().amax(-1) / w64.abs().amax(-1) / p
     elif name.startswith(("Krum", "Multi-Krum")):
         yield "nearest", _each(row.residual, G, w) / p
+    elif name == "MGDA capped":
+        yield "cap", torch.maximum((w - rule.cap * (1 + 1e-12)).amax(-1), -w.amin(-1)) / p
+    elif name in (
+        "PCGrad",
+        "GradVac",
+        "CRMOGM",
+        "Compose",
+    ):  # a random order: each row is made no longer, or as long as the bound on its cosines says
+        yield "length", (length / norm.sum(-1) - (k if name in ("GradVac", "Compose") else 1)) / p
     elif name == "PCGrad fixed":
         far = apart > p
         violation = torch.zeros_like(apart)

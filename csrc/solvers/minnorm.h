@@ -76,11 +76,12 @@ struct Rule<7> : Rule<-1> {
   template <class Team>
   MMFAST_HD static void nearest(const Team& team, minnorm::ActiveSet<Team>& set) {
     const double lift = set.lift;
-    set.cone = true;
+    set.cone = set.prune = true;  // what depends on rows of S enters by rounding alone, and its weights have no bound
     set.lift = 0.0;
     each(team, set.k, [&](int i) { set.w[i] = 0.0; });
     set.start_with_weights();
     set.descend();
+    set.prune = false;
     if (set.length2 <= set.kappa * set.kappa * (1.0 + 1e-9)) return;
     double total = 0.0;
     for (int i = 0; i < set.k; ++i) total += set.w[i];

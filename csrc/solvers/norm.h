@@ -22,13 +22,22 @@ struct Norm {
   double noise;    // length of the resolved gradient below which its direction is not known, and its length falls off with the square
 };
 
+// A power of two near the largest weight: weights that follow the gradients' lengths may have squares that no number holds.
+template <class Team>
+MMFAST_HD inline double weight_unit(const Team& team, int k, const double* w) {
+  double largest = 0.0;
+  for (int i = 0; i < k; ++i) largest = fmax(largest, fabs(w[i]));
+  team.sync();
+  return largest > 0.0 && largest < HUGE_VAL ? ldexp(1.0, ilogb(largest)) : 1.0;
+}
+
 // Sum of |w_i| |g_i|.
 template <class Team>
 MMFAST_HD inline double norm_bound(const Team& team, int k, const double* G, const double* w) {
   return team.sum(k, [&](int i) { return fabs(w[i]) * sqrt(G[i * k + i]); });
 }
 
-// The factor where there are no elements to measure: below the precision of the Gramian it is bounded.
+// The factor of weights in their unit where there are no elements to measure: below the precision of the Gramian it is bounded.
 template <class Team>
 MMFAST_APART double norm_factor(const Team& team, int k, const double* G, const double* w, double precision) {
   const double plain = team.sum(k * k, [&](int e) { return G[e]; });
@@ -36,7 +45,7 @@ MMFAST_APART double norm_factor(const Team& team, int k, const double* G, const 
   return bound > 0.0 ? sqrt(fmax(plain, 0.0) / fmax(resolved, 16.0 * precision * bound * bound)) : 0.0;
 }
 
-// The factor as far as the Gramian tells; `noise` is 1 where it is to be found out by shifted weights, else 0.
+// The factor of weights in their unit as far as the Gramian tells; `noise` is 1 where it is to be found out by shifted weights, else 0.
 template <class Team>
 MMFAST_APART Norm norm_of_gramian(const Team& team, int k, const double* G, const double* w, double precision) {
   const double plain = team.sum(k * k, [&](int e) { return G[e]; });

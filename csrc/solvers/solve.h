@@ -247,16 +247,18 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
   const Workspace at(K, state_size, work, iwork);
   if (io.norm) each(team, state_size, [&](int i) { at.state[i] = io.state[i]; });
   Norm norm{1.0, 1.0, 0.0};
-  double* w = at.w;
+  double *w = at.w, unit = 1.0;
   const double* G = io.G;
   // the second time for the Gramian changed within its precision, where much depends on it; what the lift alone made must change, too
   for (int pass = 0; pass < 2; ++pass) {
     const bool solved = run_chain(team, chain, K, io, G, pass ? at.state : io.state, at, pass ? 2.0 : 1.0);
-    if (!chain.preserve_norm || !solved) break;
+    if (!chain.preserve_norm || (!solved && pass == 0)) break;
     int k = 0;
     double scale = 1.0;
     compact(team, io.G, K, io.mask, at.row_index, at.dense, &k, &scale);
-    each(team, k, [&](int i) { w[i] = io.w[at.row_index[i]]; });
+    each(team, k, [&](int i) { w[i] = solved ? io.w[at.row_index[i]] : 0.0; });  // the changed Gramian may have left nothing
+    if (pass == 0) unit = weight_unit(team, k, w);
+    each(team, k, [&](int i) { w[i] /= unit; });
     if (!io.norm) {
       const double factor = norm_factor(team, k, at.dense, w, chain.precision);
       each(team, k, [&](int i) { io.w[at.row_index[i]] = factor * w[i]; });
@@ -264,6 +266,7 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
     }
     if (pass == 0) {
       norm = norm_of_gramian(team, k, at.dense, w, chain.precision);
+      norm.factor /= unit;
       if (norm.noise == 0.0) break;
       if (!chain_reads_gramian(chain)) {
         norm.noise = 0.0;
@@ -273,8 +276,8 @@ MMFAST_HD inline void solve(const Team& team, const Chain& chain, int K, const I
       each(team, K * K, [&](int e) { at.shifted[e] = shifted_entry(io.G, K, e / K, e % K, chain.precision); });
       G = at.shifted;
     } else {
-      each(team, k, [&](int i) { w[i] -= at.kept_w[at.row_index[i]]; });
-      norm.noise = sqrt(scale) * norm_noise(team, k, at.dense, w, chain.precision);
+      each(team, k, [&](int i) { w[i] -= at.kept_w[at.row_index[i]] / unit; });
+      norm.noise = sqrt(scale) * unit * norm_noise(team, k, at.dense, w, chain.precision);
     }
   }
   if (G != io.G) each(team, K, [&](int i) { io.w[i] = at.kept_w[i]; });

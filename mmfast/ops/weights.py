@@ -17,7 +17,8 @@ def weights(G: Tensor, resolver: ResolverLike, mask: Tensor | None = None, *, pr
 
     Args:
         G: Gramians [..., K, K], any floating dtype; solved in float64, each on its own. The dtype tells how exact the numbers are:
-            what could be rounding counts as zero in the rules that need a rank (IMTLG, ConFIG, AlignedMTL).
+            what could be rounding counts as zero. `gram` gives float64 whatever the gradients are: that of float32 or 16-bit ones belongs
+            here as `G.float()`, which is how `resolve` judges it.
         resolver: how conflicts are resolved; see `resolve`.
         mask: bool [K] or [..., K]; False rows are missing: left out of the problem, weight 0. All-zero rows are missing too.
         preserve_norm: scale the weights so that the resolved gradient has the norm of the plain sum.

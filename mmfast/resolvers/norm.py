@@ -43,9 +43,18 @@ def shifted(G: Tensor, precision: float) -> Tensor:
     return G + precision * (1 - 2 * odd) * norm.unsqueeze(-1) * norm.unsqueeze(-2)
 
 
+def _unit(w: Tensor) -> Tensor:
+    """A power of two near the largest weight [...]: weights that follow the gradients' lengths may have squares that no number holds."""
+    largest = w.abs().amax(-1)
+    usable = (largest > 0) & largest.isfinite()
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(torch.where(usable, largest, 1)).exponent - 1)
+
+
 def of_gramian(G: Tensor, rows: Tensor, w: Tensor, shifted_w: Tensor, precision: float) -> Norm:
     """The factor of the weights w, and how far to trust it; shifted_w are the weights that `shifted` has."""
     plain, parts = _length(G, rows, torch.ones_like(w))
+    unit = _unit(torch.where(rows, w, 0))
+    w, shifted_w = w / unit.unsqueeze(-1), shifted_w / unit.unsqueeze(-1)
     ours, ours_parts = _length(G, rows, w)
     plain_reach, reach = parts.sum(-1).square(), ours_parts.sum(-1).square()
     settled = (plain >= MEASURED * precision * plain_reach) & (ours >= MEASURED * precision * reach)
@@ -55,7 +64,7 @@ def of_gramian(G: Tensor, rows: Tensor, w: Tensor, shifted_w: Tensor, precision:
     noise = torch.where(ours < KNOWN * lift * reach, MARGIN * moved, 0)
     finite = plain.isfinite() & ours.isfinite()  # what is not is settled: there is nothing to measure
     factor = torch.where(ours > 0, plain.clamp(min=0) / torch.where(ours > 0, ours, 1), 0).sqrt()
-    return Norm(torch.where(finite, factor, torch.nan), settled | ~finite, noise)
+    return Norm(torch.where(finite, factor / unit, torch.nan), settled | ~finite, noise * unit)
 
 
 def measured(norm: Norm, plain: Tensor, ours: Tensor) -> Tensor:
@@ -69,6 +78,7 @@ def measured(norm: Norm, plain: Tensor, ours: Tensor) -> Tensor:
 def by_gramian(G: Tensor, rows: Tensor, w: Tensor, precision: float) -> Tensor:
     """The factor where there are no elements to measure: below the precision of the Gramian it is bounded."""
     plain, _ = _length(G, rows, torch.ones_like(w))
-    ours, parts = _length(G, rows, w)
+    unit = _unit(torch.where(rows, w, 0))
+    ours, parts = _length(G, rows, w / unit.unsqueeze(-1))
     reach = parts.sum(-1).square()
-    return torch.where(reach > 0, (plain.clamp(min=0) / torch.maximum(ours, 16 * precision * reach)).sqrt(), 0)
+    return torch.where(reach > 0, (plain.clamp(min=0) / torch.maximum(ours, 16 * precision * reach)).sqrt() / unit, 0)

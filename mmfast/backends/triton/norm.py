@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.backends.triton.problem import half_of, number, parameter
+from mmfast.backends.triton.problem import exponent_of, half_of, number, parameter, power_of_two
 from mmfast.resolvers import norm
 
 MEASURED, KNOWN, MARGIN, LARGEST = (tl.constexpr(x) for x in (norm.MEASURED, norm.KNOWN, norm.MARGIN, norm.LARGEST))
@@ -38,8 +38,10 @@ def of_gramian(G_ptr, w_ptr, shifted_ptr, numbers, problem, k, P: tl.constexpr):
     rows = squares != 0.0
     half = half_of(tl.sum(squares, axis=0))
     given = tl.load(w_ptr + w_at + idx, mask=inside, other=0.0)
-    w = tl.where(rows, given, 0.0)
-    change = w - tl.where(rows, tl.load(shifted_ptr + w_at + idx, mask=inside, other=0.0), 0.0)
+    exponent = exponent_of(tl.where(rows, given, 0.0))
+    unit, inverse = power_of_two(exponent), power_of_two(-exponent)
+    w = tl.where(rows, given, 0.0) * inverse
+    change = w - tl.where(rows, tl.load(shifted_ptr + w_at + idx, mask=inside, other=0.0), 0.0) * inverse
     # some rows at a time, so that many do not need as many registers
     R: tl.constexpr = min(P, 16)
     plain, ours, moved = tl.zeros([R], tl.float64), tl.zeros([R], tl.float64), tl.zeros([R], tl.float64)
@@ -47,10 +49,10 @@ def of_gramian(G_ptr, w_ptr, shifted_ptr, numbers, problem, k, P: tl.constexpr):
         i = first + tl.arange(0, R)
         there = tl.load(at + i * (k + 1), mask=i < k, other=0.0) != 0.0
         tile = half * tl.load(at + i[:, None] * k + idx[None, :], mask=there[:, None] & rows[None, :], other=0.0) * half
-        w_i = tl.load(w_ptr + w_at + i, mask=there, other=0.0)
+        w_i = tl.load(w_ptr + w_at + i, mask=there, other=0.0) * inverse
         plain += tl.sum(tile, axis=1)
         ours += w_i * tl.sum(tile * w[None, :], axis=1)
-        moved += (w_i - tl.load(shifted_ptr + w_at + i, mask=there, other=0.0)) * tl.sum(tile * change[None, :], axis=1)
+        moved += (w_i - tl.load(shifted_ptr + w_at + i, mask=there, other=0.0) * inverse) * tl.sum(tile * change[None, :], axis=1)
     plain, ours, moved = tl.sum(plain, axis=0), tl.sum(ours, axis=0), tl.sum(moved, axis=0)
     length = tl.sqrt(half * tl.maximum(squares, 0.0) * half)
     plain_reach, reach = tl.sum(length, axis=0), tl.sum(tl.abs(w) * length, axis=0)
@@ -58,8 +60,8 @@ def of_gramian(G_ptr, w_ptr, shifted_ptr, numbers, problem, k, P: tl.constexpr):
     lift = number(rows) * precision
     settled = tl.where((plain >= least * plain_reach * plain_reach) & (ours >= least * reach * reach), 1.0, 0.0)
     moved = tl.sqrt(tl.maximum(moved + lift * tl.sum(change * change * length * length, axis=0), 0.0))
-    noise = tl.where(ours < KNOWN * lift * reach * reach, MARGIN * moved / half, 0.0)
-    factor = tl.sqrt(tl.where(ours > 0.0, tl.maximum(plain, 0.0) / tl.where(ours > 0.0, ours, 1.0), 0.0))
+    noise = tl.where(ours < KNOWN * lift * reach * reach, MARGIN * moved / half * unit, 0.0)
+    factor = tl.sqrt(tl.where(ours > 0.0, tl.maximum(plain, 0.0) / tl.where(ours > 0.0, ours, 1.0), 0.0)) * inverse
     # weights that are no numbers stay what they are
     lost = tl.max(tl.where(tl.abs(given) < float("inf"), 0, 1), axis=0) > 0
     return tl.where(lost, 1.0, factor), tl.where(lost, 1.0, settled), tl.where(lost, 0.0, noise)

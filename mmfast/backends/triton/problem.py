@@ -85,6 +85,14 @@ def power_of_two(exponent):
 
 
 @triton.jit
+def exponent_of(w):
+    """The exponent of a power of two near the largest weight: weights that follow the gradients' lengths may have squares that no number holds."""
+    largest = tl.max(tl.abs(w), axis=0)
+    usable = (largest > 2.2250738585072014e-308) & (largest < float("inf"))
+    return ((tl.where(usable, largest, 1.0).to(tl.int64, bitcast=True) >> 52) & 2047) - 1023
+
+
+@triton.jit
 def problem_of(problems, NORM: tl.constexpr):
     """The problem of this program."""
     problem = tl.program_id(0).to(tl.int64)
@@ -170,6 +178,8 @@ def store(w_ptr, w, G, active, rows, numbers, K: tl.constexpr, P: tl.constexpr, 
             G = tl.where(idx[:, None] == idx[None, :], G / (1.0 + lift_of(active, numbers, 0, NORM)), G)
         pair = active[:, None] & active[None, :]
         plain = tl.sum(tl.sum(tl.where(pair, G, 0.0), axis=1), axis=0)
+        inverse = power_of_two(-exponent_of(w))
+        w *= inverse
         ours = tl.sum(tl.sum(tl.where(pair, G * w[:, None] * w[None, :], 0.0), axis=1), axis=0)
         reach = tl.sum(tl.abs(w) * tl.sqrt(tl.maximum(diagonal(G, idx), 0.0)), axis=0)
         floor = 16.0 * parameter(numbers, 0) * reach * reach  # below it the length of d is rounding of G: not to be blown up
