@@ -66,7 +66,7 @@ def conflict_rate(G: Tensor) -> Tensor:
         G: Gramian [..., K, K].
 
     Returns:
-        float64 [...] in [0, 1], over the pairs of present gradients; NaN where there is no pair.
+        float64 [...] in [0, 1], over the pairs of present gradients; NaN where there is no pair, or one that is no number.
 
     Example:
         >>> conflict_rate(torch.tensor([[1.0, -1.0, 2.0], [-1.0, 4.0, 0.0], [2.0, 0.0, 9.0]]))
@@ -74,7 +74,8 @@ def conflict_rate(G: Tensor) -> Tensor:
     """
     G = _square(G)
     pairs = _off_diagonal(norms(G) != 0)
-    return ((G < 0) & pairs).sum((-1, -2)) / pairs.sum((-1, -2)).double()
+    rate = ((G < 0) & pairs).sum((-1, -2)) / pairs.sum((-1, -2)).double()
+    return torch.where((G.isnan() & pairs).any(-1).any(-1), torch.nan, rate)
 
 
 def magnitude_similarity(G: Tensor) -> Tensor:

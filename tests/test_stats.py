@@ -94,3 +94,8 @@ def test_errors(function):
         function([[1.0]])
     with pytest.raises(ValueError, match=r"w has shape \(2,\), expected weights of shape \[..., 3\]"):
         stats.cosine_to_direction(torch.eye(3), torch.ones(2))
+
+
+def test_conflict_of_what_is_no_number_is_not_known():
+    G = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]])
+    assert stats.conflict_rate(G).isnan() and stats.conflict_rate(torch.eye(2)) == 0
