@@ -159,3 +159,11 @@ def test_branches_are_looked_at_a_few_times(monkeypatch):
         y = torch.randn(5, requires_grad=True)
         sum(a.sum() for a in mf.fork(y, 2, rule)).backward(retain_graph=True)
     assert len(calls) == notices.LOOKS
+
+
+@every
+def test_a_checkpoint_whose_graph_is_kept(make):
+    """Its tensors can be unpacked once in a backward pass: a look at the branches must not do it a second time."""
+    block, y = make(mf.MGDA()), torch.randn(5, 4, requires_grad=True)
+    loss = checkpoint(lambda y: sum(output.square().sum() for output in block(y * 2)), y, use_reentrant=False)
+    assert told(lambda: loss.backward(retain_graph=True)) == [] and y.grad.isfinite().all()

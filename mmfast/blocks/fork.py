@@ -63,10 +63,7 @@ class mmfast_fork(torch.autograd.Function):
         refuse_double_backward("a fork")
         (mask,) = ctx.saved_tensors
         if not torch.compiler.is_compiling():
-            if (ctx.seen is not None or notices.goes_back_again()) and notices.watches(ctx.plan.resolver):
-                notices.branches_apart(ctx, ctx.plan.resolver, notices.present_branches(grads))
-            if notices.HAS_GROUPS and torch.distributed.is_initialized():
-                notices.shards(ctx.plan.resolver, ctx.plan.per)
+            notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, notices.present_branches, grads)
         return _resolved(ctx.plan, mask, *grads), None, None
 
 

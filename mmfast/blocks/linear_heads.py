@@ -43,10 +43,7 @@ class _LinearHeads(torch.autograd.Function):
         refuse_double_backward("LinearHeads")
         if ctx.needs_input_grad[0] and not torch.compiler.is_compiling():
             module = ctx.module
-            if (ctx.seen is not None or notices.goes_back_again()) and notices.watches(module.resolver):
-                notices.branches_apart(ctx, module.resolver, notices.present_heads(delta, ctx.saved_tensors[3], len(module.sizes)))
-            if notices.HAS_GROUPS and torch.distributed.is_initialized():
-                notices.shards(module.resolver, module.per)
+            notices.tell(ctx, module.resolver, module.per, notices.present_heads, delta, module._head_of, len(module.sizes))
         return _backward(ctx, delta, _resolved)
 
 

@@ -1,6 +1,7 @@
 """What a backward pass says once, where it does what it was asked for and that is probably not what was meant."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -18,6 +19,14 @@ _told_shards: WeakSet[Resolver] = WeakSet()
 
 HAS_GROUPS = torch.distributed.is_available()  # whether this torch was built with process groups
 goes_back_again = torch._C._autograd._get_current_graph_task_keep_graph  # whether the graph is kept for another backward pass
+
+
+def tell(ctx: Any, resolver: Resolver, per: str, present: Callable[..., Tensor], *gradients: Any) -> None:
+    """Called in a backward pass that is not compiled; present(*gradients) are the branches that it brings, looked at where that may matter."""
+    if (ctx.seen is not None or goes_back_again()) and watches(resolver):
+        branches_apart(ctx, resolver, present(*gradients))
+    if HAS_GROUPS and torch.distributed.is_initialized():
+        shards(resolver, per)
 
 
 def watches(resolver: Resolver) -> bool:
