@@ -8,6 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from interpreter import poison, quiet  # noqa: F401
 
 import mmfast as mf
 from mmfast import ops
@@ -17,25 +18,6 @@ from mmfast.backends.triton.gram import slots_of
 assert rows.INTERPRETED, "TRITON_INTERPRET must be 1"
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """The interpreter computes with NumPy, which warns of what a GPU does without a word."""
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Every fresh buffer is full of NaN, so that an element that nobody writes shows."""
-    real = torch.empty
-
-    def poisoned(*args, **kwargs):
-        made = real(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def make(k, shape, dtype=torch.float32):

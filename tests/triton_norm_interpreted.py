@@ -2,9 +2,9 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
+from interpreter import poison, quiet  # noqa: F401
 from rule_table import RULES
 from test_precision import UPGRAD
 from triton_solve_interpreted import FORMS, NAMES
@@ -23,24 +23,6 @@ P = torch.finfo(torch.float32).eps
 LEFT = [1e-2, 3e-4, 1e-7, 0.0]  # of two opposite rows
 # far below the distance at which a wrong way of keeping the norm shows; 16-bit types round the result
 CLOSE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5, torch.float64: 1e-9}
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """What a kernel leaves unwritten shows as NaN."""
-    real = torch.empty
-
-    def poisoned(*args, **kwargs):
-        made = real(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def cancelling(left, dtype):

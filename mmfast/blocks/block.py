@@ -116,10 +116,10 @@ class ImpartialityBlock(Impartial):
         return outputs
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        names, branches = self.branches._modules, tuple(self.branches._modules.values())
-        own = any(key.startswith(f"{prefix}branches.{name}.") for key in state_dict for name in names)
-        if not own and prefix + "weight" in state_dict and all(type(branch) is nn.Linear for branch in branches):
-            _split_heads(state_dict, prefix, self.branches._modules)
+        branches = self.branches._modules
+        own = any(key.startswith(f"{prefix}branches.{name}.") for key in state_dict for name in branches)
+        if not own and prefix + "weight" in state_dict and all(type(branch) is nn.Linear for branch in branches.values()):
+            _split_heads(state_dict, prefix, branches)
         elif not own and (found := self._of_plain_branches(state_dict, prefix)):
             for key in found:
                 state_dict[f"{prefix}branches.{key[len(prefix) :]}"] = state_dict.pop(key)

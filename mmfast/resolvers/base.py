@@ -15,6 +15,11 @@ from mmfast.resolvers.philox import Draw
 EPS = torch.finfo(torch.float64).eps
 
 
+def cancelled(precision: float) -> float:
+    """A squared length below this part of its summands' squared sum is their rounding: its direction means nothing."""
+    return max(1e-14, 8 * precision)
+
+
 @dataclass
 class Problem:
     """A batch of K x K problems as the plain-torch form of a rule sees it.
@@ -38,8 +43,8 @@ class Problem:
 
     @property
     def cancelled(self) -> float:
-        """A squared length below this part of its summands' squared sum is their rounding: its direction means nothing."""
-        return max(1e-14, 8 * self.precision)
+        """`cancelled` of the precision of G."""
+        return cancelled(self.precision)
 
 
 def numbers(G: Tensor, values: Sequence[float]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast import contract
-from mmfast.resolvers.base import EPS, Problem, Rule
+from mmfast.resolvers.base import EPS, Problem, Rule, cancelled
 from mmfast.resolvers.norm import Norm, by_gramian, of_gramian, shifted
 from mmfast.resolvers.philox import Draw, advance
 
@@ -62,7 +62,7 @@ def apply(A: Tensor, G: Tensor, active: Tensor, precision: float) -> tuple[Tenso
     G_next = A @ G @ A.mT
     G_next = (G_next + G_next.mT) / 2
     reach = (A.abs() @ G.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)).squeeze(-1)
-    active = active & ~(G_next.diagonal(dim1=-2, dim2=-1) <= max(1e-14, 8 * precision) * reach.square())
+    active = active & ~(G_next.diagonal(dim1=-2, dim2=-1) <= cancelled(precision) * reach.square())
     return torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), G_next, 0), active
 
 
@@ -153,7 +153,7 @@ def _solve_twice(
 def norm_of(G: Tensor, mask: Tensor | None, w: Tensor, moved: Tensor, precision: float) -> Norm:
     """What Gramians G [B, K, K] say of the norm of their weights w [B, K], where `moved` are the weights of the shifted ones."""
     rows, finite = present(G, mask)
-    scaled, scale = _normalised(torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), G, 0), rows & finite.unsqueeze(-1))
+    scaled, scale = _normalised(G, rows & finite.unsqueeze(-1))
     norm = of_gramian(scaled, rows, w, moved, precision)
     return norm._replace(noise=norm.noise * scale.sqrt())
 
@@ -216,5 +216,5 @@ def preserved(G: Tensor, rows: Tensor, w: Tensor, precision: float) -> Tensor:
     """w scaled so that sum_i w_i g_i has the norm of the plain sum over the rows that are there, as far as the Gramian tells."""
     k = G.shape[-1]
     rows = rows.expand(w.shape)
-    scaled, _ = _normalised(torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), G, 0).reshape(-1, k, k), rows.reshape(-1, k))
+    scaled, _ = _normalised(G.reshape(-1, k, k), rows.reshape(-1, k))
     return w * by_gramian(scaled.view(G.shape), rows, w, precision).unsqueeze(-1)
