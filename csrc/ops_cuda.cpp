@@ -49,8 +49,10 @@ struct Call {
   gpu::Stream stream;
   Limits limits;
   Call(const char* op, const Tensor& t) : op(op), device(cuda_or_throw(op, t)), guard(device.index), stream(current_stream(device.index)), limits(gpu::limits(device.index)) {
-    const char* overlap = std::getenv("MMFAST_CUDA_OVERLAP");  // tests and benchmarks
-    if (overlap && std::strcmp(overlap, "0") == 0) limits.overlap = false;
+    const char* variable = std::getenv("MMFAST_CUDA_OVERLAP");  // tests and benchmarks
+    const int overlap = gpu::forced().overlap;
+    if (overlap == 1) limits.overlap = gpu::device_limits(device.index).overlap;
+    else if (overlap == 0 || (variable && std::strcmp(variable, "0") == 0)) limits.overlap = false;
   }
   Tensor workspace(int64_t count) const { return empty(device, {count}, aoti_torch_dtype_float64()); }
 };
@@ -89,8 +91,9 @@ struct NormSpace {
   }
 };
 
-// Which path tests ask for by MMFAST_CUDA_PATH; the plan decides without it.
+// Which path the thread asks for, or a test by MMFAST_CUDA_PATH; else the plan decides.
 std::optional<Path> forced_path() {
+  if (const int path = gpu::forced().path; path >= 0) return static_cast<Path>(path);
   const char* name = std::getenv("MMFAST_CUDA_PATH");
   if (!name || !*name) return std::nullopt;
   for (int path = 0; path < kPaths; ++path)
@@ -102,7 +105,7 @@ std::optional<Path> forced_path() {
 bool resolve_fused(const Call& call, const Inputs& in, const SolveArgs& args, int64_t S, int64_t* rng, Tensor& out) {
   const std::optional<Path> forced = forced_path();
   if (forced == Path::two_pass) return false;
-  Limits limits = call.limits;
+  Limits limits = forced ? gpu::device_limits(call.device.index) : call.limits;
   if (forced == Path::persistent) limits.cluster = 0;
   const Plan plan = gpu::plan(in.grads(), static_cast<int>(S), limits);
   bool done = false;
@@ -110,7 +113,7 @@ bool resolve_fused(const Call& call, const Inputs& in, const SolveArgs& args, in
     const Tensor slots = call.workspace(plan.workspace);
     done = gpu::resolve_fused(in.grads(), args, rng, plan, limits, doubles(slots), out.mutable_data_ptr(), call.stream);
   }
-  STD_TORCH_CHECK(done || !forced, call.op, ": MMFAST_CUDA_PATH names a path that these gradients and rules, or this device, do not take");
+  STD_TORCH_CHECK(done || !forced, call.op, ": the path that is forced, by MMFAST_CUDA_PATH or for this thread, is none that these gradients and rules, or this device, take");
   return done;
 }
 
@@ -237,18 +240,6 @@ std::tuple<Tensor, Tensor> heads_cuda(Tensor delta, Tensor weight, Tensor head_o
 
 }  // namespace
 }  // namespace mmfast
-
-// For mmfast.explain: {path, bytes read, bytes written, launches}; `per` is 0 for one problem, 1 for one per sample, 2 where neither has one launch.
-extern "C" __attribute__((visibility("default"))) void mmfast_cuda_plan(int64_t device, int64_t size, int64_t k, int64_t K, int64_t batch, int64_t inner,
-                                                                        int64_t state_size, int64_t per, int64_t* found) {
-  using namespace mmfast;
-  Grads g{};
-  g.dtype = size == 8 ? Dtype::f64 : size == 4 ? Dtype::f32 : Dtype::bf16;
-  g.k = static_cast<int>(k), g.K = static_cast<int>(K);
-  g.batch = batch, g.inner = inner, g.per = static_cast<Per>(per);
-  const Plan plan = gpu::plan(g, static_cast<int>(state_size), gpu::limits(static_cast<int>(device)));
-  found[0] = static_cast<int64_t>(plan.path), found[1] = plan.read, found[2] = plan.written, found[3] = plan.launches;
-}
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) {
   m.impl("gram", TORCH_BOX(&mmfast::gram_cuda));

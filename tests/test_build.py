@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,9 +60,8 @@ def test_library_needs_only_the_stable_abi():
     assert torchs
     assert needed - system - torchs == set()
     ours = {name for kind, name in symbols if kind == "T"}
-    assert ours - {"_init", "_fini"} == {"mmfast_cpu_isa", "mmfast_cpu_entry"} | (
-        {"mmfast_cuda_plan"} if library.built_with_cuda else set()
-    )
+    cudas = {f"mmfast_cuda_{name}" for name in ("why_not", "code", "architectures", "force", "allow", "paths", "tune", "plan")}
+    assert ours - {"_init", "_fini"} == {"mmfast_cpu_isa", "mmfast_cpu_entry"} | (cudas if library.built_with_cuda else set())
 
 
 @compiled
@@ -143,7 +143,7 @@ def test_facts():
 
 
 def test_the_cuda_backend_says_why_it_is_not_there(monkeypatch):
-    """No library, no CUDA in it, no GPU: each has its reason, and nothing falls back in silence."""
+    """No library, no CUDA in it, no GPU, no code for it: each has its reason, and nothing falls back in silence."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     reason = cuda.why_not()
@@ -153,6 +153,8 @@ def test_the_cuda_backend_says_why_it_is_not_there(monkeypatch):
     if library.read_facts(library.PATH).get("cuda"):
         assert reason == f"torch {torch.__version__} sees no CUDA device"
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert cuda.why_not() == f"{library.PATH}: there is no NVIDIA driver"
+        monkeypatch.setattr(cuda, "_exports", lambda: SimpleNamespace(mmfast_cuda_why_not=lambda device: None))
         assert cuda.why_not() is None
         with pytest.raises(ValueError, match="backend 'cuda' needs tensors on CUDA, they are on cpu"):
             ops.gram([torch.ones(2)], backend="cuda")

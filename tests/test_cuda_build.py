@@ -79,4 +79,4 @@ def test_the_phases_of_the_persistent_kernel_spill_nothing_of_their_own():
 
 def test_the_default_architectures_are_there():
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        assert architectures() == ["80", "90"] and "code=compute_90" in cuda["flags"]
+        assert {"80", "90"} <= set(architectures()) and "code=compute_" in cuda["flags"]

@@ -97,6 +97,15 @@ def test_a_cluster_keeps_all_of_at_most_a_megabyte(cluster, size):
     assert plan(3, 1000, size, cooperative=False, cluster=cluster)["path"] == ("cluster" if cluster else "two_pass")
 
 
+def test_limits_that_a_device_was_tuned_to_or_is_not_allowed():
+    n = 2**20 // (4 * 4)
+    assert plan(4, n, cluster=16, cluster_bytes=2**20 - 1)["path"] == "persistent"
+    assert plan(4, 2 * n, cluster=16)["path"] == "persistent" and plan(4, 2 * n, cluster=16, cluster_bytes=2**21)["path"] == "cluster"
+    little = next(n for n in range(10**6, 10**8, 10**6) if plan(4, n)["path"] == "two_pass")
+    assert plan(4, little, share_kept=0.1)["path"] == "persistent" and plan(4, little - 10**6, share_kept=0.5)["path"] == "two_pass"
+    assert samples(2, 100, CHUNK, per_sample=False)["path"] == "two_pass"
+
+
 def samples(k, batch, inner, size=4, fixed=FIXED, **limits):
     return host.gpu_plan_samples(k, batch, inner, size, fixed, **{**H200, **limits})
 

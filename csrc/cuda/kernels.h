@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "../args.h"
+#include "architectures.h"
 #include "plan.h"
 
 namespace mmfast {
@@ -53,8 +55,31 @@ struct MeasuredNorm {
 // w of problem b at w + b * w_stride; rows of weight zero are not read when `skip`. Weights of problems that were measured get their factor.
 void combine(const Grads& g, double* w, int64_t w_stride, bool skip, const MeasuredNorm& norm, void* out, bool overlap, Stream stream);
 
-// What the current device has; asked once, when the kernel is made ready for it.
+// Why kernels of this library cannot run on a device, or null; the words last until the thread asks again.
+const char* why_not(int device);
+// None as well where why_not() says so.
+Code code(int device);
+const char* architectures();
+
+// What the current device has, when the kernel is made ready for it; nothing where it did not answer.
+std::optional<Limits> ask(int device);
+// The same, asked once and then known; and what of it calls may use.
+Limits device_limits(int device);
 Limits limits(int device);
+
+// Which paths limits() has on a device from now on: bits by the number of a path, that of two passes always, and kOverlapBit.
+constexpr int64_t kOverlapBit = 1 << 8;
+void allow(int device, int64_t paths);
+void tune(int device, int64_t cluster_bytes, double share_kept);
+// Those that the current device has at all.
+int64_t paths(int device);
+
+// What a thread asks for in all of its calls, allowed or not: a path by its number and overlap, or -1.
+struct Forced {
+  int path = -1, overlap = -1;
+};
+Forced& forced();
+
 // What plan.h says of these gradients and rules that keep `state_size` numbers.
 Plan plan(const Grads& g, int state_size, const Limits& limits);
 // Gramian, solve() and combine() in one launch, as a plan of another path than two_pass says; slots are plan.workspace doubles.

@@ -4,10 +4,6 @@
 
 #include <cooperative_groups.h>
 
-#include <map>
-#include <mutex>
-#include <optional>
-
 #include "launch.h"
 #include "norm.h"
 #include "warp.h"
@@ -229,7 +225,6 @@ Launch launch_of(Path path, int64_t blocks, int64_t shared, cudaStream_t stream)
   return {mode, dim3(static_cast<unsigned>(blocks)), kThreads, stream, shared};
 }
 
-// What a device has, and what the kernel may ask it for from now on; nothing where it did not answer.
 std::optional<Limits> prepare(int device) {
   bool answered = true;
   auto check = [&](cudaError_t error) {
@@ -288,14 +283,7 @@ Plan plan(const Grads& g, int state_size, const Limits& limits) {
   return found;
 }
 
-Limits limits(int device) {
-  static std::mutex lock;
-  static std::map<int, Limits> known;
-  const std::lock_guard<std::mutex> guard(lock);
-  if (const auto found = known.find(device); found != known.end()) return found->second;
-  const std::optional<Limits> limits = cuda::prepare(device);
-  return limits ? known[device] = *limits : Limits{};  // no path but that of two passes, until it answers
-}
+std::optional<Limits> ask(int device) { return cuda::prepare(device); }
 
 bool resolve_fused(const Grads& g, const SolveArgs& args, int64_t* rng, const Plan& plan, const Limits& limits, double* slots, void* out, Stream stream) {
   cuda::PersistentArgs kernel_args{};

@@ -13,6 +13,10 @@ struct Limits {
   bool cooperative;          // blocks may wait for each other
   int64_t cluster;           // blocks of the largest cluster, whose blocks see each other's shared memory; 0 where there are none
   bool overlap;              // a kernel may begin while the one before it ends
+  bool per_sample = true;    // blocks may take a sample each
+  // about time alone, for all paths have the same bits
+  int64_t cluster_bytes = 1 << 20;  // beyond it a few processors read longer than all of them wait for each other
+  double share_kept = 0.25;         // of the bytes, at least: with less little is saved, and more blocks read faster
 };
 
 enum class Path { two_pass, persistent, per_sample, cluster };
@@ -33,7 +37,6 @@ constexpr int kPersistentThreads = 128, kPersistentRows = 8;
 constexpr int kCombineUnroll = 4;                     // steps that are combined at once, so what is staged are multiples of it
 constexpr int64_t kPersistentBlocksPerProcessor = 4;  // its registers allow no more
 constexpr int64_t kReservedShared = 1024;             // bytes of each block that the system keeps for itself
-constexpr int64_t kMaxClusterBytes = 1 << 20;         // beyond it a few processors read longer than all of them wait for each other
 
 // Bytes that each of so many blocks to a processor may ask for, in whole units of 128.
 inline int64_t shared_per_block(int64_t per_processor, const Limits& limits) {
@@ -47,6 +50,10 @@ inline Plan two_pass_plan(int64_t k, int64_t n, int64_t size) { return {Path::tw
 // Whether the pairs of k rows have room in registers.
 inline bool pairs_fit_registers(int64_t k, int64_t size) { return k >= 1 && k <= (size == 8 ? kPersistentRows / 2 : kPersistentRows); }
 
+inline bool keeps_too_little(int64_t staged_bytes, int64_t bytes, const Limits& limits) {
+  return static_cast<double>(staged_bytes) < limits.share_kept * static_cast<double>(bytes);
+}
+
 inline int64_t slot_count(int64_t chunks) { return (chunks + group_size(chunks) - 1) / group_size(chunks); }
 
 // Steps of `step` bytes that fit into `bytes`, of `steps`.
@@ -58,7 +65,7 @@ inline int64_t steps_that_fit(int64_t bytes, int64_t step, int64_t steps) {
 // One cluster, whose blocks hold their slots too: a smaller launch and a shorter wait than those of all processors.
 inline Plan plan_cluster(int64_t k, int64_t n, int64_t size, int64_t fixed, const Limits& limits) {
   const int64_t bytes = k * n * size, slots = slot_count((n + kChunk - 1) / kChunk), group = group_size((n + kChunk - 1) / kChunk);
-  if (limits.cluster < 1 || bytes > kMaxClusterBytes) return two_pass_plan(k, n, size);
+  if (limits.cluster < 1 || bytes > limits.cluster_bytes) return two_pass_plan(k, n, size);
   int64_t blocks = 1;
   while (blocks < slots && 2 * blocks <= limits.cluster) blocks *= 2;
   const int64_t slots_each = (slots + blocks - 1) / blocks, staged = slots_each * group * (kChunk / kPersistentThreads);
@@ -88,7 +95,7 @@ inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool
   const int64_t full_blocks = slots - (slots_each - 1) * blocks, fewer_steps = (slots_each - 1) * group * chunk_steps;
   const int64_t staged_all = full_blocks * staged + (blocks - full_blocks) * (staged < fewer_steps ? staged : fewer_steps);
   const int64_t staged_bytes = staged_all * step < bytes ? staged_all * step : bytes;
-  if (4 * staged_bytes < bytes) return two_pass;  // little is saved, and more blocks read faster
+  if (keeps_too_little(staged_bytes, bytes, limits)) return two_pass;
   return {Path::persistent, blocks, staged, fixed + staged * step, slots * pair_count(k), 2 * bytes - staged_bytes, n * size, 1};
 }
 
@@ -96,7 +103,7 @@ inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool
 inline Plan plan_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, int64_t fixed, const Limits& limits) {
   const int64_t bytes = k * batch * inner * size;
   const Plan two_pass = two_pass_plan(k, batch * inner, size);
-  if (!pairs_fit_registers(k, size) || batch < 1 || 2 * inner < kChunk) return two_pass;
+  if (!limits.per_sample || !pairs_fit_registers(k, size) || batch < 1 || 2 * inner < kChunk) return two_pass;
   const int64_t chunks = (inner + kChunk - 1) / kChunk;
   const int64_t step = k * kPersistentThreads * size, steps = chunks * (kChunk / kPersistentThreads);
   // as many blocks to a processor as stage a sample whole
@@ -107,7 +114,7 @@ inline Plan plan_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, 
   if (shared < fixed || (per_processor < kPersistentBlocksPerProcessor && batch > resident)) return two_pass;
   const int64_t staged = steps_that_fit(shared - fixed, step, steps);
   const int64_t sample_bytes = k * inner * size, staged_bytes = batch * (staged * step < sample_bytes ? staged * step : sample_bytes);
-  if (4 * staged_bytes < bytes) return two_pass;
+  if (keeps_too_little(staged_bytes, bytes, limits)) return two_pass;
   const int64_t blocks = batch < resident ? batch : resident;
   return {Path::per_sample, blocks, staged, fixed + staged * step, blocks * slot_count(chunks) * pair_count(k), 2 * bytes - staged_bytes, batch * inner * size, 1};
 }

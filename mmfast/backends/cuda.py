@@ -1,7 +1,9 @@
-"""The compiled CUDA kernels, and the plan by which a call chooses among them."""
+"""The compiled CUDA kernels: whether they can run on a device, which of them a call may take, and the plan by which it chooses."""
 
+import contextlib
 import ctypes
-from contextlib import nullcontext
+import functools
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -11,15 +13,85 @@ gram, combine, lengths = compiled.gram, compiled.combine, compiled.lengths
 weights, resolve = compiled.weights, compiled.resolve
 graddrop, trimmed_mean, heads = compiled.graddrop, compiled.trimmed_mean, compiled.heads
 
+PATHS = ("two_pass", "persistent", "per_sample", "cluster")  # by their number in csrc/cuda/plan.h
+CODES = ("none", "machine", "ptx")
+_BITS = {name: 1 << number for number, name in enumerate(PATHS)} | {"overlap": 1 << 8}
+
+
+@functools.cache
+def _exports() -> ctypes.CDLL:
+    """The functions of csrc/ops_cuda_exports.cpp."""
+    exports = ctypes.CDLL(str(library.PATH))
+    number, text = ctypes.c_int64, ctypes.c_char_p
+    for name, result, arguments in (
+        ("why_not", text, [number]),
+        ("code", number, [number]),
+        ("architectures", text, []),
+        ("force", None, [number, number]),
+        ("allow", None, [number, number]),
+        ("paths", number, [number]),
+        ("tune", None, [number, number, ctypes.c_double]),
+        ("plan", None, [number] * 8 + [ctypes.POINTER(number)]),
+    ):
+        function = getattr(exports, f"mmfast_cuda_{name}")
+        function.restype, function.argtypes = result, arguments
+    return exports
+
+
+def _current(device: int) -> contextlib.AbstractContextManager[object]:
+    """The device as the current one, where there are any: it is the one that is asked."""
+    return torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
+
 
 def why_not() -> str | None:
-    """Why the compiled CUDA kernels can't run here, or None when they can."""
+    """Why the compiled CUDA kernels can't run on the current device, or None when they can; nothing is loaded or compiled to find out."""
     if not library.available:
         return library.missing_reason
     if not library.built_with_cuda:
         reason = library.read_facts(library.PATH).get("why_not_more") or "unknown"
         return f"{library.PATH} was built without CUDA ({reason}); build it again with: {library.BUILD_LINE.replace('=cpu', '=cuda')}"
-    return None if torch.cuda.is_available() else f"torch {torch.__version__} sees no CUDA device"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device"
+    # a device that is not yet made ready, which a forked process must not do to find out, is the first
+    reason = _exports().mmfast_cuda_why_not(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+    return f"{library.PATH}: {reason.decode()}" if reason else None
+
+
+def code(device: int) -> str:
+    """What the library holds for a device: "machine" code, only "ptx", which the driver has to compile first, or "none"."""
+    return CODES[_exports().mmfast_cuda_code(device)]
+
+
+def architectures() -> str:
+    """What the library was compiled for, as 80;90+PTX."""
+    return _exports().mmfast_cuda_architectures().decode()
+
+
+@contextlib.contextmanager
+def force(path: str | None = None, overlap: bool | None = None) -> Iterator[None]:
+    """Calls of this thread take the path, and overlap their launches or don't, whatever `allow` and the environment say; None leaves either as it is."""
+    _exports().mmfast_cuda_force(-1 if path is None else PATHS.index(path), -1 if overlap is None else overlap)
+    try:
+        yield
+    finally:
+        _exports().mmfast_cuda_force(-1, -1)
+
+
+def allow(device: int, paths: Iterable[str]) -> None:
+    """From now on calls on the device take these paths alone, beside two_pass; "overlap" allows launches to."""
+    _exports().mmfast_cuda_allow(device, sum(_BITS[name] for name in set(paths)))
+
+
+def paths(device: int) -> set[str]:
+    """The paths that the device has, allowed or not, and "overlap" where its launches can; loads the kernels."""
+    with _current(device):
+        bits = _exports().mmfast_cuda_paths(device)
+    return {name for name, bit in _BITS.items() if bits & bit}
+
+
+def tune(device: int, cluster_bytes: int, share_kept: float) -> None:
+    """Up to how many bytes calls on the device take a cluster, and which share of its bytes a launch must keep: this changes their time, not their bits."""
+    _exports().mmfast_cuda_tune(device, cluster_bytes, share_kept)
 
 
 def plan(device: int, size: int, k: int, rows: int, batch: int, inner: int, state: int, per: int) -> tuple[str, int, int, int]:
@@ -28,8 +100,7 @@ def plan(device: int, size: int, k: int, rows: int, batch: int, inner: int, stat
     The rules keep `state` numbers; `per` is 0 for one problem, 1 for one per sample, 2 for what no single launch serves.
     """
     found = (ctypes.c_int64 * 4)()
-    numbers = [ctypes.c_int64(x) for x in (device, size, k, rows, batch, inner, state, per)]
-    with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():  # the current one is asked
-        ctypes.CDLL(str(library.PATH)).mmfast_cuda_plan(*numbers, found)
+    with _current(device):
+        _exports().mmfast_cuda_plan(device, size, k, rows, batch, inner, state, per, found)
     path, read, written, launches = found
-    return ("two_pass", "persistent", "per_sample", "cluster")[path], read, written, launches
+    return PATHS[path], read, written, launches

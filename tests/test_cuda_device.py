@@ -1,0 +1,97 @@
+"""What the CUDA library is compiled for, what it says of a device, and what calls may take of it: all without a GPU."""
+
+import runpy
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmfast.backends import cuda, library
+
+ROOT = Path(__file__).parent.parent
+KNOWN = {75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121}  # to nvcc 13.0
+setuptools_is_new = int(metadata.version("setuptools").split(".")[0]) >= 77
+with_cuda = pytest.mark.skipif(not library.built_with_cuda, reason="mmfast was built without CUDA")
+
+
+@pytest.fixture(scope="module")
+def build():
+    if not setuptools_is_new:
+        pytest.skip("setuptools is too old for setup.py")
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "chosen", "dropped"),
+    [
+        (None, KNOWN, ["80", "86", "89", "90", "100", "120+PTX"], ""),
+        (None, {70, 75, 80, 86, 89, 90}, ["80", "86", "89", "90+PTX"], "10.0, 12.0+PTX"),
+        ("8.0;9.0+PTX", KNOWN, ["80", "90+PTX"], ""),
+        ("7.5 8.0 9.0a", KNOWN, ["80", "90a"], "7.5"),
+        ("7.0+PTX;9.0", KNOWN, ["90"], "7.0+PTX"),
+        ("Volta;Ampere;8.0+PTX", KNOWN, ["80+PTX", "86+PTX"], "7.5"),
+        ("Hopper;Blackwell", {80, 90, 100}, ["90+PTX", "100+PTX"], "10.3, 12.0, 12.1+PTX"),
+    ],
+)
+def test_what_an_inherited_list_compiles_for(build, capsys, wanted, known, chosen, dropped):
+    assert build["architectures"](wanted or build["RELEASE_ARCHITECTURES"], known) == chosen
+    said = capsys.readouterr().err
+    assert said.startswith(f"mmfast: not compiled for {dropped}: ") if dropped else not said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "complaint"),
+    [("7.5+PTX", "names no GPU to compile for"), ("Turing", "names no GPU"), ("9", "names '9'"), ("8.0,9.0", "names")],
+)
+def test_a_list_that_leaves_nothing_or_is_none(build, wanted, complaint):
+    with pytest.raises(SystemExit, match=complaint):
+        build["architectures"](wanted, KNOWN)
+
+
+def test_words_for_nvcc(build):
+    words = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90"
+    assert build["gencodes"](["80", "90+PTX"]) == words
+
+
+@pytest.mark.parametrize(
+    ("compiled_for", "device", "code"),
+    [
+        ("80;90+PTX", (8, 0), "machine"),
+        ("80;90+PTX", (8, 9), "machine"),
+        ("80;90+PTX", (9, 0), "machine"),
+        ("80;90+PTX", (10, 0), "ptx"),
+        ("80;90+PTX", (12, 0), "ptx"),
+        ("80;90+PTX", (7, 5), "none"),
+        ("80+PTX;86", (9, 0), "ptx"),
+        ("86", (8, 0), "none"),
+        ("80;90", (10, 0), "none"),
+        ("90a", (9, 0), "machine"),
+        ("90a+PTX", (10, 0), "none"),
+        ("80;100;120+PTX", (10, 3), "machine"),
+        ("80;100;120+PTX", (11, 0), "none"),
+        ("80;100;120+PTX", (12, 1), "machine"),
+        ("120", (2, 0), "none"),
+    ],
+)
+def test_which_code_runs_on_which_device(compiled_for, device, code):
+    host = pytest.importorskip("mmfast._host", reason="MMFAST_HOST=1 was not set when mmfast was built", exc_type=ImportError)
+    assert cuda.CODES[host.gpu_code(compiled_for, *device)] == code
+
+
+@with_cuda
+def test_what_is_said_where_there_is_no_gpu():
+    """The functions behind it answer and leave nothing behind; none of them needs a driver."""
+    built_for = [flag.split("code=")[1] for flag in library.read_facts(library.PATH)["cuda"]["flags"].split() if "code=sm_" in flag]
+    assert [f"sm_{entry.removesuffix('+PTX')}" for entry in cuda.architectures().split(";")] == built_for
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cuda._exports().mmfast_cuda_why_not(0) == b"there is no NVIDIA driver"
+    assert cuda.code(0) == "none" and cuda.paths(0) == set()
+    cuda.allow(0, {"cluster", "overlap"})
+    cuda.tune(0, 2**20, 0.25)
+    cuda.allow(0, {*cuda.PATHS, "overlap"})
+    with cuda.force("persistent", overlap=False):
+        assert cuda.plan(0, 4, 3, 3, 1, 100, 0, 0)[0] == "two_pass"
+    with pytest.raises(ValueError, match="tuple"), cuda.force("unheard_of"):
+        pass
