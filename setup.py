@@ -254,9 +254,9 @@ class Ninja(build_ext):
         if CUDA:
             # what the assembler says of registers and spills is kept: tests/test_cuda_build.py has limits
             holds = "'-DMMFAST_CUDA_ARCHITECTURES=\"" + ";".join(ARCHITECTURES) + "\"'"
-            nvcc = (
-                f"{shlex.quote(str(CUDA / 'bin/nvcc'))} -ccbin {shlex.quote(CXX)} {NVCC_FLAGS} {gencodes(ARCHITECTURES)} {holds} -Xptxas -v"
-            )
+            threads = max(1, len(os.sched_getaffinity(0)) // 2)  # two of the files take most of the time, once for each architecture
+            nvcc = f"{shlex.quote(str(CUDA / 'bin/nvcc'))} -ccbin {shlex.quote(CXX)} {NVCC_FLAGS} {gencodes(ARCHITECTURES)} {holds}"
+            nvcc += f" -Xptxas -v --threads {threads}"
             lines.append(f"rule cuda\n  command = {nvcc} -MD -MF $out.d -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; false)")
             lines.append("  depfile = $out.d\n  deps = gcc")
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):

@@ -256,6 +256,7 @@ void define_gpu(py::module_& m) {
   m.def("gpu_plan", &plan, "k"_a, "n"_a, "size"_a, "fixed"_a, "one_problem"_a,
         "Which CUDA kernels resolve k gradients of n elements of `size` bytes on a device of the limits that follow (plan.h).");
   m.def("gpu_plan_samples", &plan_of_samples, "k"_a, "batch"_a, "inner"_a, "size"_a, "fixed"_a, "The same for a problem per sample.");
+  m.def("gpu_solver_warps", &solver_warps, "batch"_a, "scratch"_a, "Warps that solve problems at once, each in so many doubles of scratch (plan.h).");
   m.def("gpu_code", [](const char* list, int major, int minor) { return static_cast<int>(code_for(list, major, minor)); }, "list"_a, "major"_a, "minor"_a,
         "0 for no code, 1 for machine code, 2 for PTX that a library compiled for `list` has for a device (architectures.h).");
   define<float>(m);

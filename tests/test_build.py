@@ -154,6 +154,7 @@ def test_the_cuda_backend_says_why_it_is_not_there(monkeypatch):
         assert reason == f"torch {torch.__version__} sees no CUDA device"
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert cuda.why_not() == f"{library.PATH}: there is no NVIDIA driver"
+        monkeypatch.setattr(cuda, "_served", set())
         monkeypatch.setattr(cuda, "_exports", lambda: SimpleNamespace(mmfast_cuda_why_not=lambda device: None))
         assert cuda.why_not() is None
         with pytest.raises(ValueError, match="backend 'cuda' needs tensors on CUDA, they are on cpu"):

@@ -167,18 +167,36 @@ def test_twenty_runs_have_the_same_bits(path, monkeypatch):
     assert all(torch.equal(r, results[0]) for r in results)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_nothing_waits_for_the_device():
-    grads, rule = gpu(gradients(3, (4, 1000), torch.float32)), mf.PCGrad().cuda()
-    mf.resolve(grads, rule, backend="cuda")
-    torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        for per in ("batch", "sample", "batch_sum"):
-            for resolver in (rule, mf.MGDA(), mf.UPGrad()):
-                mf.resolve(grads, resolver, per, backend="cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("path", ["two_pass", ""])
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_nothing_waits_for_the_device(per, path, monkeypatch):
+    """A capture in global mode ends in an error where anything waits, copies from the host or allocates past torch; torch cannot see our runtime."""
+    monkeypatch.setenv("MMFAST_CUDA_PATH", path)
+    grads = gpu(gradients(3, (4, 3000), torch.float32))
+    w = torch.ones((4, 3) if per == "sample" else 3, dtype=torch.float64, device="cuda")
+    resolvers = [mf.PCGrad().cuda(), mf.PCD().cuda(), mf.UPGrad(), mf.GradDrop().cuda(), mf.TrimmedMean(trim=1)]
+    calls = [
+        lambda r=r, norm=norm: mf.resolve(grads, r, per, preserve_norm=norm, backend="cuda")
+        for r in resolvers[:3]
+        for norm in (False, True)
+    ]
+    calls += [lambda r=r: mf.resolve(grads, r, backend="cuda") for r in resolvers[3:]]
+    calls += [lambda: ops.gram(grads, per, backend="cuda"), lambda: ops.combine(grads, w, per, backend="cuda")]
+    calls += [lambda: ops.weights(ops.gram(grads, backend="cuda"), mf.MGDA(), backend="cuda")]
+    for call in calls:
+        call()  # kernels are loaded and states made before
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="global"):
+            call()
+
+
+def test_first_use_in_a_capture_is_refused():
+    grads = gpu(gradients(3, (1, 100), torch.float32))
+    mf.resolve(grads, mf.Mean(), backend="cuda")
+    for make in (mf.PCD, mf.PCGrad):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            grads[0].neg()  # torch warns of an empty graph
+            with pytest.raises(RuntimeError, match="call once before the capture"):
+                mf.resolve(grads, make(), backend="cuda")
 
 
 def test_launches_that_overlap_do_not_read_what_is_not_there_yet(monkeypatch):

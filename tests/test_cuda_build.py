@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,32 @@ def entries(architecture):
             )
             found.append((name, int(re.search(r"Used (\d+) registers", text)[1]), stack, stores + loads))
     return found
+
+
+# what launches, asks of the device, or sets something to zero: none of it waits for the GPU, allocates or copies
+CALLS = {
+    "cudaLaunchKernelExC",
+    "cudaMemset2DAsync",
+    "cudaMemsetAsync",
+    "cudaGetErrorString",
+    "cudaGetLastError",
+    "cudaDriverGetVersion",
+    "cudaRuntimeGetVersion",
+    "cudaGetDevice",
+    "cudaDeviceGetAttribute",
+    "cudaFuncSetAttribute",
+    "cudaFuncGetAttributes",
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags",
+    "cudaOccupancyMaxActiveClusters",
+}
+
+
+def test_nothing_that_is_called_waits_for_the_device():
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    objects = [*LOGS.glob("cuda_*.o"), *LOGS.glob("ops_cuda*.o")]
+    names = set(re.findall(r" U (cu[A-Z]\w+|cuda\w+)", subprocess.check_output(["nm", *objects], text=True)))
+    assert "cudaLaunchKernelExC" in names and names <= CALLS, names - CALLS
 
 
 def architectures():

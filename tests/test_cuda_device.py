@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import mmfast as mf
 from mmfast.backends import cuda, library
+from mmfast.resolvers import chain, philox
 
 ROOT = Path(__file__).parent.parent
 KNOWN = {75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121}  # to nvcc 13.0
@@ -95,3 +98,37 @@ def test_what_is_said_where_there_is_no_gpu():
         assert cuda.plan(0, 4, 3, 3, 1, 100, 0, 0)[0] == "two_pass"
     with pytest.raises(ValueError, match="tuple"), cuda.force("unheard_of"):
         pass
+
+
+def test_what_is_made_on_first_use_is_not_made_in_a_capture(monkeypatch):
+    """A state made there would be zero again in every replay, a stream would have to come from the host."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="the state of GradVac comes to the GPU on first use.*call once before the capture"):
+        chain.states_of([mf.GradVac()], (), 3, gpu)
+    for stream in (lambda: chain.stream_of([mf.PCGrad()], gpu), lambda: mf.GradDrop().stream(gpu)):
+        with pytest.raises(RuntimeError, match="call once before the capture"):
+            stream()
+
+
+class Calls(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+def test_a_random_stream_moves_on_without_the_host(monkeypatch):
+    """A number that came from there would wait for the device, and end a capture."""
+    monkeypatch.setattr(philox, "_ONE_CALL", {})
+    stream = torch.tensor([7, 0])
+    with Calls() as calls:
+        philox.advance(stream)
+        philox.advance(stream)
+    assert stream.tolist() == [7, 2] and calls.names == ["arange.default", "add_.Tensor", "add_.Tensor"]

@@ -106,6 +106,17 @@ def test_limits_that_a_device_was_tuned_to_or_is_not_allowed():
     assert samples(2, 100, CHUNK, per_sample=False)["path"] == "two_pass"
 
 
+def test_scratch_of_the_solvers_is_bounded():
+    """13 K^2 doubles and some to a problem: 64 MB at most in all, a thousand warps, one to a processor at K = 64."""
+    for k in (2, 8, 64, 128, 256):
+        scratch = 13 * k * k + 75 * k + 100
+        for batch in (0, 1, 100, 10**6):
+            warps = host.gpu_solver_warps(batch, scratch)
+            assert min(batch, 1) <= warps <= min(batch, 1024) and warps * scratch * 8 <= 64 * 2**20
+        assert warps >= (132 if k <= 64 else 9)
+    assert host.gpu_solver_warps(3, 10**9) == 1
+
+
 def samples(k, batch, inner, size=4, fixed=FIXED, **limits):
     return host.gpu_plan_samples(k, batch, inner, size, fixed, **{**H200, **limits})
 

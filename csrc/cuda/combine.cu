@@ -96,9 +96,8 @@ void combine(const Grads& g, double* w, int64_t w_stride, bool skip, const Measu
   cuda::with_type(g.dtype, [&](auto tag) {
     using T = decltype(tag);
     const dim3 grid(cuda::blocks_for(tiles), static_cast<unsigned>(segments < 65535 ? segments : 65535));
-    cuda::Launch(cuda::dependent_if(overlap), grid, cuda::kCombineThreads, cuda::cuda_stream(stream))(
-        cuda::combine_kernel<T>, cuda::rows_of(g), segments, size, w, g.per == Per::sample ? w_stride : 0, skip, norm, static_cast<T*>(out));
-    cuda::check_launch("combine");
+    cuda::Launch(cuda::dependent_if(overlap), grid, cuda::kCombineThreads, stream)
+        .start("combine", cuda::combine_kernel<T>, cuda::rows_of(g), segments, size, w, g.per == Per::sample ? w_stride : 0, skip, norm, static_cast<T*>(out));
   });
 }
 

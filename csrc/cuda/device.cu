@@ -44,8 +44,11 @@ std::string reason(int device) {
   int driver = 0, runtime = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || cudaRuntimeGetVersion(&runtime) != cudaSuccess) driver = 0, cudaGetLastError();
   if (driver == 0) return "there is no NVIDIA driver";
-  if (driver / 1000 < runtime / 1000)
-    return "the driver knows CUDA " + version(driver) + ", this library needs a driver for CUDA " + version(runtime / 1000 * 1000) + " or later: update the driver, or build the library with an older toolkit";
+  // of the runtime's major version at least; kernels with more than 4 KB of arguments came with 12.1
+  const int needed = runtime / 1000 > 12 ? runtime / 1000 * 1000 : 12010;
+  if (driver < needed)
+    return "the driver knows CUDA " + version(driver) + ", a library built with CUDA " + version(runtime) + " needs one that knows " + version(needed) +
+           ": update the driver, or build with an older toolkit, down to 12.1";
   const Capability found = capability_of(device);
   if (found.error != cudaSuccess) return "device " + std::to_string(device) + " does not answer: " + cudaGetErrorString(found.error);
   const std::string holds = "of compute capability " + std::to_string(found.major) + "." + std::to_string(found.minor) + ": the library holds code for " + architectures();

@@ -96,8 +96,8 @@ void graddrop(const Grads& g, double leak, int64_t* rng, void* out, Stream strea
   if (n)
     cuda::with_type(g.dtype, [&](auto tag) {
       using T = decltype(tag);
-      cuda::graddrop_kernel<T><<<cuda::blocks_for((n + 1023) / 1024), 256, 0, cuda::cuda_stream(stream)>>>(cuda::rows_of(g), n, g.inner, leak, rng, static_cast<T*>(out));
-      cuda::check_launch("graddrop");
+      cuda::Launch(cuda::LaunchMode::plain, cuda::blocks_for((n + 1023) / 1024), 256, stream)
+          .start("graddrop", cuda::graddrop_kernel<T>, cuda::rows_of(g), n, g.inner, leak, rng, static_cast<T*>(out));
     });
   cuda::advance(rng, stream);
 }
@@ -107,8 +107,8 @@ void trimmed_mean(const Grads& g, const double* present, int trim, void* out, St
   if (n == 0) return;
   cuda::with_type(g.dtype, [&](auto tag) {
     using T = decltype(tag);
-    cuda::trimmed_kernel<T><<<cuda::blocks_for((n + 255) / 256), 256, 0, cuda::cuda_stream(stream)>>>(cuda::rows_of(g), present, g.K, n, g.inner, trim, static_cast<T*>(out));
-    cuda::check_launch("trimmed_mean");
+    cuda::Launch(cuda::LaunchMode::plain, cuda::blocks_for((n + 255) / 256), 256, stream)
+        .start("trimmed_mean", cuda::trimmed_kernel<T>, cuda::rows_of(g), present, g.K, n, g.inner, trim, static_cast<T*>(out));
   });
 }
 

@@ -61,15 +61,15 @@ __device__ inline const double* peer_shared(const double* p, int64_t rank) {
   return p + rank * 0;
 #endif
 }
-// The two halves of a cluster's barrier: what its blocks wrote before they arrive is seen after the wait.
+// The two halves of a cluster's barrier: what its blocks wrote before they arrive is seen after the wait. Not `.aligned`: a warp may come to it in parts.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

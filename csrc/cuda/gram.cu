@@ -65,10 +65,10 @@ __global__ void presence_kernel(const __grid_constant__ Rows rows, int K, int64_
 }
 
 template <class T>
-void launch_gram(const Rows& rows, const Units& units, double* slots, cudaStream_t stream) {
+void launch_gram(const Rows& rows, const Units& units, double* slots, gpu::Stream stream) {
   for_tile_shapes(rows.k, [&](auto r, auto c, int tiles) {
-    gram_kernel<T, decltype(r)::value, decltype(c)::value><<<dim3(tiles, blocks_for(units.slots())), kThreads, 0, stream>>>(rows, units, slots);
-    check_launch("gram");
+    Launch(LaunchMode::plain, dim3(tiles, blocks_for(units.slots())), kThreads, stream)
+        .start("gram", gram_kernel<T, decltype(r)::value, decltype(c)::value>, rows, units, slots);
   });
 }
 
@@ -90,9 +90,8 @@ SlotPlan plan_slots(const Grads& g) {
 void batch_sums(const Grads& g, void* sums, Stream stream) {
   cuda::with_type(g.dtype, [&](auto tag) {
     using T = decltype(tag);
-    cuda::sums_kernel<T><<<cuda::blocks_for((g.k * g.inner + 255) / 256), 256, 0, cuda::cuda_stream(stream)>>>(
-        cuda::rows_of(g), g.batch, g.inner, static_cast<cuda::Acc<T>*>(sums));
-    cuda::check_launch("batch_sums");
+    cuda::Launch(cuda::LaunchMode::plain, cuda::blocks_for((g.k * g.inner + 255) / 256), 256, stream)
+        .start("batch_sums", cuda::sums_kernel<T>, cuda::rows_of(g), g.batch, g.inner, static_cast<cuda::Acc<T>*>(sums));
   });
 }
 
@@ -100,28 +99,25 @@ void gram(const Grads& g, double* workspace, double* G, int64_t G_stride, bool o
   const SlotPlan plan = plan_slots(g);
   const int64_t problems = g.per == Per::sample ? g.batch : 1;
   if (plan.slots)
-    cuda::with_type(g.dtype, [&](auto tag) { cuda::launch_gram<decltype(tag)>(cuda::rows_of(g), cuda::units_of(g), workspace, cuda::cuda_stream(stream)); });
+    cuda::with_type(g.dtype, [&](auto tag) { cuda::launch_gram<decltype(tag)>(cuda::rows_of(g), cuda::units_of(g), workspace, stream); });
   cuda::GradientOfRow gradient;
   for (int row = 0; row < g.K; ++row) gradient.index[row] = -1;
   for (int i = 0; i < g.k; ++i) gradient.index[g.row_index[i]] = static_cast<int16_t>(i);
   const int64_t entries = problems * g.K * g.K;
   if (entries == 0) return;
   const bool* mask = g.per == Per::sample || g.mask_stride == 0 ? g.mask : nullptr;  // those that hide a row from its whole problem
-  cuda::Launch(cuda::dependent_if(overlap && plan.slots), dim3(cuda::blocks_for((entries + 127) / 128)), 128, cuda::cuda_stream(stream))(
-      cuda::fold_kernel, workspace, plan.per_problem, g.k, g.K, gradient, mask, g.mask_stride, problems, G, G_stride);
-  cuda::check_launch("fold");
+  cuda::Launch(cuda::dependent_if(overlap && plan.slots), cuda::blocks_for((entries + 127) / 128), 128, stream)
+      .start("fold", cuda::fold_kernel, workspace, plan.per_problem, g.k, g.K, gradient, mask, g.mask_stride, problems, G, G_stride);
 }
 
 void presence(const Grads& g, double* G, int64_t G_stride, Stream stream) {
   const int64_t problems = g.per == Per::sample ? g.batch : 1, n = g.batch * g.inner;
   const size_t width = sizeof(double) * g.K * g.K;
-  cudaMemset2DAsync(G, sizeof(double) * G_stride, 0, width, problems, cuda::cuda_stream(stream));
-  cuda::check_launch("memset");
+  cuda::check_launch(cudaMemset2DAsync(G, sizeof(double) * G_stride, 0, width, problems, cuda::cuda_stream(stream)), "memset");
   if (n == 0) return;
   cuda::with_type(g.dtype, [&](auto tag) {
-    cuda::presence_kernel<decltype(tag)><<<dim3(cuda::blocks_for((n + 1023) / 1024), g.k), 256, 0, cuda::cuda_stream(stream)>>>(
-        cuda::rows_of(g), g.K, g.batch, g.inner, g.per == Per::sample, G, G_stride);
-    cuda::check_launch("presence");
+    cuda::Launch(cuda::LaunchMode::plain, dim3(cuda::blocks_for((n + 1023) / 1024), g.k), 256, stream)
+        .start("presence", cuda::presence_kernel<decltype(tag)>, cuda::rows_of(g), g.K, g.batch, g.inner, g.per == Per::sample, G, G_stride);
   });
 }
 

@@ -42,8 +42,7 @@ __global__ void mask_delta_kernel(const T* delta, const int64_t* head_of, int64_
 void multiply_columns(const MatrixView& delta, const MatrixView& weight, bool with_delta, double* slots, void* stream) {
   const int64_t delta_slots = with_delta ? delta.slots() : 0, all = delta_slots + weight.slots();
   const dim3 grid(static_cast<unsigned>(weight.tile_pairs()), static_cast<unsigned>(all < 65535 ? all : 65535));
-  products_kernel<<<grid, kThreads, 0, cuda_stream(stream)>>>(delta, delta_slots, weight, slots);
-  check_launch("products");
+  Launch(LaunchMode::plain, grid, kThreads, stream).start("products", products_kernel, delta, delta_slots, weight, slots);
 }
 
 void mask_delta(const Heads& h, const int64_t* head_of, void* left, void* stream) {
@@ -51,9 +50,9 @@ void mask_delta(const Heads& h, const int64_t* head_of, void* left, void* stream
   if (count == 0) return;
   with_type(h.dtype, [&](auto tag) {
     using T = decltype(tag);
-    mask_delta_kernel<T><<<blocks_for((count + 255) / 256), 256, 0, cuda_stream(stream)>>>(static_cast<const T*>(h.delta), head_of, count, h.outputs, h.rows * h.outputs, h.mask,
-                                                                                          h.mask_stride, static_cast<Factor<T>*>(left));
-    check_launch("mask_delta");
+    Launch(LaunchMode::plain, blocks_for((count + 255) / 256), 256, stream)
+        .start("mask_delta", mask_delta_kernel<T>, static_cast<const T*>(h.delta), head_of, count, h.outputs, h.rows * h.outputs, h.mask, h.mask_stride,
+               static_cast<Factor<T>*>(left));
   });
 }
 

@@ -1,10 +1,15 @@
-// Launching: how a kernel starts, a check after every launch, and arguments in the form that kernels take.
+// Launching: how a kernel starts and what is said where it does not, and arguments in the form that kernels take.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "gram.h"
 #include "kernels.h"
@@ -14,9 +19,42 @@ namespace MMFAST_ISA {
 
 inline cudaStream_t cuda_stream(gpu::Stream stream) { return static_cast<cudaStream_t>(stream); }
 
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("mmfast: the CUDA kernel ") + kernel + " did not start: " + cudaGetErrorString(error));
+// What any call answers once a kernel, whoever started it, has gone wrong while it ran.
+inline bool is_of_a_running_kernel(cudaError_t error) {
+  switch (error) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorHardwareStackError:
+    case cudaErrorAssert:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorLaunchFailure:
+    case cudaErrorECCUncorrectable:
+    case cudaErrorNvlinkUncorrectable: return true;
+    default: return false;
+  }
+}
+
+// Whether a launch asked for more than the device gives this process at the time (MPS, green contexts), whatever it said before. Nothing has run, and
+// nobody hears of it.
+inline bool was_refused(cudaError_t error) {
+  const bool refused = error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorLaunchOutOfResources || error == cudaErrorInvalidConfiguration ||
+                       error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
+  if (refused) cudaGetLastError();
+  return refused;
+}
+
+// Throws where `error` is one. It is the launch's own answer: what the runtime remembers may be somebody else's.
+inline void check_launch(cudaError_t error, const char* kernel) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told now
+  const char* waits = std::getenv("CUDA_LAUNCH_BLOCKING");
+  const std::string name = kernel, reason = std::string(": ") + cudaGetErrorString(error);
+  if (!is_of_a_running_kernel(error)) throw std::runtime_error("mmfast: the CUDA kernel " + name + " did not start" + reason);
+  if (waits && std::strcmp(waits, "0") != 0) throw std::runtime_error("mmfast: the CUDA kernel " + name + " failed" + reason);
+  throw std::runtime_error("mmfast: an earlier kernel, of mmfast or not, failed, and " + name + " did not start" + reason + "; CUDA_LAUNCH_BLOCKING=1 shows which");
 }
 
 // plain: after the kernel before it in the stream. dependent: while that one ends; the kernel must call grid_dependency_wait() before it reads what
@@ -25,14 +63,14 @@ enum class LaunchMode { plain, dependent, cooperative, cluster };
 
 inline LaunchMode dependent_if(bool overlap) { return overlap ? LaunchMode::dependent : LaunchMode::plain; }
 
-// One launch, with `shared` bytes of dynamic shared memory to a block.
+// A launch, with `shared` bytes of dynamic shared memory to a block.
 class Launch {
  public:
-  Launch(LaunchMode mode, dim3 grid, int threads, cudaStream_t stream, int64_t shared = 0) {
+  Launch(LaunchMode mode, dim3 grid, int threads, gpu::Stream stream, int64_t shared = 0) : mode_(mode) {
     config_.gridDim = grid;
     config_.blockDim = dim3(static_cast<unsigned>(threads));
     config_.dynamicSmemBytes = static_cast<size_t>(shared);
-    config_.stream = stream;
+    config_.stream = cuda_stream(stream);
     config_.attrs = &attribute_;
     config_.numAttrs = mode == LaunchMode::plain ? 0 : 1;
     if (mode == LaunchMode::dependent) {
@@ -47,17 +85,46 @@ class Launch {
     }
   }
   Launch(const Launch&) = delete;
+  // Starts the kernel, whose name is for people, or throws. It need not overlap.
   template <class... Parameters, class... Arguments>
-  cudaError_t operator()(void (*kernel)(Parameters...), Arguments&&... arguments) const {
-    return cudaLaunchKernelEx(&config_, kernel, arguments...);
+  void start(const char* name, void (*kernel)(Parameters...), Arguments&&... arguments) const {
+    cudaError_t error = cudaLaunchKernelEx(&config_, kernel, arguments...);
+    if (mode_ == LaunchMode::dependent && was_refused(error)) {
+      cudaLaunchConfig_t plain = config_;
+      plain.numAttrs = 0;
+      error = cudaLaunchKernelEx(&plain, kernel, arguments...);
+    }
+    check_launch(error, name);
+  }
+  // The same, but false where it was refused.
+  template <class... Parameters, class... Arguments>
+  bool try_start(const char* name, void (*kernel)(Parameters...), Arguments&&... arguments) const {
+    const cudaError_t error = cudaLaunchKernelEx(&config_, kernel, arguments...);
+    if (was_refused(error)) return false;
+    check_launch(error, name);
+    return true;
   }
   // For the occupancy calculator.
   const cudaLaunchConfig_t* config() const { return &config_; }
 
  private:
+  LaunchMode mode_;
   cudaLaunchConfig_t config_{};
   cudaLaunchAttribute attribute_{};
 };
+
+// Blocks of a kernel that a processor of the current device runs at once; 0 where it does not say. Asked once, for every call of resolve wants to know.
+template <class Kernel>
+int blocks_per_processor(Kernel* kernel, int threads, int64_t shared) {
+  static std::mutex lock;
+  static std::map<std::tuple<int, Kernel*, int64_t>, int> known;
+  int device = 0, blocks = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return cudaGetLastError(), 0;
+  const std::lock_guard<std::mutex> guard(lock);
+  if (const auto found = known.find({device, kernel, shared}); found != known.end()) return found->second;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared)) != cudaSuccess) return cudaGetLastError(), 0;
+  return known[{device, kernel, shared}] = blocks;
+}
 
 template <int max_rows = kMaxRows>
 inline RowsUpTo<max_rows> rows_of(const Grads& g) {
@@ -88,10 +155,7 @@ struct ChainArrays {
 static __global__ void advance_kernel(int64_t* rng) { ++rng[1]; }
 
 // Moves a random stream on by one call.
-inline void advance(int64_t* rng, gpu::Stream stream) {
-  advance_kernel<<<1, 1, 0, cuda_stream(stream)>>>(rng);
-  check_launch("advance");
-}
+inline void advance(int64_t* rng, gpu::Stream stream) { Launch(LaunchMode::plain, dim3(1), 1, stream).start("advance", advance_kernel, rng); }
 
 // Blocks of a grid-stride loop over n items: enough to fill any GPU several times.
 inline unsigned blocks_for(int64_t n) {

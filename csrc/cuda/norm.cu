@@ -47,17 +47,16 @@ void lengths(const Grads& g, const double* norm, const double* w, int64_t w_stri
   if (units.slots() == 0 || problems == 0) return;
   const dim3 grid(cuda::blocks_for(units.slots()), static_cast<unsigned>(problems < 65535 ? problems : 65535));
   cuda::with_type(g.dtype, [&](auto tag) {
-    cuda::Launch(cuda::dependent_if(overlap), grid, cuda::kThreads, cuda::cuda_stream(stream))(
-        cuda::lengths_kernel<decltype(tag)>, cuda::rows_of(g), units, problems, g.per == Per::batch_sum ? g.batch : 0, g.inner,
-        reinterpret_cast<const cuda::Norm*>(norm), w, w_stride, slots);
-    cuda::check_launch("lengths");
+    cuda::Launch(cuda::dependent_if(overlap), grid, cuda::kThreads, stream)
+        .start("lengths", cuda::lengths_kernel<decltype(tag)>, cuda::rows_of(g), units, problems, g.per == Per::batch_sum ? g.batch : 0, g.inner,
+               reinterpret_cast<const cuda::Norm*>(norm), w, w_stride, slots);
   });
 }
 
 void fold_lengths(const double* slots, int64_t count, int64_t problems, double* total, Stream stream) {
   if (problems == 0) return;
-  cuda::fold_lengths_kernel<<<cuda::blocks_for((problems * 3 + 127) / 128), 128, 0, cuda::cuda_stream(stream)>>>(slots, count, problems, total);
-  cuda::check_launch("fold_lengths");
+  cuda::Launch(cuda::LaunchMode::plain, cuda::blocks_for((problems * 3 + 127) / 128), 128, stream)
+      .start("fold_lengths", cuda::fold_lengths_kernel, slots, count, problems, total);
 }
 
 }  // namespace gpu

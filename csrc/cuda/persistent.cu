@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kPersistentBlocksPerProcessor) persi
   if (args.cluster) cluster_wait();
 }
 
-Launch launch_of(Path path, int64_t blocks, int64_t shared, cudaStream_t stream) {
+Launch launch_of(Path path, int64_t blocks, int64_t shared, gpu::Stream stream) {
   const LaunchMode mode = path == Path::cluster ? LaunchMode::cluster : path == Path::persistent ? LaunchMode::cooperative : LaunchMode::plain;
   return {mode, dim3(static_cast<unsigned>(blocks)), kThreads, stream, shared};
 }
@@ -250,6 +250,7 @@ std::optional<Limits> prepare(int device) {
   // more than eight blocks are not promised on every device, nor that some group of processors is large enough for so many
   int clusters = 0;
   const bool non_portable = set_attribute(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  if (!non_portable) cudaGetLastError();
   for (int64_t blocks = non_portable ? 16 : 8; blocks && !limits.cluster; blocks /= 2) {
     const Launch launch = launch_of(Path::cluster, blocks, limits.shared_block, nullptr);
     if (cudaOccupancyMaxActiveClusters(&clusters, persistent_kernel, launch.config()) == cudaSuccess && clusters) limits.cluster = blocks;
@@ -261,9 +262,7 @@ std::optional<Limits> prepare(int device) {
 // Whether those blocks that wait for each other all run at once.
 bool all_resident(const Plan& plan, const Limits& limits) {
   if (plan.path != Path::persistent) return true;
-  int fitting = 0;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, persistent_kernel, kThreads, static_cast<size_t>(plan.shared)) != cudaSuccess) cudaGetLastError();
-  return fitting * limits.processors >= plan.blocks;
+  return blocks_per_processor(persistent_kernel, kThreads, plan.shared) * limits.processors >= plan.blocks;
 }
 
 }  // namespace
@@ -299,12 +298,7 @@ bool resolve_fused(const Grads& g, const SolveArgs& args, int64_t* rng, const Pl
   kernel_args.info = args.w, kernel_args.state = args.state, kernel_args.rng = rng, kernel_args.slots = slots;
   kernel_args.dtype = g.dtype, kernel_args.out = out;
   cuda::with_type(g.dtype, [&](auto tag) { kernel_args.sample_bytes = g.inner * static_cast<int64_t>(sizeof tag); });
-  const cudaError_t error = cuda::launch_of(plan.path, plan.blocks, plan.shared, cuda::cuda_stream(stream))(cuda::persistent_kernel, kernel_args);
-  if (kernel_args.cluster && (error == cudaErrorInvalidClusterSize || error == cudaErrorLaunchOutOfResources || error == cudaErrorInvalidConfiguration)) {
-    cudaGetLastError();  // there are fewer processors than when the device was asked, and nothing has run
-    return false;
-  }
-  cuda::check_launch(samples ? "per_sample" : kernel_args.cluster ? "cluster" : "persistent");
+  if (!cuda::launch_of(plan.path, plan.blocks, plan.shared, stream).try_start(kPathNames[static_cast<int>(plan.path)], cuda::persistent_kernel, kernel_args)) return false;
   if (samples && rng) cuda::advance(rng, stream);
   return true;
 }

@@ -119,4 +119,11 @@ inline Plan plan_samples(int64_t k, int64_t batch, int64_t inner, int64_t size, 
   return {Path::per_sample, blocks, staged, fixed + staged * step, blocks * slot_count(chunks) * pair_count(k), 2 * bytes - staged_bytes, batch * inner * size, 1};
 }
 
+// Warps that solve `batch` problems at once, each in `scratch` doubles of its own; 64 MB for all is room for one to a processor up to K = 64.
+inline int64_t solver_warps(int64_t batch, int64_t scratch) {
+  constexpr int64_t kMaxWarps = 1024, kMaxScratchDoubles = (int64_t{64} << 20) / 8;
+  const int64_t fitting = kMaxScratchDoubles / scratch, max_warps = fitting < 1 ? 1 : fitting < kMaxWarps ? fitting : kMaxWarps;
+  return batch < max_warps ? batch : max_warps;
+}
+
 }  // namespace mmfast

@@ -11,9 +11,7 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-constexpr int64_t kMaxWarps = 1024;                       // that solve at once, each with scratch of its own,
-constexpr int64_t kMaxScratchDoubles = int64_t{1} << 25;  // for all
-constexpr int64_t kWarpsPerProcessor = 4;                 // that wait for each other: their registers have room on every GPU
+constexpr int64_t kWarpsPerProcessor = 4;  // that wait for each other: their registers have room on every GPU
 
 using LongChain = ChainArrays<gpu::kMaxSteps, gpu::kMaxParams>;
 
@@ -187,10 +185,7 @@ __global__ void solve_kernel(const __grid_constant__ LongChain chain, const __gr
 
 int64_t scratch_of(const SolveArgs& args) { return scratch_doubles(args.K, args.state ? static_cast<int>(args.state_stride) : 0); }
 
-int64_t warps_of(const SolveArgs& args) {
-  const int64_t fitting = kMaxScratchDoubles / scratch_of(args), max_warps = fitting < kMaxWarps ? fitting : kMaxWarps;
-  return args.batch < max_warps ? args.batch : max_warps;
-}
+int64_t warps_of(const SolveArgs& args) { return solver_warps(args.batch, scratch_of(args)); }
 
 LongChain chain_of(const SolveArgs& args) {
   LongChain chain{};
@@ -219,9 +214,8 @@ int64_t solve_workspace(const SolveArgs& args) { return cuda::warps_of(args) * c
 void solve(const SolveArgs& args, int64_t* rng, double* workspace, bool overlap, Stream stream) {
   const cuda::LongChain chain = cuda::chain_of(args);
   if (args.batch) {
-    cuda::Launch(cuda::dependent_if(overlap), dim3(static_cast<unsigned>(cuda::warps_of(args))), cuda::kTeamLanes, cuda::cuda_stream(stream))(
-        cuda::solve_kernel, chain, args, cuda::LinearArgs{}, rng, cuda::warps_of(args), cuda::scratch_of(args), workspace);
-    cuda::check_launch("solve");
+    cuda::Launch(cuda::dependent_if(overlap), static_cast<unsigned>(cuda::warps_of(args)), cuda::kTeamLanes, stream)
+        .start("solve", cuda::solve_kernel, chain, args, cuda::LinearArgs{}, rng, cuda::warps_of(args), cuda::scratch_of(args), workspace);
   }
   if (rng) cuda::advance(rng, stream);
 }
@@ -231,8 +225,7 @@ HeadsPlan plan_heads(const Heads& h, const SolveArgs& args, const Limits& limits
   const bool samples = h.per == Per::sample;
   // enough to fold the partial sums of one problem, to solve those of samples, and to scale W
   const int64_t work = h.outputs * ((samples ? 0 : h.K / 2) + h.inputs / 8) / cuda::kTeamLanes + 1, solvers = cuda::warps_of(args), wanted = work < solvers ? solvers : work;
-  int fitting = 0;
-  if (limits.cooperative && cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, cuda::solve_kernel, cuda::kTeamLanes, 0) != cudaSuccess) cudaGetLastError();
+  const int fitting = limits.cooperative ? cuda::blocks_per_processor(cuda::solve_kernel, cuda::kTeamLanes, 0) : 0;
   const int64_t resident = (fitting < cuda::kWarpsPerProcessor ? fitting : cuda::kWarpsPerProcessor) * limits.processors, max_warps = resident < 1 ? 1 : resident;
   HeadsPlan plan{wanted < max_warps ? wanted : max_warps, solvers < max_warps ? solvers : max_warps, 0};
   const int64_t slots = (samples ? 0 : b.delta.slots()) + b.weight.slots();
@@ -262,13 +255,19 @@ void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_
   linear.batch_sums = h.per == Per::batch_sum ? h.batch : 0;
   linear.lengths = linear.has_weight + h.K + plan.solvers * cuda::scratch_of(args);
   if (samples) {
-    cudaMemsetAsync(linear.has_weight, 0, sizeof(double) * h.K, cuda::cuda_stream(stream));
-    cuda::check_launch("memset");
+    cuda::check_launch(cudaMemsetAsync(linear.has_weight, 0, sizeof(double) * h.K, cuda::cuda_stream(stream)), "memset");
   }
-  const cuda::LaunchMode mode = plan.warps > 1 ? cuda::LaunchMode::cooperative : cuda::LaunchMode::plain;
-  cuda::Launch(mode, dim3(static_cast<unsigned>(plan.warps)), cuda::kTeamLanes, cuda::cuda_stream(stream))(
-      cuda::solve_kernel, chain, args, linear, rng, plan.solvers, cuda::scratch_of(args), linear.has_weight + h.K);
-  cuda::check_launch("heads");
+  auto starts = [&](int64_t warps) {
+    const cuda::LaunchMode mode = warps > 1 ? cuda::LaunchMode::cooperative : cuda::LaunchMode::plain;
+    const int64_t solvers = plan.solvers < warps ? plan.solvers : warps;
+    return cuda::Launch(mode, static_cast<unsigned>(warps), cuda::kTeamLanes, stream)
+        .try_start("heads", cuda::solve_kernel, chain, args, linear, rng, solvers, cuda::scratch_of(args), linear.has_weight + h.K);
+  };
+  int64_t warps = plan.warps;  // or fewer, until they have room: one alone waits for nobody
+  while (!starts(warps)) {
+    if (warps == 1) throw std::runtime_error("mmfast: the device has no room for one warp of the CUDA kernel heads");
+    warps /= 2;
+  }
   if (rng) cuda::advance(rng, stream);
 }
 

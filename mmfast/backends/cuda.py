@@ -15,6 +15,7 @@ graddrop, trimmed_mean, heads = compiled.graddrop, compiled.trimmed_mean, compil
 
 PATHS = ("two_pass", "persistent", "per_sample", "cluster")  # by their number in csrc/cuda/plan.h
 CODES = ("none", "machine", "ptx")
+_served: set[int] = set()  # devices that were found to run the kernels
 _BITS = {name: 1 << number for number, name in enumerate(PATHS)} | {"overlap": 1 << 8}
 
 
@@ -53,8 +54,12 @@ def why_not() -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
     # a device that is not yet made ready, which a forked process must not do to find out, is the first
-    reason = _exports().mmfast_cuda_why_not(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
-    return f"{library.PATH}: {reason.decode()}" if reason else None
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    if device not in _served:
+        if reason := _exports().mmfast_cuda_why_not(device):
+            return f"{library.PATH}: {reason.decode()}"
+        _served.add(device)
+    return None
 
 
 def code(device: int) -> str:

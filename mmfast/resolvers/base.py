@@ -57,8 +57,15 @@ def new_stream(device: torch.device | None = None) -> Tensor:
     return torch.stack([torch.randint(2**53, (), device=device), torch.zeros((), dtype=torch.int64, device=device)])
 
 
+def check_not_capturing(device: torch.device, what: str) -> None:
+    """Raises where `what` is to be made on a GPU while a CUDA graph is captured: each replay would make it anew, and from the host nothing can come."""
+    if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what} comes to the GPU on first use, which cannot be a CUDA graph's capture; call once before the capture")
+
+
 def on_device(buffer: Tensor, device: torch.device) -> Tensor:
     """A state or stream on another device; from the meta device, where there are no values, it comes as it is at first."""
+    check_not_capturing(device, "what a rule keeps")
     if not buffer.is_meta or device.type == "meta":
         return buffer.to(device)
     return torch.zeros_like(buffer, device=device) if buffer.is_floating_point() else new_stream(torch.device("cpu")).to(device)

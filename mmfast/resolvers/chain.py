@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast import contract
-from mmfast.resolvers.base import Rule, on_device
+from mmfast.resolvers.base import Rule, check_not_capturing, on_device
 
 
 class Bound(NamedTuple):
@@ -42,6 +42,7 @@ def states_of(chain: list[Rule], problems: tuple[int, ...], k: int, device: torc
             continue
         state = rule._buffers["state"]  # as an attribute of a module it would cost a microsecond each time
         if state is None:
+            check_not_capturing(device, f"the state of {type(rule).__name__}")
             rule.state = state = contract.plain(torch.zeros(*problems, size, dtype=torch.float64, device=device))
         if state.device != device:
             rule.state = state = on_device(state, device)

@@ -37,7 +37,10 @@ def advance(rng: Tensor) -> None:
         return
     step = _ONE_CALL.get(rng.device)
     if step is None:
-        step = _ONE_CALL[rng.device] = torch.tensor([0, 1], device=rng.device)
+        if rng.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph's own memory holds nothing until it is replayed
+            rng[1:].add_(1)
+            return
+        step = _ONE_CALL[rng.device] = torch.arange(2, device=rng.device)  # (0, 1), and nothing comes from the host
     rng.add_(step)  # a third of the time of an indexed addition
 
 
