@@ -17,6 +17,7 @@ __all__ = [
     "explain",
     "fork",
     "gram",
+    "losses",
     "resolve",
     "stats",
     "verify",
@@ -38,7 +39,7 @@ if TYPE_CHECKING or not _is_command():
         with warnings.catch_warnings():  # torch says so where NumPy is not installed; nothing here needs it
             warnings.filterwarnings("ignore", "Failed to initialize NumPy")
             import torch as _torch  # noqa: F401
-        from mmfast import resolvers, stats
+        from mmfast import losses, resolvers, stats
         from mmfast.backends.choice import backends
         from mmfast.blocks.block import ImpartialityBlock
         from mmfast.blocks.fork import fork

@@ -9,7 +9,7 @@ ROOT = Path(mmfast.__file__).parent
 # from the bottom up; a file or folder imports from its own floor and those below it
 FLOORS = [
     {"contract", "console"},
-    {"stats", "resolvers"},
+    {"stats", "resolvers", "losses"},
     {"backends"},
     {"ops"},
     {"blocks"},
