@@ -19,6 +19,8 @@ __all__ = [
     "gram",
     "resolve",
     "stats",
+    "verify",
+    "warmup",
     "weights",
 ]
 
@@ -46,6 +48,7 @@ if TYPE_CHECKING or not _is_command():
         from mmfast.ops.explain import explain
         from mmfast.ops.gram import gram
         from mmfast.ops.resolve import resolve
+        from mmfast.ops.verify import verify, warmup
         from mmfast.ops.weights import weights
         from mmfast.resolvers import *
 

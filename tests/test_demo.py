@@ -195,10 +195,8 @@ def test_a_whole_run(tmp_path, source, rule):
     assert all(bool(row["steps_per_second"]) != bool(row["remark"]) for row in speeds)
 
 
-def test_doctor():
-    result = CliRunner().invoke(app, ["doctor"])
-    assert result.exit_code == 0 and torch.__version__ in result.output and "backend reference" in result.output
-    assert report.change(0.0, 1.0) != report.change(0.0, 1.0)  # NaN: no relative change from zero
+def test_no_relative_change_from_zero():
+    assert report.change(0.0, 1.0) != report.change(0.0, 1.0)  # NaN
 
 
 def outcome(seed, *errors):

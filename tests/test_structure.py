@@ -16,6 +16,7 @@ FLOORS = [
     {"models"},
     {"data"},
     {"experiments", "demo"},
+    {"doctor"},
     {"cli", "__main__"},
 ]
 ABOVE_BY_DESIGN = {("resolvers/base.py", "ops")}  # a rule that is called as a module asks the operator

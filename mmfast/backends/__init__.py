@@ -1,4 +1,5 @@
-"""The backends: cpu and cuda (compiled), triton (portable GPU kernels), reference (plain torch). choice.py says which one serves a call.
+"""The backends: cpu and cuda (compiled), triton (portable GPU kernels), reference (plain torch). choice.py says which one serves a call,
+and proof.py why a GPU's may: it runs the problems of ladder.py on a device (target.py) and keeps what it finds (verdict.py).
 
 Each has the same functions, on checked arguments: gradients that are there, the indices of the `missing` ones, a mask over all K.
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mmfast import contract
-from mmfast.backends import cpu, cuda, direct, library, reference
+from mmfast.backends import cpu, cuda, direct, library, proof, reference
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 TRITON_ROWS = 64  # most gradients that the Triton kernels take; more run in plain torch
@@ -21,14 +21,16 @@ def backends() -> dict[str, tuple[bool, str]]:
     no_cuda, no_triton = cuda.why_not(), why_no_triton()
     slower = f"; small calls take longer than they could: {direct.missing_reason}" if direct.missing_reason else ""
     return {
-        "cuda": (no_cuda is None, no_cuda or "compiled; only where backend='cuda' asks for it, for no GPU has run it yet"),
-        "triton": (
-            no_triton is None,
-            no_triton or "portable kernels; only where backend='triton' asks for them, for no GPU has run them yet",
-        ),
+        "cuda": (no_cuda is None, no_cuda or f"compiled; {_proved('cuda')}"),
+        "triton": (no_triton is None, no_triton or f"portable kernels; {_proved('triton')}"),
         "cpu": (library.available, f"compiled, {cpu.isa()}{slower}" if library.available else str(library.missing_reason)),
         "reference": (True, "plain torch, any device"),
     }
+
+
+def _proved(backend: str) -> str:
+    """What is known of a backend on the current GPU; where there is none, Triton interprets its kernels on the CPU."""
+    return proof.words(torch.cuda.current_device(), backend) if torch.cuda.is_available() else "only where backend='triton' asks for them"
 
 
 def why_no_triton() -> str | None:
@@ -51,9 +53,19 @@ def triton_kernels() -> Any:
     return ops
 
 
-def choose(device: torch.device, backend: str, k: int) -> str:
-    """Which backend serves k gradients on the device: "cpu", "cuda", "triton" or "reference"; raises where one asked for by name cannot."""
+def choose(device: torch.device, backend: str, k: int, needs: str = "two_pass") -> str:
+    """Which backend serves k gradients on the device: "cpu", "cuda", "triton" or "reference"; raises where one asked for by name cannot.
+
+    On a GPU "auto" takes a backend that has proved itself there (proof.py) in what the call needs: "two_pass", which everything falls back on,
+    "heads" or "elementwise".
+    """
+    name = "backend"
+    if backend == "auto" and library.ASKED != "auto":
+        backend, name = library.ASKED, "MMFAST_BACKEND"
     if backend == "auto":
+        if device.type == "cuda":
+            found = _proved_choice(device, needs, torch.compiler.is_compiling())
+            return "reference" if found == "triton" and not _triton_serves(k) else found
         if device.type != "cpu":
             return "reference"
         if not library.available:
@@ -61,18 +73,28 @@ def choose(device: torch.device, backend: str, k: int) -> str:
             return "reference"
         return "cpu"
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"{name} is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "reference":
         return backend
     reason = {"cpu": cpu.why_not, "cuda": cuda.why_not, "triton": why_no_triton}[backend]()
     if reason:
-        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+        raise RuntimeError(f"{name} {backend!r} is not available: {reason}")
     wanted = triton_kernels().DEVICES if backend == "triton" else (backend,)
     if device.type not in wanted:
         interpreted = " while TRITON_INTERPRET is set" if backend == "triton" and wanted == ("cpu",) else ""
-        raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(wanted).upper()}{interpreted}, they are on {device}")
-    # what torch.func wraps has no address for a kernel of Triton
-    return "reference" if backend == "triton" and (k > TRITON_ROWS or torch._C._are_functorch_transforms_active()) else backend
+        raise ValueError(f"{name} {backend!r} needs tensors on {' or '.join(wanted).upper()}{interpreted}, they are on {device}")
+    return "reference" if backend == "triton" and not _triton_serves(k) else backend
+
+
+def _triton_serves(k: int) -> bool:
+    """Whether its kernels take k gradients here; what torch.func wraps has no address for them."""
+    return k <= TRITON_ROWS and not torch._C._are_functorch_transforms_active()
+
+
+@torch.compiler.assume_constant_result
+def _proved_choice(device: torch.device, needs: str, compiling: bool) -> str:
+    """Asked while a graph is traced, not part of it: a verdict is read, and nothing is tested."""
+    return proof.serving(device, needs, compiling)
 
 
 _told_slow = False

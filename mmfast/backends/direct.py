@@ -30,6 +30,8 @@ def load() -> tuple[Any, str | None]:
     path = library.PATH.with_name("_direct.abi3.so")
     if not library.available:
         return None, library.missing_reason
+    if library.ASKED != "auto":
+        return None, f"MMFAST_BACKEND={library.ASKED} asks for the operators"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return None, f"{path} needs a Python with a global lock"
     if not path.exists():

@@ -12,6 +12,7 @@ from mmfast import contract
 
 BUILD_LINE = "MMFAST_BUILD=cpu pip install -e . (in mmfast's source folder)"
 PATH = Path(os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "_C.so")
+ASKED = os.environ.get("MMFAST_BACKEND") or "auto"  # the backend of calls that name none
 OPERATORS = ["gram", "combine", "lengths", "weights", "resolve", "graddrop", "trimmed_mean", "heads"]
 
 
@@ -54,6 +55,7 @@ def load(path: Path) -> str | None:
 
 missing_reason = load(PATH)
 available = missing_reason is None
+serves_cpu = available and ASKED in ("auto", "cpu")  # calls on the CPU that name no backend
 built_with_cuda = available and torch._C._dispatch_has_kernel_for_dispatch_key("mmfast::gram", "CUDA")
 
 if available:

@@ -1,4 +1,4 @@
-"""The operators: gram, weights, combine, resolve, heads, explain. No autograd here; the blocks are what joins them to it."""
+"""The operators: gram, weights, combine, resolve, heads, explain, verify. No autograd here; the blocks are what joins them to it."""
 
 from mmfast.ops.combine import combine as combine
 from mmfast.ops.explain import Explanation as Explanation

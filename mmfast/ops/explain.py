@@ -72,7 +72,7 @@ def _why(backend: str, asked: str, device: torch.device) -> str:
     if asked == "triton":
         return f"plain torch; the Triton kernels take at most {TRITON_ROWS} gradients, and none that torch.func transforms"
     if device.type == "cuda":
-        return "plain torch; " + (cuda.why_not() or "the compiled CUDA kernels run where backend='cuda' asks for them")
+        return "plain torch; " + (cuda.why_not() or backends()["cuda"][1])
     if device.type == "cpu":
         return "plain torch; " + (library.missing_reason or "asked for")
     return f"plain torch; no compiled kernels for {device.type}"
@@ -146,7 +146,7 @@ def explain(
     first = there[0]
     device, n, size = first.device, first.numel(), first.element_size()
     bytes_ = len(there) * n * size
-    found = choose(device, backend, k)
+    found = choose(device, backend, k, "elementwise" if isinstance(resolver, ElementwiseRule) else "two_pass")
     read: int | None = 2 * bytes_
     written: int | None = n * size
     launches: int | None = None

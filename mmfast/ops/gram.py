@@ -21,7 +21,7 @@ def gram(grads: Sequence[Tensor] | Tensor, per: str = "batch", *, mask: Tensor |
             "batch_sum" the Gramian of the gradients summed over the leading dimension.
         mask: bool [K], or [B, K] for a mask per sample; False entries count as zero and are not read.
         backend: "auto", "cpu" or "cuda" (compiled), "triton" (GPUs; more than 64 gradients run in plain torch), or "reference" (plain torch).
-            "auto" is "cpu" on the CPU, "reference" elsewhere.
+            "auto" is MMFAST_BACKEND where that is set, else "cpu" on the CPU, on a GPU what has proved itself there (`verify`), else "reference".
 
     Returns:
         float64 [K, K], or [B, K, K] per sample, freshly allocated. Products are summed in single precision over at most 4096
@@ -45,7 +45,7 @@ def gram(grads: Sequence[Tensor] | Tensor, per: str = "batch", *, mask: Tensor |
 
 def _gram(grads: Sequence[Tensor], per: str, mask: Tensor | None, k: int, backend: str) -> Tensor:
     first, functions = grads[0], cpu
-    if backend != "auto" or not library.available or torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cpu:
+    if backend != "auto" or not library.serves_cpu or torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cpu:
         contract.check(grads, per, mask, k)
         functions = functions_of(choose(first.device, backend, k))
     try:

@@ -36,7 +36,7 @@ def heads(
     if chain is None:
         return _with_forward(delta, weight, head_of, resolver, k, per, mask, preserve_norm)
     bound = bind(chain, (delta.shape[0],) if per == "sample" else (), k, delta.device)
-    return functions_of(choose(delta.device, backend, k)).heads(delta, weight, head_of, mask, bound, k, per, preserve_norm)
+    return functions_of(choose(delta.device, backend, k, "heads")).heads(delta, weight, head_of, mask, bound, k, per, preserve_norm)
 
 
 def _with_forward(

@@ -93,10 +93,10 @@ def _resolve(
 ) -> tuple[Tensor, Tensor | None]:
     contract.per_code(per)
     first = grads[0] if grads else None
-    name = "cpu" if library.available and backend == "auto" and isinstance(first, Tensor) and first.is_cpu else ""
+    name = "cpu" if library.serves_cpu and backend == "auto" and isinstance(first, Tensor) and first.is_cpu else ""
     if not name or torch.compiler.is_compiling():  # else the compiled operator checks, and only what it refuses is looked at here
         contract.check(grads, per, mask, k)
-        name = choose(grads[0].device, backend, k)
+        name = choose(grads[0].device, backend, k, "elementwise" if isinstance(resolver, ElementwiseRule) else "two_pass")
     first, functions = grads[0], functions_of(name)
     chain = resolver.chain()
     if chain is None:

@@ -71,8 +71,8 @@ class GradDrop(ElementwiseRule):
             total, size = total + row, size + row.abs()
         purity = 0.5 * (1 + total / size)
         u = self._uniforms(total.numel()).view(total.shape).to(total.dtype)
-        positive = torch.where(purity > u, 1.0, self.leak).to(total.dtype)
-        negative = torch.where(purity < u, 1.0, self.leak).to(total.dtype)
+        leak = torch.full_like(total, self.leak)  # a number beside a number would be one of float32
+        positive, negative = torch.where(purity > u, 1.0, leak), torch.where(purity < u, 1.0, leak)
         kept = torch.zeros_like(total)
         for row in x:
             kept = kept + torch.where(row > 0, positive, negative) * row
