@@ -91,7 +91,7 @@ def test_what_is_said_where_there_is_no_gpu():
         pytest.skip("there is a GPU")
     assert cuda._exports().mmfast_cuda_why_not(0) == b"there is no NVIDIA driver"
     assert cuda.code(0) == "none" and cuda.paths(0) == set()
-    cuda.allow(0, {"cluster", "overlap"})
+    cuda.allow(0, {"cluster", "overlap", "heads", "elementwise"})  # the last two are not for the plan to choose
     cuda.tune(0, 2**20, 0.25)
     cuda.allow(0, {*cuda.PATHS, "overlap"})
     with cuda.force("persistent", overlap=False):

@@ -83,8 +83,8 @@ def force(path: str | None = None, overlap: bool | None = None) -> Iterator[None
 
 
 def allow(device: int, paths: Iterable[str]) -> None:
-    """From now on calls on the device take these paths alone, beside two_pass; "overlap" allows launches to."""
-    _exports().mmfast_cuda_allow(device, sum(_BITS[name] for name in set(paths)))
+    """From now on `resolve` on the device takes these paths alone, beside two_pass; "overlap" allows launches to. It chooses among no others."""
+    _exports().mmfast_cuda_allow(device, sum(_BITS[name] for name in _BITS.keys() & set(paths)))
 
 
 def paths(device: int) -> set[str]:
