@@ -235,6 +235,12 @@ def test_the_environment_steers_the_test(value, tests, then, gpu, monkeypatch):
         assert serving() == ALL_CUDA and not Fake.climbed  # what was kept counts
 
 
+def test_a_word_that_steers_nothing_is_refused(gpu, monkeypatch):
+    monkeypatch.setenv("MMFAST_VERIFY", "on")
+    with pytest.raises(ValueError, match="MMFAST_VERIFY is 'on', expected off, force or nothing"):
+        serving()
+
+
 def test_a_device_whose_code_the_driver_must_compile_is_not_tested_unasked(gpu, monkeypatch):
     monkeypatch.setattr(cuda, "code", lambda index: "ptx")
     assert serving("compile the kernels.*mmfast.verify") == dict.fromkeys(ALL_CUDA, "reference") and not Fake.climbed

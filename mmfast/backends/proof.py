@@ -35,8 +35,8 @@ def apart() -> Iterator[None]:
         yield
 
 
-def climb(target: Target, path: str, thorough: bool = False) -> tuple[Result | None, bool]:
-    """(what one path does with its problems, or None where it takes none of them; whether the device still serves afterwards)."""
+def climb(target: Target, path: str, thorough: bool = False) -> tuple[Result, bool]:
+    """(what one path does with its problems; whether the device still serves afterwards)."""
     start, problems, found, usable = time.monotonic(), ladder.problems(path, thorough), [], True
     oracle = cpu if library.available and target.backend != "cpu" else reference
     worst, why, wanted = 0.0, "", []
@@ -53,7 +53,7 @@ def climb(target: Target, path: str, thorough: bool = False) -> tuple[Result | N
                     if "do not take" not in str(error):
                         raise
             if not tried:
-                return None, True
+                raise RuntimeError("the device refused every launch of it")
             together = torch.cat([x.contiguous().view(-1).view(torch.uint8) for tensors in found for x in tensors])
             wanted = [ladder.wanted(problem, oracle, seed) for seed, problem in tried]  # while the device works
             if not target.finished():
@@ -88,9 +88,7 @@ def prove(target: Target, kept: verdict.Kept, known: Results, thorough: bool = F
                 continue
             if alone:
                 kept.mark(target.backend, path)
-            result, usable = climb(target, path, thorough)
-            if result:
-                results[target.backend, path] = result
+            results[target.backend, path], usable = climb(target, path, thorough)
             if not usable:
                 break
         else:
@@ -149,7 +147,10 @@ def _decide(device: torch.device, compiling: bool) -> dict[str, str]:
                       "call mmfast.verify(), or any of its operators, once before")  # fmt: skip
             return {}
         return _settle(device, known)
-    if os.environ.get("MMFAST_VERIFY") == "off":
+    steered = os.environ.get("MMFAST_VERIFY") or ""
+    if steered not in ("", "off", "force"):
+        raise ValueError(f"MMFAST_VERIFY is {steered!r}, expected off, force or nothing")
+    if steered == "off":
         return _settle(device, known, "" if ready else "MMFAST_VERIFY=off, and no test was made before")
     if cuda.code(device.index) != "machine" and not ready:
         return _settle(
@@ -157,7 +158,7 @@ def _decide(device: torch.device, compiling: bool) -> dict[str, str]:
             known,
             "the driver would have to compile the kernels for this device first, which takes minutes once; mmfast.verify() does that",
         )
-    if os.environ.get("MMFAST_VERIFY") == "force":
+    if steered == "force":
         known = {}
     return _settle(device, prove(CudaTarget(device), verdict.Kept(verdict.facts(device)), known))
 

@@ -79,6 +79,10 @@ class CudaTarget(GpuTarget):
 
     @contextlib.contextmanager
     def taking(self, path: str) -> Iterator[None]:
-        forced = path if path in ("persistent", "cluster", "per_sample") else "two_pass"
-        with super().taking(path), cuda.force(forced, overlap=path == "overlap"):
+        with super().taking(path), forced(path):
             yield
+
+
+def forced(path: str) -> contextlib.AbstractContextManager[None]:
+    """The compiled CUDA kernels by this path and no other."""
+    return cuda.force(path if path in ("persistent", "cluster", "per_sample") else "two_pass", overlap=path == "overlap")

@@ -74,6 +74,7 @@ def verify(device: torch.device | str | None = None, thorough: bool = False) -> 
 
     Raises:
         ValueError: for a device that no backend but plain torch serves.
+        RuntimeError: while a CUDA graph is captured.
 
     >>> import mmfast as mf
     >>> mf.verify("cpu").passed
@@ -86,6 +87,8 @@ def verify(device: torch.device | str | None = None, thorough: bool = False) -> 
         )[0]
     if found.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"device is {found}, expected 'cpu' or a GPU that torch can use: nothing but plain torch runs elsewhere")
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a CUDA graph is being captured, which a test would end; call mmfast.verify() before it")
     found = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
     with torch.cuda.device(found):
         no_cuda, no_triton = cuda.why_not(), why_no_triton()
