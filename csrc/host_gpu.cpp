@@ -215,6 +215,7 @@ Limits limits_of(const py::kwargs& given) {
     else if (field == "shared_processor") limits.shared_processor = py::cast<int64_t>(value);
     else if (field == "cooperative") limits.cooperative = py::cast<bool>(value);
     else if (field == "cluster") limits.cluster = py::cast<int64_t>(value);
+    else if (field == "persistent") limits.persistent = py::cast<bool>(value);
     else if (field == "per_sample") limits.per_sample = py::cast<bool>(value);
     else if (field == "cluster_bytes") limits.cluster_bytes = py::cast<int64_t>(value);
     else if (field == "share_kept") limits.share_kept = py::cast<double>(value);

@@ -91,7 +91,7 @@ Limits limits(int device) {
   if (found == allowed.end()) return limits;
   const auto [paths, tuned] = found->second;
   auto may = [paths = paths](Path path) { return (paths >> static_cast<int>(path) & 1) != 0; };
-  limits.cooperative = limits.cooperative && may(Path::persistent);
+  limits.persistent = limits.persistent && may(Path::persistent);  // linear branches may have blocks that wait all the same
   limits.per_sample = limits.per_sample && may(Path::per_sample);
   limits.cluster = may(Path::cluster) ? limits.cluster : 0;
   limits.overlap = limits.overlap && (paths & kOverlapBit);

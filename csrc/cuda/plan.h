@@ -13,6 +13,7 @@ struct Limits {
   bool cooperative;          // blocks may wait for each other
   int64_t cluster;           // blocks of the largest cluster, whose blocks see each other's shared memory; 0 where there are none
   bool overlap;              // a kernel may begin while the one before it ends
+  bool persistent = true;    // one launch of blocks that wait for each other may serve a problem
   bool per_sample = true;    // blocks may take a sample each
   // about time alone, for all paths have the same bits
   int64_t cluster_bytes = 1 << 20;  // beyond it a few processors read longer than all of them wait for each other
@@ -80,7 +81,7 @@ inline Plan plan_resolve(int64_t k, int64_t n, int64_t size, int64_t fixed, bool
   const Plan two_pass = two_pass_plan(k, n, size);
   if (!one_problem || !pairs_fit_registers(k, size) || n < 1) return two_pass;
   if (const Plan cluster = plan_cluster(k, n, size, fixed, limits); cluster.path == Path::cluster) return cluster;
-  if (!limits.cooperative) return two_pass;
+  if (!limits.cooperative || !limits.persistent) return two_pass;
   const int64_t chunks = (n + kChunk - 1) / kChunk, group = group_size(chunks), slots = slot_count(chunks);
   // as few blocks to a processor as give every slot a block: each of them has more of its shared memory
   int64_t per_processor = 1;
