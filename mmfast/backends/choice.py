@@ -91,10 +91,12 @@ def _triton_serves(k: int) -> bool:
     return k <= TRITON_ROWS and not torch._C._are_functorch_transforms_active()
 
 
-@torch.compiler.assume_constant_result
 def _proved_choice(device: torch.device, needs: str, compiling: bool) -> str:
     """Asked while a graph is traced, not part of it: a verdict is read, and nothing is tested."""
     return proof.serving(device, needs, compiling)
+
+
+_proved_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in blocks/transforms.py
 
 
 _told_slow = False
