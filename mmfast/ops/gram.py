@@ -1,6 +1,7 @@
 """gram: the Gramian of K gradients."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,15 +9,23 @@ from torch import Tensor
 from mmfast import contract
 from mmfast.backends import cpu, library
 from mmfast.backends.choice import choose, functions_of
+from mmfast.ops import lists
 
 
-def gram(grads: Sequence[Tensor] | Tensor, per: str = "batch", *, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
+def gram(
+    grads: Sequence[Any] | Tensor,
+    per: str = "batch",
+    *,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Inner products of all pairs of gradients: the only pass that reads all data.
 
     Args:
         grads: 1 to 256 tensors of one shape, dtype and device, or one tensor [K, ...] with a gradient in each row ([K, B, ...] where `per`
             needs a batch). float16, bfloat16, float32 or float64, any strides; sparse ones are made dense, and of complex ones each number
-            counts as the pair of its real and imaginary part.
+            counts as the pair of its real and imaginary part. Or K lists of as many tensors each, one Gramian over all of them: None stands for
+            a list, or a tensor in it, that is not there.
         per: "batch" takes each gradient as one vector; "sample" one Gramian per entry of the leading dimension;
             "batch_sum" the Gramian of the gradients summed over the leading dimension.
         mask: bool [K], or [B, K] for a mask per sample; False entries count as zero and are not read.
@@ -40,6 +49,9 @@ def gram(grads: Sequence[Tensor] | Tensor, per: str = "batch", *, mask: Tensor |
     grads = contract.as_rows(grads)
     k = len(grads)
     contract.check_count(k)
+    if lists.is_lists(grads):
+        with torch.no_grad():
+            return lists.gram(lists.columns_of(grads, per, mask), k, per, mask, backend)
     return contract.call_ordinary(_gram, grads, (per, mask, k, backend), per, mask, k, lambda G: G)
 
 

@@ -1,7 +1,7 @@
 """resolve: Gramian, weights and weighted sum of K gradients in one call."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from mmfast import contract
 from mmfast.backends import direct, library, reference
 from mmfast.backends.choice import choose, functions_of
+from mmfast.ops import lists
 from mmfast.resolvers.base import Resolver, call_resolver
 from mmfast.resolvers.chain import bind
 from mmfast.resolvers.elementwise import ElementwiseRule
@@ -17,7 +18,8 @@ from mmfast.resolvers.norm import measured
 from mmfast.resolvers.solve import precision_of, present_rows, untold
 
 
-def resolve(
+@overload
+def resolve(  # type: ignore[overload-overlap]  # of Nones alone there is nothing to resolve
     grads: Sequence[Tensor | None] | Tensor,
     resolver: ResolverLike,
     per: str = "batch",
@@ -25,7 +27,26 @@ def resolve(
     *,
     preserve_norm: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def resolve(
+    grads: Sequence[Sequence[Tensor | None] | None],
+    resolver: ResolverLike,
+    per: str = "batch",
+    mask: Tensor | None = None,
+    *,
+    preserve_norm: bool = False,
+    backend: str = "auto",
+) -> list[Tensor]: ...
+def resolve(
+    grads: Any,
+    resolver: ResolverLike,
+    per: str = "batch",
+    mask: Tensor | None = None,
+    *,
+    preserve_norm: bool = False,
+    backend: str = "auto",
+) -> Tensor | list[Tensor]:
     """One gradient from K conflicting ones: Gramian, weights and weighted sum in one call.
 
     Args:
@@ -38,7 +59,8 @@ def resolve(
         backend: as for `gram`; "auto" goes past torch's dispatcher where nobody could tell, "cpu" never does.
 
     Returns:
-        A fresh contiguous tensor of the shape and dtype of one gradient. The same inputs, resolver state and seed give the same
+        A fresh contiguous tensor of the shape and dtype of one gradient, or a list of them where each gradient is one (a tensor that no gradient has is
+        left out of the lists). The same inputs, resolver state and seed give the same
         bits on every run, thread count and instruction set. A non-finite gradient gives a non-finite result. No gradient flows back through it.
 
     >>> import torch, mmfast as mf
@@ -49,7 +71,7 @@ def resolve(
 
 
 def resolve_info(
-    grads: Sequence[Tensor | None] | Tensor,
+    grads: Any,
     resolver: ResolverLike,
     per: str = "batch",
     mask: Tensor | None = None,
@@ -57,7 +79,7 @@ def resolve_info(
     preserve_norm: bool = False,
     backend: str = "auto",
     with_info: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Any, Tensor | None]:
     """`resolve`, with what it did: (result, info) with info float64 [K + K * K], or [B, K + K * K] per sample: weights, then Gramian.
 
     info is None for elementwise resolvers; without `with_info` it may be None, or lack what the result did not need.
@@ -70,6 +92,14 @@ def resolve_info(
         if found is not None:
             return found
     k = len(grads)
+    if lists.is_lists(grads):
+        contract.per_code(per)
+        columns = lists.columns_of(grads, per, mask)
+        with torch.no_grad():
+            if not isinstance(resolver, ElementwiseRule):
+                return lists.resolve(columns, k, resolver, per, mask, preserve_norm, backend)
+            out, _ = resolve_info(lists.joined(columns, k, per), resolver, per, mask, preserve_norm=preserve_norm, backend=backend)
+            return lists.split(out, columns, per), None
     missing = tuple([i for i, g in enumerate(grads) if g is None])
     present = [g for g in grads if g is not None] if missing else cast(Sequence[Tensor], grads)
     arguments = (resolver, k, missing, per, mask, preserve_norm, with_info, backend)

@@ -1,0 +1,166 @@
+"""Gradients of several tensors as one problem: what one long vector gives, for every rule, dtype and way of calling."""
+
+import copy
+
+import pytest
+import torch
+from rule_table import RULES
+
+import mmfast as mf
+from mmfast.ops.resolve import resolve_info
+
+SHAPES = [(4, 3), (4,), (4, 2, 5), (4, 1)]
+
+
+def lists(k, dtype=torch.float64, seed=0, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes] for _ in range(k)]
+
+
+def long(grads, per="batch"):
+    """The same gradients as one tensor each, zero where one has none."""
+    first = 0 if per == "batch" else 1
+    like = next(g for g in grads if g is not None)
+    shapes = [next(g[t] for g in grads if g is not None and g[t] is not None) for t in range(len(like))]
+    return [
+        None
+        if g is None
+        else torch.cat(
+            [(torch.zeros_like(s) if x is None else x).reshape(*s.shape[:first], -1) for x, s in zip(g, shapes, strict=True)], -1
+        )
+        for g in grads
+    ]
+
+
+def assert_same(found, wanted, per="batch", **tolerance):
+    parts = torch.cat([x.reshape(*x.shape[: 0 if per == "batch" else 1], -1) for x in found], -1)
+    torch.testing.assert_close(parts.double(), wanted.double(), equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_resolves_lists_as_one_vector(name, per, norm):
+    row = RULES[name]
+    torch.manual_seed(0)
+    k = row.min_k + 2
+    one = row.make(k)
+    two = copy.deepcopy(one)
+    for turn in range(3):  # state and random stream go on
+        grads = lists(k, seed=turn)
+        if turn == 1:
+            grads[1] = None if row.min_k < 3 else grads[1]
+            grads[0][2] = None
+        found = mf.resolve(grads, one, per, preserve_norm=norm)
+        assert [x.shape for x in found] == [torch.Size(s) for s in SHAPES]
+        assert_same(found, mf.resolve(long(grads, per), two, per, preserve_norm=norm), per, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [lambda: mf.GradDrop(0.1), lambda: mf.TrimmedMean(1)])
+@pytest.mark.parametrize("per", ["batch", "sample"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_elementwise_rules(make, per, norm):
+    torch.manual_seed(1)
+    one = make()
+    two = copy.deepcopy(one)
+    grads = lists(4)
+    grads[0] = [torch.zeros_like(x) for x in grads[0]]  # zero over all tensors: missing
+    grads[1][0] = torch.zeros(SHAPES[0], dtype=torch.float64)  # zero in one of them: there
+    for mask in (None, torch.tensor([True, True, False, True])):
+        grads[2][1] = None
+        assert_same(
+            mf.resolve(grads, one, per, mask, preserve_norm=norm), mf.resolve(long(grads, per), two, per, mask, preserve_norm=norm), per
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_precision_is_that_of_the_coarsest_tensor(dtype):
+    grads = lists(3, torch.float32)
+    for g in grads:
+        g[1] = g[1].to(dtype)
+    found = mf.resolve(grads, mf.UPGrad())
+    assert [x.dtype for x in found] == [torch.float32, dtype, torch.float32, torch.float32]
+    assert_same(
+        found,
+        mf.resolve([x.double() for x in long([[t.double() for t in g] for g in grads])], mf.UPGrad()),
+        rtol=4 * torch.finfo(dtype).eps,
+        atol=2 * torch.finfo(dtype).eps,
+    )
+
+
+def test_the_norm_is_measured_where_the_gramian_cannot_tell():
+    """Sums that cancel below the precision of float32, over tensors that cancel in turn."""
+    for small in (1e-3, 1e-4, 1e-6):
+        grads = [[torch.tensor([1.0, 0.0]), torch.tensor([2.0])], [torch.tensor([-1.0, small]), torch.tensor([-2.0])]]
+        for rule in (mf.Sum(), mf.Mean()):
+            found = mf.resolve(grads, rule, preserve_norm=True)
+            torch.testing.assert_close(torch.cat(found), torch.tensor([0.0, small, 0.0]), rtol=1e-5, atol=1e-9)
+
+
+def test_gram_and_combine_and_masks():
+    grads = lists(3)
+    mask = torch.tensor([True, False, True])
+    torch.testing.assert_close(mf.gram(grads, mask=mask), mf.gram(long(grads), mask=mask))
+    by_sample = torch.rand(4, 3) < 0.6
+    torch.testing.assert_close(mf.gram(grads, "sample", mask=by_sample), mf.gram(long(grads, "sample"), "sample", mask=by_sample))
+    w = torch.randn(3, dtype=torch.float64)
+    assert_same(mf.combine(grads, w), mf.combine(long(grads), w))
+    samples = torch.randn(4, 3, dtype=torch.float64)
+    assert_same(mf.combine(grads, samples, "sample"), mf.combine(long(grads, "sample"), samples, "sample"), "sample")
+    found = mf.resolve(grads, mf.MGDA(), "sample", by_sample)
+    assert_same(found, mf.resolve(long(grads, "sample"), mf.MGDA(), "sample", by_sample), "sample")
+
+
+def test_rules_of_the_users_own_and_by_name():
+    class Shortest(mf.Resolver):
+        def forward(self, G, mask=None):
+            squares = torch.where(mask, G.diagonal(dim1=-2, dim2=-1), torch.inf)
+            return torch.nn.functional.one_hot(squares.argmin(-1), G.shape[-1]).double()
+
+    grads = lists(3)
+    for norm in (False, True):
+        assert_same(mf.resolve(grads, Shortest(), preserve_norm=norm), mf.resolve(long(grads), Shortest(), preserve_norm=norm))
+    assert_same(mf.resolve(grads, "mgda"), mf.resolve(long(grads), mf.MGDA))
+    info, wanted = resolve_info(grads, mf.MGDA())[1], resolve_info(long(grads), mf.MGDA())[1]
+    torch.testing.assert_close(info, wanted)
+
+
+def test_sparse_and_complex_tensors():
+    sparse = [[torch.eye(3)[[i]].to_sparse(), torch.randn(2)] for i in range(2)]
+    dense = [[x.to_dense() for x in g] for g in sparse]
+    assert_same(mf.resolve(sparse, mf.MGDA()), mf.resolve(long(dense), mf.MGDA()))
+    grads = [[torch.randn(3, dtype=torch.complex64), torch.randn(2)] for _ in range(2)]
+    found = mf.resolve(grads, mf.UPGrad())
+    assert found[0].dtype == torch.complex64
+    real = [[torch.view_as_real(a).flatten(), b] for a, b in grads]
+    assert_same([torch.view_as_real(found[0]), found[1]], mf.resolve(long(real), mf.UPGrad()))
+
+
+@pytest.mark.parametrize(
+    "grads, message",
+    [
+        ([[torch.ones(2)], torch.ones(2)], r"grads\[1\] is a Tensor, expected a list of tensors"),
+        ([[torch.ones(2)], [torch.ones(2), torch.ones(2)]], r"grads\[1\] has 2 tensors, expected 1"),
+        ([[], []], "lists without tensors"),
+        ([[torch.ones(2), None], [torch.ones(2), None]], "tensor 1 is None in every gradient"),
+        ([[torch.ones(2)], [torch.ones(3)]], r"tensor 0 of the lists: grads\[1\] has shape \(3,\)"),
+        ([[torch.ones(2, dtype=torch.int64)], None], "tensor 0 of the lists: grads.0. is torch.int64"),
+        ([[torch.ones(2), torch.ones(2, device="meta")]], "tensor 1 of the lists is on meta, expected cpu"),
+    ],
+)
+def test_lists_that_do_not_fit(grads, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        mf.resolve(grads, mf.MGDA())
+    with pytest.raises((ValueError, TypeError), match=message):
+        mf.gram(grads)
+
+
+def test_samples_that_do_not_fit():
+    with pytest.raises(ValueError, match="tensor 1 of the lists has 3 samples, expected 2"):
+        mf.resolve([[torch.ones(2, 1), torch.ones(3, 1)]], mf.MGDA(), "sample")
+
+
+def test_nothing_is_recorded():
+    grads = [[x.requires_grad_() for x in g] for g in lists(2)]
+    assert not any(x.requires_grad for x in mf.resolve(grads, mf.MGDA(), preserve_norm=True))
+    assert not mf.gram(grads).requires_grad
