@@ -194,7 +194,7 @@ ERRORS = [
     (lambda y: fork(y, 2, Constant), TypeError, r"resolver is the class Constant, .* mf\.Constant\(weights\)"),
     (lambda y: fork(y, 2, GradVac), ValueError, "resolver is the class GradVac, which keeps state"),
     (lambda y: fork(y, 2, Mean(), per="row"), ValueError, "per is 'row'"),
-    (lambda y: fork([1.0], 2, Mean()), TypeError, "y is a list"),
+    (lambda y: fork([1.0], 2, Mean()), TypeError, r"y\[0\] is a float"),
     (lambda y: fork(torch.arange(4), 2, Mean()), TypeError, "y is torch.int64"),
     (lambda y: fork(y.detach().to_sparse(), 2, Mean()), TypeError, r"y has layout torch.sparse_coo.* y\.to_dense\(\)"),
     (lambda y: fork(y.sum(), 2, Mean(), per="sample"), ValueError, "leading batch dimension"),

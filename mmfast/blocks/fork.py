@@ -3,8 +3,9 @@
 Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -106,12 +107,12 @@ def check_plan(k: int, resolver: ResolverLike, per: str) -> Resolver:
     return resolver
 
 
-def _check_tensors(y: Tensor, mask: Tensor | None, plan: Plan) -> None:
+def _check_tensors(y: Tensor, mask: Tensor | None, plan: Plan, name: str = "y") -> None:
     if not isinstance(y, Tensor):
-        raise TypeError(f"y is a {type(y).__name__}, expected a tensor")
-    contract.check_dense(y, "y")
+        raise TypeError(f"{name} is a {type(y).__name__}, expected a tensor")
+    contract.check_dense(y, name)
     if y.dtype not in contract.DTYPES and y.dtype not in contract.COMPLEX:
-        raise TypeError(f"y is {y.dtype}, expected one of {', '.join(map(str, contract.DTYPES + contract.COMPLEX))}")
+        raise TypeError(f"{name} is {y.dtype}, expected one of {', '.join(map(str, contract.DTYPES + contract.COMPLEX))}")
     if y.dim() == 0:
         contract.check_per(plan.per, y.shape)
     if mask is not None:
@@ -159,9 +160,15 @@ def _fork_real(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]
     return tuple(y.view_as(y) for _ in range(plan.k))
 
 
+@overload
 def fork(
     y: Tensor, k: int, resolver: ResolverLike, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]: ...
+@overload
+def fork(
+    y: Sequence[Tensor], k: int, resolver: ResolverLike, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True
+) -> tuple[tuple[Tensor, ...], ...]: ...
+def fork(y: Any, k: int, resolver: ResolverLike, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True) -> Any:
     """Splits a tensor into k aliases, one per branch, whose gradients are resolved into the tensor's gradient.
 
     Use each alias in exactly one branch. A branch that sends no gradient back is a missing modality and is left out of the problem.
@@ -171,6 +178,7 @@ def fork(
 
     Args:
         y: floating-point or complex tensor of any shape, of which each complex number counts as a pair of real ones; the first dimension is the batch where `per` needs one.
+            Or a list of such tensors, which each branch gets an alias of: one problem resolves the gradients of all (not inside torch.func).
         k: number of branches, 1 to 256.
         resolver: the rule, or its name or class. A rule that keeps state belongs to one fork: give every fork its own, and keep it between calls.
         per: "batch" resolves one problem, each gradient flattened; "sample" one for each index of the first dimension; "batch_sum" one,
@@ -179,7 +187,7 @@ def fork(
         preserve_norm: scales the result to the length of the plain sum of the gradients, as the paper does.
 
     Returns:
-        k tensors that share y's memory; changing one in place is an error where a gradient is recorded, and shows in all where none is:
+        k tensors, or k tuples of tensors, that share y's memory; changing one in place is an error where a gradient is recorded, and shows in all where none is:
         clone() it first. The gradient is deterministic, up to the draws of a random rule.
 
     Raises:
@@ -195,4 +203,12 @@ def fork(
         tensor([2., 2.])
     """
     plan = Plan(k, check_plan(k, instance_of(resolver, k), per), per, preserve_norm, None)
+    if isinstance(y, (list, tuple)):
+        from mmfast.blocks.several import fork_several
+
+        if not y:
+            raise ValueError("y is an empty list, expected one tensor at least")
+        for i, one in enumerate(y):
+            _check_tensors(one, mask, plan, f"y[{i}]")
+        return fork_several(y, mask, plan)
     return fork_by(y, mask, plan)

@@ -96,10 +96,11 @@ def resolve_info(
         contract.per_code(per)
         columns = lists.columns_of(grads, per, mask)
         with torch.no_grad():
-            if not isinstance(resolver, ElementwiseRule):
+            if not isinstance(resolver, ElementwiseRule) and not torch.compiler.is_compiling():
                 return lists.resolve(columns, k, resolver, per, mask, preserve_norm, backend)
-            out, _ = resolve_info(lists.joined(columns, k, per), resolver, per, mask, preserve_norm=preserve_norm, backend=backend)
-            return lists.split(out, columns, per), None
+            # a graph has one operator for one tensor, which its compiler fills without a copy
+            out, info = resolve_info(lists.joined(columns, k, per), resolver, per, mask, preserve_norm=preserve_norm, backend=backend)
+            return lists.split(out, columns, per), info
     missing = tuple([i for i, g in enumerate(grads) if g is None])
     present = [g for g in grads if g is not None] if missing else cast(Sequence[Tensor], grads)
     arguments = (resolver, k, missing, per, mask, preserve_norm, with_info, backend)
