@@ -12,6 +12,7 @@ __all__ = [
     "LinearHeads",
     "LipschitzScale",
     "StandardScale",
+    "attach",
     "backends",
     "combine",
     "explain",
@@ -41,6 +42,7 @@ if TYPE_CHECKING or not _is_command():
             import torch as _torch  # noqa: F401
         from mmfast import losses, resolvers, stats
         from mmfast.backends.choice import backends
+        from mmfast.blocks.attach import attach
         from mmfast.blocks.block import ImpartialityBlock
         from mmfast.blocks.fork import fork
         from mmfast.blocks.linear_heads import LinearHeads

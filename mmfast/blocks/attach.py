@@ -1,0 +1,256 @@
+"""attach: a block in a model as it stands. Hooks give each branch aliases of its own of the tensors that it is called with, as fork does."""
+
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from mmfast import contract
+from mmfast.blocks import notices, transforms
+from mmfast.blocks.fork import Plan, refuse_double_backward
+from mmfast.blocks.impartial import Impartial
+from mmfast.blocks.local_step import scale_outputs
+from mmfast.blocks.scaling import LocalScale
+from mmfast.blocks.several import resolved
+from mmfast.resolvers.names import ResolverLike
+
+
+def _references() -> int:
+    """How many a tensor has that only a list and its own aliases hold; torch counts those of C++ or not, by its version."""
+    ys = [torch.zeros(1)]
+    alias = ys[0].view_as(ys[0])
+    count = sys.getrefcount(ys[0])
+    del alias
+    return count
+
+
+_OURS = _references()
+
+
+class Meeting:
+    """Tensors that a branch was called with, and the aliases of them that are left for the other branches."""
+
+    def __init__(self, ys: Sequence[Tensor], handle: "Attached") -> None:
+        self.ys, self.handle = list(ys), handle
+        self.takers: list[set[int]] = [set() for _ in ys]
+        flat = mmfast_attach.apply(self, *ys)
+        self.aliases = [flat[i * len(ys) : (i + 1) * len(ys)] for i in range(len(handle.names))]
+
+    def find(self, y: Tensor) -> int | None:
+        return next((t for t, mine in enumerate(self.ys) if mine is y), None)
+
+    def alias(self, branch: int, t: int) -> Tensor:
+        self.takers[t].add(branch)
+        return self.aliases[branch][t]
+
+    def held_outside(self) -> bool:
+        """Whether another branch can still come with one of them: somebody else has them."""
+        return any(sys.getrefcount(self.ys[t]) > _OURS for t in range(len(self.ys)))
+
+
+class mmfast_attach(torch.autograd.Function):
+    """Its name stands in torch's error when an alias is changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, meeting: Meeting, *ys: Tensor) -> tuple[Tensor, ...]:
+        ctx.meeting_takers, ctx.handle = meeting.takers, meeting.handle
+        ctx.seen = None  # the branches of an earlier backward pass
+        ctx.set_materialize_grads(False)
+        return ys * len(meeting.handle.names)
+
+    @staticmethod
+    def backward(ctx: Any, *flat: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        handle, takers, count = ctx.handle, ctx.meeting_takers, len(ctx.meeting_takers)
+        handle.close(takers)
+        if all(g is None for g in flat):
+            return (None,) * (1 + count)
+        refuse_double_backward("an attached block")
+        grads = [flat[i * count : (i + 1) * count] for i in range(len(handle.names))]
+        shared = [t for t in range(count) if len(takers[t]) > 1]
+        if not shared:
+            handle.tell_apart()
+        # what one branch alone is called with is no shared tensor: its gradient passes
+        out: list[Tensor | None] = [next((g[t] for g in grads if g[t] is not None), None) for t in range(count)]
+        rows = [[g[t] for t in shared] for g in grads]
+        if any(g is not None for row in rows for g in row):
+            notices.tell(ctx, handle.resolver, handle.per, _present, rows)
+            plan = Plan(len(handle.names), handle.resolver, handle.per, handle.preserve_norm, handle)
+            for t, g in zip(shared, resolved(plan, None, rows), strict=True):
+                out[t] = g
+        return (None, *out)
+
+
+def _present(rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    by_tensor = [column for column in zip(*rows, strict=True) if any(g is not None for g in column)]
+    return torch.stack([notices.present_branches(column) for column in by_tensor]).any(0)
+
+
+class Attached(Impartial):
+    """What `attach` gives back: the rule and its state, the record of the last backward pass, and the hooks in the model. Also a context manager."""
+
+    def __init__(
+        self,
+        branches: Mapping[str, nn.Module],
+        resolver: ResolverLike,
+        local: LocalScale | Sequence[float] | Tensor | None,
+        per: str,
+        preserve_norm: bool,
+    ) -> None:
+        self._names = tuple(branches)
+        super().__init__(len(branches), resolver, local, per, preserve_norm)
+        self._open: list[Meeting] = []
+        self._met: deque[set[int]] = deque(maxlen=256)  # which branches took the tensors since the last backward pass
+        self._seen_apart = self._told = False
+        self._hooks = []
+        for i, branch in enumerate(branches.values()):
+            self._hooks.append(
+                branch.register_forward_pre_hook(self._entering(i, _begins_in_place(branch)), prepend=True, with_kwargs=True)
+            )
+            if self._beta is not None:
+                self._hooks.append(branch.register_forward_hook(self._leaving(i)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the branches: the keys of a mapping, or "0", "1", ..."""
+        return self._names
+
+    def remove(self) -> None:
+        """Takes the block out: the model is as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._open.clear()
+        self._met.clear()
+
+    def __enter__(self) -> "Attached":  # noqa: PYI034 typing has Self from Python 3.11 on
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _entering(self, i: int, copies: bool) -> Any:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            return self._replaced(i, copies, args, kwargs)
+
+        return torch.compiler.disable(enter)  # who meets whom is seen while it runs: a compiled model's graph breaks here
+
+    def _replaced(self, i: int, copies: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """The inputs of a branch with aliases for the tensors that want a gradient; None where there is nothing to replace."""
+        if transforms.exporting() or not torch.is_grad_enabled():
+            return None
+        if transforms.active():
+            raise RuntimeError(
+                "attached branches can't be called inside a transformation of torch.func; use mmfast.ImpartialityBlock there"
+            )
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [j for j, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad and x.dtype in contract.DTYPES]
+        if not places:
+            self.no_gradient_wanted()
+            return None
+        for j, alias in zip(places, self._aliases(i, [leaves[j] for j in places]), strict=True):
+            leaves[j] = alias.clone() if copies else alias
+        return tree_unflatten(leaves, spec)  # type: ignore[return-value]
+
+    def _leaving(self, i: int) -> Any:
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            assert self._beta is not None
+            return scale_outputs(output, self._beta[i], self._names[i])
+
+        return leave
+
+    def _aliases(self, branch: int, ys: list[Tensor]) -> list[Tensor]:
+        """The branch's own aliases of the tensors that it is called with."""
+        for y in ys:
+            contract.check_dense(y, f"the input of branch {self._names[branch]}")
+            if not y.dim():
+                contract.check_per(self.per, y.shape)
+        fresh = [y for y in ys if not any(m.find(y) is not None for m in self._open)]
+        if fresh:
+            self._open = [m for m in self._open if m.held_outside()]
+            self._open.append(Meeting(fresh, self))
+            self._met.extend(self._open[-1].takers)
+        found = []
+        for y in ys:
+            meeting = next(m for m in self._open if m.find(y) is not None)
+            t = meeting.find(y)
+            assert t is not None
+            found.append(meeting.alias(branch, t))
+        return found
+
+    def close(self, takers: list[set[int]]) -> None:
+        """Called in a backward pass: nobody comes to these tensors any more."""
+        if self._met:  # the first of the meetings that this backward pass reaches
+            self._seen_apart = all(len(s) == 1 for s in self._met) and len(set().union(*self._met)) > 1
+            self._met.clear()
+        self._open = [m for m in self._open if m.takers is not takers]
+
+    def tell_apart(self) -> None:
+        """Says once that branches were called with tensors that are not the same ones."""
+        if self._seen_apart and not self._told:
+            self._told = True
+            contract.tell(
+                f"the branches {', '.join(self._names)} of mmfast.attach share no input: each was called with a tensor object of its own, so nothing is resolved; "
+                "hand all of them the same tensor, not views or copies made for each (mmfast.find_blocks shows where gradients meet)"
+            )
+
+
+def _begins_in_place(branch: nn.Module) -> bool:
+    """Whether the first layer of a branch writes into its input, which then has to be a copy."""
+    first = next((m for m in branch.modules() if not any(True for _ in m.children())), None)
+    return bool(getattr(first, "inplace", False))
+
+
+def attach(
+    branches: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleList | nn.ModuleDict,
+    resolver: ResolverLike,
+    *,
+    local: LocalScale | Sequence[float] | Tensor | None = None,
+    per: str = "batch",
+    preserve_norm: bool = True,
+) -> Attached:
+    """Makes modules of a model as it stands the branches of an impartiality block: no change to the model's code, its checkpoints or its results.
+
+    Wherever two or more of the branches are called with the same tensor, their gradients are resolved into one for it, as by `fork`. A branch takes its inputs
+    as it always did: positional or by keyword, in tuples, lists and dicts; all tensors that branches share at a call are one problem. A branch that is not called, or
+    sends nothing back, is a missing modality. What one branch alone is called with passes as it is. Go back once, by `sum(losses).backward()`.
+    Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
+
+    Args:
+        branches: K modules of the model, 1 to 256, in a list, a ModuleList, a ModuleDict or a dict of names. They may be wrapped (DDP, torch.compile).
+        resolver: the rule, or its name or class; each call of attach needs its own.
+        local: as for `ImpartialityBlock`.
+        per, preserve_norm: as for `fork`.
+
+    Returns:
+        A handle: `stats()` as of a block, `remove()` takes the block out again, which leaving a `with` does too; it is a module with the rule's state, outside
+        of the model. Where the model is compiled as a whole, its graph breaks at each branch. A branch whose first layer works in place gets a copy.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; RuntimeError: in a call inside torch.func, or a backward pass with create_graph=True.
+
+    Example:
+        >>> encoder, heads = nn.Linear(4, 3), [nn.Linear(3, 1), nn.Linear(3, 2)]
+        >>> with mf.attach(heads, mf.UPGrad()) as block:
+        ...     y = encoder(torch.randn(8, 4))
+        ...     sum(head(y).square().mean() for head in heads).backward()
+        >>> block.stats().weights.shape
+        torch.Size([2])
+    """
+    if isinstance(branches, (nn.ModuleDict, Mapping)):
+        named = dict(branches.items())
+    elif isinstance(branches, (Sequence, nn.ModuleList)):
+        named = {str(i): branch for i, branch in enumerate(branches)}
+    else:
+        raise TypeError(f"branches is a {type(branches).__name__}, expected a list or dict of modules")
+    if not 1 <= len(named) <= contract.MAX_GRADS:
+        raise ValueError(f"branches has {len(named)} modules, expected 1 to {contract.MAX_GRADS}")
+    for name, branch in named.items():
+        if not isinstance(branch, nn.Module):
+            raise TypeError(f"branches[{name}] is a {type(branch).__name__}, expected an nn.Module")
+    if len({id(branch) for branch in named.values()}) < len(named):
+        raise ValueError("branches holds a module twice, expected each once: all of its calls are one branch")
+    return Attached(named, resolver, local, per, preserve_norm)
