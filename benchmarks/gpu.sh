@@ -1,64 +1,81 @@
 #!/usr/bin/env bash
-# Builds in place with the Python that holds torch, checks every CUDA kernel on the GPU, times them; eight minutes at most.
-#   benchmarks/gpu.sh [folder for the results]      PYTHON=python3 by default; WHEELS=folder of wheels to install from, without a network
-# Results are written as they come, so what was cut off is there up to the cut: build.log, tests.log, triton.log, sanitizer.log, gpu.csv.
+# One visit to a machine with a GPU, nine minutes at most: builds for that GPU, verifies and tests every kernel, times them, looks for races.
+#   benchmarks/gpu.sh --pack      puts what such a machine may lack into build/gpu-wheels: run it where there is a network, take the folder along
+#   benchmarks/gpu.sh [FOLDER]    the visit; FOLDER (benchmarks/results/gpu) gets visit.log, gpu.csv and steps.tsv as it goes, and summary.md
+# PYTHON is the Python that holds torch (python3), WHEELS the packed folder (build/gpu-wheels); BUILD=no takes the library that lies in mmfast/.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
-out=${1:-benchmarks/results/gpu}
-if [ $# -gt 1 ] || [[ $out == -* ]]; then
-  sed -n '2,4s/^# *//p' "$0"
-  exit 2
-fi
-mkdir -p "$out"
-if [ -n "${WHEELS:-}" ]; then
-  for package in 'setuptools>=77' ninja numpy scipy pytest hypothesis quadprog torchjd; do
-    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" "$package" || echo "$package is not in $WHEELS: what needs it says so"
+wheels=${WHEELS:-build/gpu-wheels}
+
+# Seconds of each step, and two more each to end: nine minutes in all.
+declare -A limit=([packages]=20 [build]=130 [verify]=20 [tests]=75 [benchmark]=110 [triton]=90 [sanitizers]=65 [summary]=10)
+grace=2
+
+# such a machine has torch, NumPy and SciPy
+packages=('setuptools>=77' ninja pytest iniconfig pluggy packaging pygments pytest-xdist execnet hypothesis sortedcontainers torchjd qpsolvers quadprog)
+pytest=(-m pytest -q -p no:cacheprovider -p xdist -p benchmarks.gpu.failures -W default --dist worksteal)
+cuda_tests=(tests/test_cuda.py tests/test_cuda_heads.py tests/test_cuda_build.py)
+triton_tests=(tests/test_triton_gpu.py tests/triton_solve_interpreted.py
+  -k 'not optimality and not hard and not hyper and not scales or (optimality and (UPGrad-3 or MGDA-5))')
+
+pack() {
+  local tag platforms=()
+  for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1; do
+    platforms+=(--platform "${tag}_x86_64")
   done
-fi
+  "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
+    --dest "$wheels" "${packages[@]}" && du -sh "$wheels"
+}
 
-echo "== build"
-if ! MMFAST_BUILD=cuda timeout 150 "$python" setup.py --quiet build_ext --inplace >"$out/build.log" 2>&1; then
-  tail -20 "$out/build.log"
-  echo "the build failed, see $out/build.log"
-fi
-# what can be run of it, and of the Triton kernels, which need no build
-no_cuda=$("$python" -c 'from mmfast.backends import cuda; print(cuda.why_not() or "")')
-no_triton=$("$python" -c 'from mmfast.backends import choice; print(choice.why_no_triton() or "")')
-if [ -n "$no_cuda" ] && [ -n "$no_triton" ]; then
-  echo "nothing can be run: $no_cuda; $no_triton"
-  exit 3
-fi
+# step NAME COMMAND...: runs it within its limit; its output goes to visit.log, the end of it to the screen, what became of it to steps.tsv
+step() {
+  local name=$1 start=$SECONDS log=$out/visit.log before status
+  shift
+  echo "##### $name" | tee -a "$log"
+  before=$(wc -c <"$log")
+  timeout --kill-after="$grace" "${limit[$name]}" "$@" >>"$log" 2>&1
+  status=$?
+  tail -c +$((before + 1)) "$log" | tail -n 5
+  printf '%s\t%d\t%d\t%d\n' "$name" "$status" $((SECONDS - start)) "${limit[$name]}" >>"$out/steps.tsv"
+  [ "$status" = 0 ] || failed=1
+}
 
-status=0
-echo "== tests"
-if [ -n "$no_cuda" ]; then
-  echo "no CUDA operators: $no_cuda"
-  status=1
-fi
-PYTHONPATH=tests timeout 100 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_heads.py tests/test_cuda_build.py 2>&1 |
-  tee "$out/tests.log" | tail -15 || status=1
-PYTHONPATH=tests timeout 60 "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_triton_gpu.py tests/triton_solve_interpreted.py \
-  -k "not optimality and not hard and not hyper and not scales or (optimality and (UPGrad-3 or MGDA-5))" 2>&1 |
-  tee "$out/triton.log" | tail -15 || status=1
-echo "== benchmark"
-timeout 105 "$python" -m benchmarks.gpu "$out/gpu.csv" || status=1
-echo "== compute-sanitizer"
-for tool in memcheck racecheck; do
-  if command -v compute-sanitizer >/dev/null; then
-    # without torch's cache every tensor is an allocation of its own, and what is written behind it shows
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=tests timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q \
-      -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/test_cuda.py tests/test_cuda_heads.py \
-      -k "unaligned or elementwise or (rules and (MGDA or UPGrad)) or (both_paths and 3-dtype2) or (operator_on_a_gpu and dtype2)" 2>&1 |
-      tee -a "$out/sanitizer.log" | tail -3
-    code=${PIPESTATUS[0]}
-    if [ "$code" = 124 ]; then
-      echo "$tool was cut off: what it had seen is in $out/sanitizer.log"
-    elif [ "$code" != 0 ]; then
-      status=1
-    fi
-  else
-    echo "compute-sanitizer is not installed: $tool was not run" | tee -a "$out/sanitizer.log"
+visit() {
+  local capability
+  failed=0
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) # 9.0 of an H100 or H200
+  if [ -z "$capability" ]; then
+    echo "nvidia-smi names no GPU: there is nothing to visit"
+    exit 3
   fi
-done
-exit $status
+  mkdir -p "$out" && rm -f "$out"/{visit.log,steps.tsv,gpu.csv,summary.md}
+  export TORCH_CUDA_ARCH_LIST=$capability PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+  export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive # eight processes on sixteen cores; Triton's compile, each on one
+  if [ -d "$wheels" ]; then
+    step packages "$python" -m pip install --quiet --no-index --no-deps --find-links "$wheels" "${packages[@]}"
+  fi
+  if [ "${BUILD:-yes}" != no ]; then
+    MMFAST_BUILD=cuda step build "$python" setup.py --quiet build_ext --inplace
+  fi
+  step verify "$python" -m mmfast doctor --check
+  step tests "$python" "${pytest[@]}" -n 8 "${cuda_tests[@]}"
+  step benchmark "$python" -m benchmarks.gpu "$out/gpu.csv" --seconds $((limit[benchmark] - 10))
+  step triton "$python" "${pytest[@]}" -n 16 "${triton_tests[@]}"
+  step sanitizers "$python" -m benchmarks.gpu.sanitize memcheck racecheck synccheck
+  step summary "$python" -m benchmarks.gpu.summary "$out"
+  cat "$out/summary.md"
+  return "$failed"
+}
+
+case ${1:-} in
+--pack) pack ;;
+-*)
+  sed -n '2,5s/^# *//p' "$0"
+  [ "$1" = --help ]
+  ;;
+*)
+  out=${1:-benchmarks/results/gpu}
+  visit
+  ;;
+esac

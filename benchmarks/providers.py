@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -43,14 +43,15 @@ class Unavailable(Exception):
     """Why a provider can't take part in a case."""
 
 
-def jacobian(k: int, n: int, seed: int = 0) -> Tensor:
+def jacobian(k: int, n: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """K gradients [K, N] as modalities give them: eight shared directions, so that about half of all pairs conflict, and norms over a factor of ten."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(k, 8, generator=generator)
-    scale = torch.logspace(-1, 0, k)[torch.randperm(k, generator=generator)] / 4
-    J = torch.randn(k, n, generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = partial(torch.randn, generator=generator, device=device)
+    mix = draw(k, 8)
+    scale = torch.logspace(-1, 0, k, device=device)[torch.randperm(k, generator=generator, device=device)] / 4
+    J = draw(k, n)
     for block in J.split(BLOCK, dim=1):
-        block.addmm_(mix, torch.randn(8, block.shape[1], generator=generator)).mul_(scale.unsqueeze(1))
+        block.addmm_(mix, draw(8, block.shape[1])).mul_(scale.unsqueeze(1))
     return J
 
 

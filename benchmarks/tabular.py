@@ -67,7 +67,7 @@ class Step:
         return -torch.logsumexp(log_w, 0).sum()
 
     def noise(self) -> Tensor:
-        return torch.randn(self.samples, BATCH, self.posterior.out_features // 2)
+        return torch.randn(self.samples, BATCH, self.posterior.out_features // 2, device=self.x.device)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()

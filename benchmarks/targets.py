@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.rows import Row
 
@@ -16,7 +17,7 @@ class Target:
     must: float
     aim: float
     unit: str
-    measure: Callable[[list[Row]], tuple[float, str] | None]
+    measure: Callable[[list[Any]], tuple[float, str] | None]
     lower_is_better: bool = False
 
     def verdict(self, value: float) -> str:

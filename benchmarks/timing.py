@@ -32,7 +32,8 @@ def _seconds(call: Call, repeats: int) -> float:
     return (perf_counter() - start) / repeats
 
 
-def _summary(samples: list[float]) -> Timing:
+def summary(samples: list[float]) -> Timing:
+    """Of seconds of a call."""
     deciles = statistics.quantiles(samples * 2 if len(samples) == 1 else samples, n=10, method="inclusive")
     return Timing(statistics.median(samples) * 1e6, deciles[1] * 1e6, deciles[7] * 1e6, len(samples))
 
@@ -68,4 +69,4 @@ def side_by_side(calls: dict[str, Call], budget: float) -> dict[str, Timing]:
     finally:
         if enabled:
             gc.enable()
-    return {name: _summary(taken) for name, taken in samples.items()}
+    return {name: summary(taken) for name, taken in samples.items()}

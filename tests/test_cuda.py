@@ -8,6 +8,7 @@ from problems import gramian
 from rule_table import RULES
 
 import mmfast as mf
+from benchmarks.gpu.cases import auto_takes
 from mmfast import ops
 from mmfast.backends import cuda
 
@@ -249,11 +250,17 @@ class Trained(torch.nn.Module):
         return sum((i + 1) * (o - i).square().mean() for i, o in enumerate(self.block(self.shared(x).tanh())))
 
 
+@pytest.fixture
+def auto_takes_cuda():
+    with auto_takes("cuda"):
+        yield
+
+
+@pytest.mark.usefixtures("auto_takes_cuda")
 @pytest.mark.parametrize("rule", [mf.MGDA, mf.PCGrad, mf.GradVac, mf.PCD, lambda: mf.GradNorm(alpha=1.0, lr=0.1, update_at=2), mf.Random])
 @pytest.mark.parametrize("kind", ["block", "heads"])
-def test_a_captured_training_step_is_the_eager_one(kind, rule, monkeypatch):
+def test_a_captured_training_step_is_the_eager_one(kind, rule):
     """The recipe of docs/compilers.md; parameters, state, random stream and record move on with every replay."""
-    monkeypatch.setattr(ops, "serving", lambda device, backend, k: "cuda")
     model = Trained(kind, rule()).cuda()
     eager = copy.deepcopy(model)
     data = torch.randn(10, 16, 6, device="cuda")
