@@ -16,6 +16,7 @@ __all__ = [
     "backends",
     "combine",
     "explain",
+    "find_blocks",
     "fork",
     "gram",
     "losses",
@@ -44,6 +45,7 @@ if TYPE_CHECKING or not _is_command():
         from mmfast.backends.choice import backends
         from mmfast.blocks.attach import attach
         from mmfast.blocks.block import ImpartialityBlock
+        from mmfast.blocks.find import find_blocks
         from mmfast.blocks.fork import fork
         from mmfast.blocks.linear_heads import LinearHeads
         from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale

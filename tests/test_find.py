@@ -1,0 +1,159 @@
+"""find_blocks: where gradients of different terms meet, in graphs whose answer is known."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mmfast as mf
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Model(nn.Module):
+    """A trunk in two stages; two decoders on the second, and one that a skip connection feeds from the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 3)])
+        self.decoders = nn.ModuleDict(
+            {"image": nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)), "text": nn.Linear(3, 1), "sound": nn.Linear(5, 1)}
+        )
+
+    def forward(self, x, wrap=lambda f, x: f(x)):
+        first = torch.tanh(wrap(self.trunk[0], x))
+        latent = wrap(self.trunk[1], first)
+        return (
+            {"image": self.decoders["image"](latent), "text": self.decoders["text"](latent), "sound": self.decoders["sound"](first)},
+            first,
+            latent,
+        )
+
+
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def terms(outputs):
+    return {name: (out - i).square().sum() for i, (name, out) in enumerate(outputs.items())}
+
+
+@pytest.mark.parametrize("wrap", [lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)])
+def test_a_latent_and_a_skip_connection(wrap):
+    net = model()
+    outputs, first, latent = net(X, wrap)
+    losses = terms(outputs)
+    found = mf.find_blocks(losses, net)
+    assert [(b.producer, b.shape, b.terms) for b in found] == [
+        ("trunk.1 (Addmm)", (6, 3), ("image", "text")),
+        ("trunk.0 (Tanh)", (6, 5), ("image", "text", "sound")),
+    ]
+    assert found[0].branches == ("decoders.image", "decoders.text")
+    assert found[0].attach_line() == "mf.attach([model.decoders.image, model.decoders.text], mf.UPGrad())"
+    for block, y in zip(found, (latent, first), strict=True):
+        grads = [torch.autograd.grad(losses[name], y, retain_graph=True)[0] for name in block.terms]
+        torch.testing.assert_close(block.norms, torch.stack([g.norm() for g in grads]).double())
+        flat = torch.stack([g.flatten() / g.norm() for g in grads]).double()
+        torch.testing.assert_close(block.cosines, flat @ flat.T, rtol=1e-5, atol=1e-6)
+    assert all(p.grad is None for p in net.parameters())
+    sum(losses.values()).backward()  # the graph is still there
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_the_line_that_it_suggests_puts_a_block_there():
+    plain, attached = model(), model()
+    found = mf.find_blocks(terms(plain(X)[0]), plain)
+    handle = eval(found[0].attach_line("attached"), {"mf": mf, "attached": attached})
+    sum(terms(attached(X)[0]).values()).backward()
+    assert handle.stats().weights.shape == (2,)
+    sum(terms(plain(X)[0]).values()).backward()
+    assert not torch.allclose(plain.trunk[1].weight.grad, attached.trunk[1].weight.grad)
+
+
+def test_shared_weights_and_losses_in_a_list():
+    head = nn.Linear(4, 1)
+    found = mf.find_blocks([head(X).sum(), head(X + 1).square().sum()], head)
+    assert {(b.producer, b.shape, b.terms) for b in found} == {
+        ("parameter weight", (1, 4), ("0", "1")),
+        ("parameter bias", (1,), ("0", "1")),
+    }
+    assert all(b.attach_line() is None for b in found)
+
+
+def test_two_tensors_of_one_node_and_views_of_one_tensor():
+    encoder = nn.Linear(4, 6)
+    mean, spread = encoder(X).chunk(2, 1)
+    z = mean + spread.exp()
+    found = mf.find_blocks({"a": z.sum(), "b": (mean * 2).square().sum(), "c": spread.square().sum()})
+    assert sorted(b.terms for b in found) == [("a", "b"), ("a", "c")] and {b.shape for b in found} == {(6, 3)}
+    y = encoder(X)
+    (block,) = mf.find_blocks([y.flatten().sum(), y.view(-1).square().sum(), y[:, :2].sum()])
+    assert block.shape == (6, 6) and block.terms == ("0", "1", "2")
+
+
+def test_where_nothing_meets():
+    one, two = nn.Linear(4, 1), nn.Linear(4, 1)
+    found = mf.find_blocks([one(X).sum(), two(X).sum()])
+    assert len(found) == 0 and "no tensor" in str(found)
+    y = nn.Linear(4, 2)(X)
+    assert len(mf.find_blocks([(y.sum() + y.square().sum())])) == 0  # one term alone
+
+
+def test_gradients_of_zero_have_no_direction():
+    y = nn.Linear(4, 2)(X)
+    (block,) = mf.find_blocks({"a": y.sum(), "b": (y * 0).sum()})
+    assert block.norms[1] == 0 and block.cosines[0, 1].isnan() and abs(block.cosines[0, 0] - 1) < 1e-6
+
+
+def test_a_block_that_is_there_already_is_found():
+    encoder, block = nn.Linear(4, 3), mf.ImpartialityBlock([nn.Linear(3, 1), nn.Linear(3, 2)], mf.UPGrad())
+    found = mf.find_blocks([out.square().sum() for out in block(encoder(X))])
+    assert [b.shape for b in found] == [(6, 3)] or all(len(b.terms) == 2 for b in found)
+
+
+def test_time_is_linear_in_the_graph():
+    times = []
+    for length in (2_000, 20_000):
+        y = nn.Linear(4, 3)(X)
+        a = b = y
+        for _ in range(length // 2):
+            a, b = a + 1, b * 1.0001
+        losses = [a.sum(), b.sum()]
+        start = time.process_time()
+        (block,) = mf.find_blocks(losses)
+        times.append(time.process_time() - start)
+        assert block.shape == (6, 3)
+    assert times[1] < 3 and times[1] < 40 * times[0]  # ten times the nodes; 10,000 of them are to take less than a second
+
+
+def test_the_table_and_the_drawing(tmp_path):
+    pytest.importorskip("matplotlib")
+    net = model()
+    found = mf.find_blocks(terms(net(X)[0]), net)
+    text = str(found)
+    assert "trunk.1 (Addmm)  [6, 3]" in text and "cosines" in text and "mf.attach([model.decoders.image, model.decoders.text]" in text
+    assert str(found[0]) in text and len(found[:1]) == 1
+    found.plot(tmp_path / "found.png")
+    assert (tmp_path / "found.png").stat().st_size > 5000
+    mf.find_blocks([X.clone().requires_grad_().sum()]).plot(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    "losses, error, message",
+    [
+        ({}, ValueError, "losses is empty"),
+        ({"a": 1.0}, TypeError, r"losses\[a\] is a float, expected a tensor"),
+        (
+            [torch.ones(2, requires_grad=True) * 2],
+            ValueError,
+            r"losses\[0\] has shape \(2,\) and a graph, expected one number with a graph",
+        ),
+        ([torch.ones(())], ValueError, r"losses\[0\] has shape \(\) and no graph"),
+    ],
+)
+def test_errors(losses, error, message):
+    with pytest.raises(error, match=message):
+        mf.find_blocks(losses)
