@@ -14,6 +14,7 @@ __all__ = [
     "StandardScale",
     "attach",
     "backends",
+    "backward",
     "combine",
     "explain",
     "find_blocks",
@@ -48,6 +49,7 @@ if TYPE_CHECKING or not _is_command():
         from mmfast.blocks.find import find_blocks
         from mmfast.blocks.fork import fork
         from mmfast.blocks.linear_heads import LinearHeads
+        from mmfast.blocks.parameters import backward
         from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale
         from mmfast.ops.combine import combine
         from mmfast.ops.explain import explain

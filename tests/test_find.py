@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmfast as mf
+from mmfast.blocks import notices
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
@@ -88,7 +89,8 @@ def test_two_tensors_of_one_node_and_views_of_one_tensor():
     mean, spread = encoder(X).chunk(2, 1)
     z = mean + spread.exp()
     found = mf.find_blocks({"a": z.sum(), "b": (mean * 2).square().sum(), "c": spread.square().sum()})
-    assert sorted(b.terms for b in found) == [("a", "b"), ("a", "c")] and {b.shape for b in found} == {(6, 3)}
+    # the mean, the spread, and what both are parts of
+    assert sorted((b.terms, b.shape) for b in found) == [(("a", "b"), (6, 3)), (("a", "b", "c"), (6, 6)), (("a", "c"), (6, 3))]
     y = encoder(X)
     (block,) = mf.find_blocks([y.flatten().sum(), y.view(-1).square().sum(), y[:, :2].sum()])
     assert block.shape == (6, 6) and block.terms == ("0", "1", "2")
@@ -108,10 +110,41 @@ def test_gradients_of_zero_have_no_direction():
     assert block.norms[1] == 0 and block.cosines[0, 1].isnan() and abs(block.cosines[0, 0] - 1) < 1e-6
 
 
-def test_a_block_that_is_there_already_is_found():
-    encoder, block = nn.Linear(4, 3), mf.ImpartialityBlock([nn.Linear(3, 1), nn.Linear(3, 2)], mf.UPGrad())
-    found = mf.find_blocks([out.square().sum() for out in block(encoder(X))])
-    assert [b.shape for b in found] == [(6, 3)] or all(len(b.terms) == 2 for b in found)
+def blocks_of(kind, rule):
+    torch.manual_seed(0)
+    encoder, heads = nn.Linear(4, 3), [nn.Linear(3, 1), nn.Linear(3, 2)]
+    if kind == "block":
+        block = mf.ImpartialityBlock(heads, rule)
+        return encoder, lambda y: block(y), block
+    if kind == "heads":
+        block = mf.LinearHeads(3, [1, 2], rule)
+        return encoder, lambda y: block(y), block
+    if kind == "attach":
+        return encoder, lambda y: [head(y) for head in heads], mf.attach(heads, rule)
+    return encoder, lambda y: [head(a[0]) for head, a in zip(heads, mf.fork([y, y * 1], 2, rule), strict=True)], None
+
+
+@pytest.mark.parametrize("kind", ["block", "heads", "attach", "several"])
+def test_blocks_on_the_way_are_looked_through(kind):
+    """Plain gradients, no warning; state, stream and record stay as they are."""
+    rule = mf.Compose(mf.PCD(), mf.PCGrad())
+    encoder, run, block = blocks_of(kind, rule)
+    sum(out.square().sum() for out in run(encoder(X))).backward()
+    kept = {name: value.clone() for name, value in rule.state_dict().items()}
+    recorded = block.stats().weights if block is not None else None
+    first = torch.tanh(X @ torch.ones(4, 4)).requires_grad_()
+    y = encoder(first * 1)
+    outputs = run(y)
+    losses = [out.square().sum() for out in outputs] + [first.sum()]
+    found = mf.find_blocks(losses)
+    at_y = next(b for b in found if b.shape == (6, 3))
+    assert at_y.terms == ("0", "1")
+    with notices.taking_apart():
+        grads = [torch.autograd.grad(loss, y, retain_graph=True)[0] for loss in losses[:2]]
+    torch.testing.assert_close(at_y.norms, torch.stack([g.norm() for g in grads]).double())
+    assert next(b for b in found if b.producer == "a leaf tensor").terms == ("0", "1", "2")
+    assert all(torch.equal(kept[name], value) for name, value in rule.state_dict().items())
+    assert block is None or torch.equal(block.stats().weights, recorded)
 
 
 def test_time_is_linear_in_the_graph():

@@ -6,6 +6,8 @@ The detection of impartiality blocks of Javaloy, Meghdadi, Valera, "Mitigating m
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from mmfast.blocks import notices
 from mmfast.blocks.find_report import draw, table
 from mmfast.ops.gram import gram
 
@@ -93,7 +96,8 @@ class Graph:
 def walk(roots: Sequence[Slot]) -> Graph:
     """Every node once, in time linear in the graph."""
     waiting: dict[Node, int] = {}
-    seen, stack = {node for node, _ in roots}, [node for node, _ in roots]
+    seen = {node for node, _ in roots}
+    stack = list(seen)
     while stack:
         for child, _ in stack.pop().next_functions:
             if child is not None:
@@ -102,28 +106,42 @@ def walk(roots: Sequence[Slot]) -> Graph:
                     seen.add(child)
                     stack.append(child)
     graph = Graph([], dict.fromkeys(seen, 0))
+    slots_of: dict[Node, list[int]] = {}
     for bit, (node, slot) in enumerate(roots):
         graph.terms[node] |= 1 << bit
+        if (node, slot) not in graph.arrivals:
+            slots_of.setdefault(node, []).append(slot)
         graph.arrivals.setdefault((node, slot), []).append((None, 1 << bit))
     ready = deque(node for node in seen if not waiting.get(node))
     while ready:
         node = ready.popleft()
         graph.order.append(node)
-        for child, slot in node.next_functions:
+        # of a node with several results, such as chunk or unbind, each may serve terms of its own
+        slots = [[terms for _, terms in graph.arrivals[node, slot]] for slot in slots_of.get(node, ())]
+        each = {reduce(or_, arrivals) for arrivals in slots}
+        for i, (child, slot) in enumerate(node.next_functions):
+            parts = set(slots[0]) if _is_heads(node) and i == 0 else each
             if child is None:
                 continue
             graph.terms[child] |= graph.terms[node]
-            graph.arrivals.setdefault((child, slot), []).append((node, graph.terms[node]))
+            if (child, slot) not in graph.arrivals:
+                slots_of.setdefault(child, []).append(slot)
+            graph.arrivals.setdefault((child, slot), []).extend((node, terms) for terms in parts)
             waiting[child] -= 1
             if not waiting[child]:
                 ready.append(child)
     return graph
 
 
+def _is_heads(node: Node) -> bool:
+    """Whether it is LinearHeads, whose one result holds the branches side by side: they meet at its first input, and each has weights of its own."""
+    return node.name().startswith("_LinearHeads")
+
+
 def meetings(graph: Graph) -> list[Slot]:
     """The tensors whose consumers serve different terms."""
     places = {node: i for i, node in enumerate(graph.order)}
-    found = [slot for slot, arrivals in graph.arrivals.items() if len({terms for _, terms in arrivals}) > 1]
+    found = [slot for slot, arrivals in graph.arrivals.items() if len({terms for _, terms in arrivals}) > 1 and not _is_heads(slot[0])]
     return sorted(found, key=lambda slot: (places[slot[0]], slot[1]))
 
 
@@ -193,7 +211,7 @@ def find_blocks(losses: Mapping[str, Tensor] | Sequence[Tensor], model: nn.Modul
 
     A tensor is found where those who consume it serve different terms: the latent that feeds several decoders, an earlier layer that a skip connection takes to
     one of them, weights that branches share. The terms are differentiated once each, down to these tensors; no gradient is left behind, but where a tensor on the
-    way was told to retain_grad(), and the graph stays.
+    way was told to retain_grad(), and the graph stays. Blocks on the way pass plain gradients on, and keep what they have recorded.
     Time is linear in the graph. Detection as described by Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial
     optimization", ICML 2022.
 
@@ -249,7 +267,9 @@ def _gradients(named: Mapping[str, Tensor], graph: Graph, slots: Sequence[Slot])
         if not reached:
             continue
         edges: Any = [GradientEdge(*slots[i]) for i in reached]
-        for i, g in zip(reached, torch.autograd.grad(term, edges, retain_graph=True, allow_unused=True), strict=True):
+        with notices.taking_apart():
+            grads = torch.autograd.grad(term, edges, retain_graph=True, allow_unused=True)
+        for i, g in zip(reached, grads, strict=True):
             if g is not None:
                 rows[i][name] = g
     return rows

@@ -1,7 +1,9 @@
 """What a backward pass says once, where it does what it was asked for and that is probably not what was meant."""
 
+import contextlib
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -19,6 +21,28 @@ _told_shards: WeakSet[Resolver] = WeakSet()
 
 HAS_GROUPS = torch.distributed.is_available()  # whether this torch was built with process groups
 goes_back_again = torch._C._autograd._get_current_graph_task_keep_graph  # whether the graph is kept for another backward pass
+
+
+taken_apart = (
+    False  # whether find_blocks or backward differentiates each loss by itself: then a block passes the plain sum on, and keeps nothing
+)
+
+
+@contextlib.contextmanager
+def taking_apart() -> Iterator[None]:
+    """No block on the way resolves, records, draws or warns."""
+    global taken_apart
+    before, taken_apart = taken_apart, True
+    try:
+        yield
+    finally:
+        taken_apart = before
+
+
+def plain_sum(grads: Sequence[Tensor | None]) -> Tensor | None:
+    """What a tensor gets that feeds several branches without a block."""
+    there = [g for g in grads if g is not None]
+    return functools.reduce(torch.add, there) if there else None
 
 
 def tell(ctx: Any, resolver: Resolver, per: str, present: Callable[..., Tensor], *gradients: Any) -> None:

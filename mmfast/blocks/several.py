@@ -33,6 +33,8 @@ class mmfast_fork_of_several(torch.autograd.Function):
         if all(g is None for g in flat):
             return (None,) * (2 + ctx.count)
         refuse_double_backward("a fork")
+        if notices.taken_apart:
+            return (None, None, *(notices.plain_sum(column) for column in zip(*grads, strict=True)))
         if not torch.compiler.is_compiling():
             notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, _present, grads)
         return (None, None, *resolved(ctx.plan, mask, grads))

@@ -1,0 +1,170 @@
+"""backward: several losses, all shared parameters, one problem."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import mmfast as mf
+
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.heads = nn.ModuleList([nn.Linear(3, n) for n in (1, 2, 1)])
+
+    def losses(self, x=X):
+        y = self.trunk(x)
+        return [((i + 1) * head(y) - i).square().mean() for i, head in enumerate(self.heads)]
+
+
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def jacobian(losses, params):
+    """Each loss's gradient as one vector in float64."""
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, params, strict=True)]).double())
+    return rows
+
+
+def flat(params):
+    return torch.cat([p.grad.flatten() for p in params]).double()
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("make", [mf.UPGrad, mf.PCGrad, mf.PCD, mf.MGDA, mf.Sum, lambda: mf.TrimmedMean(1)])
+def test_the_shared_gradient_is_that_of_one_long_vector(make, norm):
+    torch.manual_seed(0)
+    one = make()
+    two = copy.deepcopy(one)
+    net = model()
+    shared = list(net.trunk.parameters())
+    for _ in range(2):
+        net.zero_grad()
+        losses = net.losses()
+        wanted = mf.resolve(jacobian(losses, shared), two, preserve_norm=norm)
+        heads = [
+            torch.autograd.grad(loss, list(head.parameters()), retain_graph=True) for loss, head in zip(losses, net.heads, strict=True)
+        ]
+        stats = mf.backward(losses, one, preserve_norm=norm)
+        torch.testing.assert_close(flat(shared), wanted, rtol=1e-4, atol=1e-6)
+        for head, grads in zip(net.heads, heads, strict=True):
+            for p, g in zip(head.parameters(), grads, strict=True):
+                torch.testing.assert_close(p.grad, g)
+        if stats is not None:
+            assert stats.weights.shape == (3,) and torch.allclose(
+                stats.norms, torch.stack([g.norm() for g in jacobian(net.losses(), shared)]), rtol=1e-4
+            )
+
+
+def test_sum_is_the_usual_backward_pass_and_gradients_accumulate():
+    net, plain = model(), model()
+    for part in X.split(4):
+        mf.backward(net.losses(part), mf.Sum())
+        sum(plain.losses(part)).backward()
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_losses_by_name_and_missing_ones():
+    net = model()
+    a, _, c = net.losses()
+    wanted = mf.resolve([jacobian([x], list(net.trunk.parameters()))[0] for x in (a, c)], mf.UPGrad())
+    stats = mf.backward({"image": a, "text": None, "sound": c}, mf.UPGrad())
+    torch.testing.assert_close(flat(net.trunk.parameters()), wanted, rtol=1e-4, atol=1e-6)
+    assert stats.weights[1] == 0 and "image" in str(stats) and net.heads[1].weight.grad is None
+
+
+def test_tasks_on_samples_of_their_own():
+    """Each loss sees its own half of the batch."""
+    net = model()
+    first, second = net.losses(X[:4])[0], net.losses(X[4:])[1]
+    shared = list(net.trunk.parameters())
+    wanted = mf.resolve(jacobian([first, second], shared), mf.CAGrad(0.5))
+    mf.backward([first, second], mf.CAGrad(0.5))
+    torch.testing.assert_close(flat(shared), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_given_parameters_are_resolved_and_others_get_the_sum():
+    net = model()
+    last, first = net.trunk[2], net.trunk[0]
+    losses = net.losses()
+    wanted = mf.resolve(jacobian(losses, list(last.parameters())), mf.MGDA())
+    plain = sum(jacobian(losses, list(first.parameters())))
+    mf.backward(losses, mf.MGDA(), params=last.parameters())
+    torch.testing.assert_close(flat(last.parameters()), wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(flat(first.parameters()), plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_parameter_that_one_loss_does_not_reach_counts_as_zero_there():
+    a, b = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    losses = [(a * 2).sum() + b.sum(), -a.sum(), (b * b).sum()]
+    wanted = mf.resolve(jacobian(losses, [a, b]), mf.UPGrad())
+    mf.backward(losses, mf.UPGrad())
+    torch.testing.assert_close(flat([a, b]), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_graph_stays_where_it_is_asked_to():
+    net = model()
+    losses = net.losses()
+    mf.backward(losses, mf.MGDA(), retain_graph=True)
+    sum(losses).backward()
+    losses = net.losses()
+    mf.backward(losses, mf.MGDA())
+    with pytest.raises(RuntimeError, match="second time"):
+        sum(losses).backward()
+
+
+def test_many_losses():
+    """One loss a sample, up to the limit of a Gramian."""
+    net = model()
+    losses = list(net.trunk(torch.randn(256, 4)).square().mean(1).unbind(0))
+    wanted = mf.resolve(jacobian(losses, list(net.trunk.parameters())), mf.MGDA())
+    mf.backward(losses, mf.MGDA())
+    assert (flat(net.trunk.parameters()) - wanted).norm() <= 1e-3 * max(
+        g.norm() for g in jacobian(list(net.trunk(X).square().mean(1)), list(net.trunk.parameters()))
+    )
+
+
+def test_sparse_gradients():
+    table = nn.Embedding(5, 3, sparse=True)
+    rows = table(torch.tensor([0, 1]))
+    dense = torch.autograd.grad(rows[0].sum() * 2, table.weight, retain_graph=True)[0].to_dense()
+    other = torch.autograd.grad((rows * rows).sum(), table.weight, retain_graph=True)[0].to_dense()
+    mf.backward([rows[0].sum() * 2, (rows * rows).sum()], mf.UPGrad())
+    torch.testing.assert_close(table.weight.grad, mf.resolve([dense, other], mf.UPGrad()))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda net, losses: mf.backward([], mf.MGDA()), ValueError, "k is 0"),
+        (lambda net, losses: mf.backward([None, None], mf.MGDA()), ValueError, "all None"),
+        (lambda net, losses: mf.backward([losses[0], 1.0], mf.MGDA()), TypeError, r"losses\[1\] is a float"),
+        (lambda net, losses: mf.backward([losses[0].detach()], mf.MGDA()), ValueError, r"losses\[0\] has shape \(\) and no graph"),
+        (lambda net, losses: mf.backward(losses, mf.MGDA(), params=[3]), TypeError, r"params\[0\] is a int"),
+        (lambda net, losses: mf.backward(losses, mf.MGDA(), params=[losses[0]]), ValueError, r"params\[0\] is no leaf"),
+        (lambda net, losses: mf.backward(losses, mf.MGDA(), params=[net.heads[0].weight] * 2), ValueError, "holds a parameter twice"),
+        (lambda net, losses: mf.backward(losses, mf.Krum(1)), ValueError, "Krum|n_byzantine"),
+    ],
+)
+def test_errors_write_nothing(call, error, message):
+    net = model()
+    with pytest.raises(error, match=message):
+        call(net, net.losses())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_nothing_is_shared():
+    one, two = nn.Linear(4, 1), nn.Linear(4, 1)
+    assert mf.backward([one(X).sum(), two(X).sum()], mf.UPGrad()) is None
+    torch.testing.assert_close(one.weight.grad, X.sum(0, keepdim=True))
