@@ -1,5 +1,5 @@
 # Every target does all of its own set-up in .venv: run it on a fresh clone.
-#   make demo | test | bench | lint | sanitize | clean
+#   make demo | test | ptx | bench | lint | sanitize | clean
 # PIP_FLAGS holds further flags for pip, such as an index that carries a CPU-only build of torch.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SOURCES := setup.py mmfast/__init__.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test bench lint sanitize clean
+.PHONY: demo test ptx bench lint sanitize clean
 
 demo: .venv/installed-demo .venv/built
 	$(BIN)/mmfast demo
@@ -19,6 +19,10 @@ demo: .venv/installed-demo .venv/built
 # Two processes on as many cores: threads that wait in a loop would take the time of those that work.
 test: .venv/installed-dev .venv/built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+
+# The CUDA kernels' PTX on the CPU, all of it: make test runs a part.
+ptx: .venv/installed-dev .venv/built
+	MMFAST_PTX=long OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal tests/ptx $(PYTEST)
 
 bench: .venv/installed-dev .venv/built
 	$(BIN)/python -m benchmarks.bench

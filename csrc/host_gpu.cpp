@@ -1,16 +1,12 @@
 // The GPU's kernels on the CPU, thread by thread (cuda/exec.h): what they compute is tested where there is no GPU.
 #include "host.h"
 
-#include <algorithm>
-#include <cstring>
-#include <stdexcept>
-
 #define MMFAST_ISA host_gpu
 #include "cuda/architectures.h"
 #include "cuda/combine.h"
 #include "cuda/gram.h"
 #include "cuda/heads.h"
-#include "cuda/persistent.h"
+#include "cuda/plan.h"
 #include "cuda/tiles.h"
 
 // float16 arrays, as the kernels take them.
@@ -22,14 +18,6 @@ struct pybind11::detail::npy_format_descriptor<mmfast::host_gpu::Half> {
 
 namespace mmfast {
 namespace {
-
-// What nobody writes shows.
-template <class T>
-T nan_of() {
-  T x;
-  host_gpu::store_acc(&x, static_cast<host_gpu::Acc<T>>(NAN));
-  return x;
-}
 
 // The rows [batch, inner] of one call, and how they are summed.
 template <class T>
@@ -111,56 +99,6 @@ Array<T> combine(const std::vector<Array<T>>& grads, const Doubles& w,
   return out;
 }
 
-// G [K, K] and the weighted sum of one problem as `blocks` blocks of the persistent kernel form them, each of which stages `staged_steps` steps; where
-// they are a cluster, its slots as well, and every block must find the same G.
-template <class T>
-py::tuple persistent(const std::vector<Array<T>>& grads, const Doubles& w,
-                     const std::optional<Bools>& mask, int64_t blocks, int64_t staged_steps, bool cluster) {
-  const Inputs<T> in(grads, mask, false);
-  const int k = in.rows.k;
-  if (k > kPersistentRows || w.size() != k || in.samples || blocks < 1 || staged_steps < 0 || staged_steps % kCombineUnroll)
-    throw py::value_error("at most 8 rows with one weight each, a mask [K], staged_steps a multiple of 4");
-  host_gpu::FewRows rows{};
-  std::copy_n(in.rows.ptr, k, rows.ptr);
-  std::copy_n(in.rows.row_index, k, rows.row_index);
-  rows.k = k, rows.mask = in.rows.mask;
-  const host_gpu::Block block;
-  const int64_t block_slots = cluster ? (in.units.slots() + blocks - 1) / blocks : in.units.slots();
-  std::vector<std::vector<double>> sums(cluster ? blocks : 1, std::vector<double>(static_cast<size_t>(block_slots * pair_count(k)), NAN));
-  auto slots_of = [&](int64_t b) { return host_gpu::Slots{sums[cluster ? b : 0].data(), cluster ? static_cast<unsigned>(blocks) : 0}; };
-  std::vector<const double*> peers;
-  for (const std::vector<double>& block_sums : sums) peers.push_back(block_sums.data());
-  host_gpu::peers = peers.data();
-  std::vector<host_gpu::Acc<T>> shared(host_gpu::reduce_shared_size<T>());
-  std::vector<std::vector<T>> shared_memory(blocks, std::vector<T>(static_cast<size_t>(staged_steps * k * host_gpu::kThreads), nan_of<T>()));
-  auto staged_of = [&](int64_t b) { return host_gpu::Staged<T>{shared_memory[b].data(), staged_steps, k}; };
-  for (int64_t b = 0; b < blocks; ++b) {
-    const host_gpu::BlockChunks chunks{b, blocks};
-    auto read = [&](auto R) {
-      host_gpu::prefetch<T, decltype(R)::value>(block, rows, in.units, chunks, staged_of(b));
-      host_gpu::sum_staged<T, decltype(R)::value>(block, rows, in.units, chunks, staged_of(b), shared.data(), slots_of(b));
-    };
-    if (k <= 2) read(std::integral_constant<int, 2>{});
-    else if (k <= 4) read(std::integral_constant<int, 4>{});
-    else read(std::integral_constant<int, 8>{});
-  }
-  py::array_t<double> G({k, k});
-  std::vector<double> buffer(600, NAN);
-  for (int64_t b = 0; b < (cluster ? blocks : 1); ++b) {
-    std::vector<double> found(static_cast<size_t>(k) * k, NAN);
-    host_gpu::fold_slots_by_block(block, rows, k, slots_of(b), in.units.slots(), buffer.data(), static_cast<int>(buffer.size()), found.data());
-    if (b && std::memcmp(found.data(), G.data(), found.size() * sizeof(double))) throw std::runtime_error("two blocks folded different numbers");
-    std::copy(found.begin(), found.end(), G.mutable_data());
-  }
-  Array<T> out({in.batch, in.inner});
-  std::fill_n(out.mutable_data(), out.size(), nan_of<T>());
-  for (int64_t b = 0; b < blocks; ++b) {
-    host_gpu::ActiveRows<T> active;
-    host_gpu::combine_staged(block, rows, in.units, host_gpu::BlockChunks{b, blocks}, staged_of(b), w.data(), active, out.mutable_data());
-  }
-  return py::make_tuple(G, out);
-}
-
 // Gramians [1 or batch, K, K] of linear branches, from delta [batch, rows, outputs] and W [outputs, inputs].
 template <class T>
 py::array_t<double> heads(const Array<T>& delta, const Array<T>& weight, const std::vector<int64_t>& head_of, bool per_sample, double precision) {
@@ -235,8 +173,6 @@ py::dict plan(int64_t k, int64_t n, int64_t size, int64_t fixed, bool one_proble
 template <class T>
 void define(py::module_& m) {
   using namespace py::literals;
-  m.def("gpu_persistent", &persistent<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "blocks"_a = 1, "staged_steps"_a = 0, "cluster"_a = false,
-        "Gramian [K, K] and weighted sum of arrays [batch, inner] as the blocks, or the cluster, of the persistent CUDA kernel form them.");
   m.def("gpu_gram", &gram<T>, "grads"_a, "mask"_a = py::none(), "per_sample"_a = false,
         "Gramians [1 or batch, K, K] of arrays [batch, inner] as the CUDA kernels sum them.");
   m.def("gpu_combine", &combine<T>, "grads"_a, "w"_a, "mask"_a = py::none(), "per_sample"_a = false, "skip"_a = false,

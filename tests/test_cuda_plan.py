@@ -1,13 +1,8 @@
-"""The path of a CUDA resolve as a pure function of sizes, and the persistent path's own code run on the CPU."""
+"""The path of a CUDA resolve as a pure function of sizes."""
 
 import pytest
-import torch
-
-from mmfast import ops
-from mmfast.backends import library
 
 host = pytest.importorskip("mmfast._host", reason="MMFAST_HOST=1 was not set when mmfast was built", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(not library.available, reason=f"nothing compiled to compare with: {library.missing_reason}")
 
 H200 = {"processors": 132, "shared_block": 232448, "shared_processor": 233472, "cooperative": True, "cluster": 0}
 FIXED = 12000
@@ -153,63 +148,3 @@ def test_nearly_all_is_kept_up_to_the_shared_memory_of_the_chip():
     for k in (2, 3, 4, 5, 8):
         n = 29 * 10**6 // (4 * k)
         assert plan(k, n)["read"] < 1.4 * 4 * k * n, k
-
-
-def gradients(k, n, dtype):
-    return [torch.randn(1, n, dtype=dtype) * 10.0 ** torch.randint(-3, 3, ()) for _ in range(k)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8])
-def test_the_persistent_path_has_the_bits_of_the_cpu(k, dtype):
-    """Everything kept, a part, nothing; a block for each slot, fewer, more; what is not written is NaN."""
-    for n in (1, 511, 4097, 5 * CHUNK - 3):
-        grads = gradients(k, n, dtype)
-        w = torch.randn(k, dtype=torch.float64)
-        G, d = ops.gram(grads), ops.combine(grads, w)
-        for blocks, kept in [(1, 0), (1, 160), (2, 44), (5, 32), (7, 12)]:
-            ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=blocks, staged_steps=kept)
-            assert torch.equal(torch.from_numpy(ours), G) and torch.equal(torch.from_numpy(out), d), (n, blocks, kept)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-@pytest.mark.parametrize("k", [1, 3, 4, 8])
-def test_a_cluster_has_the_bits_of_the_cpu(k, dtype):
-    """Slots stay with their blocks, blocks without any among them; every block folds the same numbers."""
-    for n in (1, 4097, 5 * CHUNK - 3, 18 * CHUNK + 1):
-        grads = gradients(k, n, dtype)
-        w = torch.randn(k, dtype=torch.float64)
-        G, d = ops.gram(grads), ops.combine(grads, w)
-        for blocks in (1, 2, 8, 16):
-            steps = 32 * ((n - 1) // CHUNK // blocks + 1)
-            ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=blocks, staged_steps=steps, cluster=True)
-            assert torch.equal(torch.from_numpy(ours), G) and torch.equal(torch.from_numpy(out), d), (n, blocks)
-
-
-def test_the_persistent_path_with_more_chunks_than_slots():
-    grads = gradients(2, CHUNK * 1100 + 3, torch.float32)
-    w = torch.tensor([0.25, -1.5]).double()
-    ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), blocks=130, staged_steps=100)
-    assert torch.equal(torch.from_numpy(ours), ops.gram(grads)) and torch.equal(torch.from_numpy(out), ops.combine(grads, w))
-
-
-@pytest.mark.parametrize("inner", [1, 300, 5000, CHUNK * 600 + 1])
-def test_a_block_alone_has_the_bits_of_the_cpu_per_sample(inner):
-    """What a block does with its sample, chunks in groups included."""
-    grads = [torch.randn(2, inner) for _ in range(3 if inner < 10**6 else 1)]
-    w = torch.randn(2, len(grads), dtype=torch.float64)
-    G, d = ops.gram(grads, "sample"), ops.combine(grads, w, "sample")
-    for b in range(2):
-        ours, out = host.gpu_persistent([g[b : b + 1].numpy() for g in grads], w[b].numpy(), blocks=1, staged_steps=64)
-        assert torch.equal(torch.from_numpy(ours), G[b]) and torch.equal(torch.from_numpy(out)[0], d[b])
-
-
-@pytest.mark.parametrize("kept", [0, 20, 64])
-def test_the_persistent_path_reads_neither_masked_rows_nor_rows_of_weight_zero(kept):
-    grads, mask = gradients(5, 2 * CHUNK, torch.float32), torch.tensor([True, False, True, True, True])
-    grads[1][:] = torch.nan
-    w = torch.tensor([0.5, 3.0, 0.0, -1.0, 2.0]).double()
-    ours, out = host.gpu_persistent([g.numpy() for g in grads], w.numpy(), mask.numpy(), blocks=2, staged_steps=kept)
-    assert torch.equal(torch.from_numpy(ours), ops.gram(grads, mask=mask))
-    grads[1][:], grads[2][:] = 0, 0
-    assert torch.equal(torch.from_numpy(out), ops.combine(grads, w * mask))

@@ -112,17 +112,6 @@ struct Block {
   }
 };
 
-template <class T>
-inline void cp_async(T* to, const T* from) {
-  *to = *from;
-}
-inline void commit_group() {}
-template <int pending>
-inline void wait_group() {}
-inline double load_partial(const double* p) { return *p; }
-inline thread_local const double* const* peers = nullptr;  // what each block of the cluster has where peer_shared() looks
-inline const double* peer_shared(const double*, int64_t rank) { return peers[rank]; }
-
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 
