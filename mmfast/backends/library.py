@@ -26,6 +26,8 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def _why_absent(path: Path) -> str:
     """Why there is no library at `path`, and the line that cures it."""
+    if sys.platform != "linux":
+        return f"{path} does not exist: the compiled code is for Linux, this is {sys.platform}"
     other = next((place for place in map(Path, sys.path) if (found := place / "mmfast" / "_C.so").exists() and found != path), None)
     if other and not os.environ.get("MMFAST_LIBRARY"):
         return (

@@ -61,7 +61,8 @@ def problem_mask(mask: Tensor | None, per: str) -> Tensor | None:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    # torch.amp.is_autocast_available would say the same of meta; torch.compile cannot trace it in torch 2.10
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
