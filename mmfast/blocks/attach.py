@@ -148,6 +148,11 @@ class Attached(Impartial):
             raise RuntimeError(
                 "attached branches can't be called inside a transformation of torch.func; use mmfast.ImpartialityBlock there"
             )
+        if (
+            len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].requires_grad and args[0].dtype in contract.DTYPES
+        ):  # the usual call
+            alias = self._aliases(i, [args[0]])[0]
+            return (alias.clone() if copies else alias,), kwargs
         leaves, spec = tree_flatten((args, kwargs))
         places = [j for j, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad and x.dtype in contract.DTYPES]
         if not places:

@@ -48,8 +48,12 @@ def _present(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
 def resolved(plan: Plan, mask: Tensor | None, grads: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
     """The gradient of each tensor, None where no branch sends one."""
     reached = [t for t in range(len(grads[0])) if any(g[t] is not None for g in grads)]
-    rows = [[g[t] for t in reached] if any(g[t] is not None for t in reached) else None for g in grads]
-    out, info = resolve_info(rows, plan.resolver, plan.per, mask, preserve_norm=plan.preserve_norm)
+    if len(reached) == 1:  # the usual case, in one call of the operator
+        one, info = resolve_info([g[reached[0]] for g in grads], plan.resolver, plan.per, mask, preserve_norm=plan.preserve_norm)
+        out = [one]
+    else:
+        rows = [[g[t] for t in reached] if any(g[t] is not None for t in reached) else None for g in grads]
+        out, info = resolve_info(rows, plan.resolver, plan.per, mask, preserve_norm=plan.preserve_norm)
     if plan.recorder is not None:
         plan.recorder.record(info)
     by_tensor = dict(zip(reached, out, strict=True))
