@@ -37,7 +37,7 @@ def why_not() -> str | None:
         return f"its threads are fibers in the assembly of Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     if not library.available:
         return f"nothing compiled to compare with: {library.missing_reason}"
-    if library.PATH != ROOT / "mmfast" / "_C.so" or not FACTS.get("cuda"):
+    if library.PATH.resolve() != (ROOT / "mmfast/_C.so").resolve() or not FACTS.get("cuda"):
         return f"{library.PATH} was not built here with CUDA"
     if not (ROOT / "build/cuda/choose.o").exists():
         return "build/cuda, with the objects of mmfast's own build, is not there"

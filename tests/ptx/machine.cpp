@@ -29,7 +29,7 @@ switch_fiber:
 
 namespace {
 
-constexpr int kPatience = 1000;  // rounds in which threads only look whether somebody else has written
+constexpr int kPatience = 10000;  // rounds in which threads only look whether somebody else has written
 
 std::map<std::string, Kernel>& kernels() {
   static std::map<std::string, Kernel> known;

@@ -133,7 +133,8 @@ void Thread::warp_sync(uint32_t mask, Site& at) {
 
 uint32_t Thread::shuffle(Shuffle mode, uint32_t value, uint32_t lanes, uint32_t clamp, uint32_t mask, Site& at, bool& found) {
   site = &at;
-  if (mask != ~0u || at.without) fail("shfl.sync with a mask of a part of the warp");
+  if (at.without) mask &= 0xffff;
+  if (mask != ~0u) fail("shfl.sync with a mask of a part of the warp");
   uint32_t* const exchanged = warp->exchanged[warp->convergence.phase % 2];
   exchanged[lane()] = value;
   converge(at);
