@@ -21,6 +21,8 @@ WITHOUT_NUMPY = [
     for name in ("block", "checkpoints", "compose", "func", "in_place", "magnitude", "projection", "robust", "stats")
 ]
 PIP = ["-m", "pip", "--disable-pip-version-check"]
+# warnings are errors in the tests, but for what torch itself says of a missing NumPy and of Python 3.13.0
+PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore:Failed to initialize NumPy", "-W", "ignore:Guards may run slower"]
 
 SMOKE = """
 import sys, time
@@ -104,9 +106,9 @@ def check(python, wheel, tests, arguments):
         print("NumPy is there already: the tests without it are left out")
     else:
         run(python, *PIP, "install", "--quiet", "pytest", "hypothesis")
-        run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore:Failed to initialize NumPy", *WITHOUT_NUMPY, **quiet)
+        run(python, *PYTEST, *WITHOUT_NUMPY, **quiet)
     run(python, *PIP, "install", "--quiet", f"{wheel}[dev]")
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or ["-n", "2", "--dist", "worksteal"]), **quiet)
+    run(python, *PYTEST, *(arguments or ["-n", "2", "--dist", "worksteal"]), **quiet)
 
 
 def main():
