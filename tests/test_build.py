@@ -186,13 +186,15 @@ def test_install_without_a_compiler(tmp_path, build):
     code = "import mmfast.ops as o, torch; from mmfast.backends import library; from mmfast.resolvers.simple import Sum; print(library.available, o.weights(torch.eye(2), Sum()).sum().item())"
     run = python("-c", code, folder="/", PYTHONPATH=str(tmp_path / "lib"), MMFAST_LIBRARY=None)
     assert run.stdout == "False 2.0\n", run.stderr
-    assert why in run.stderr and library.BUILD_LINE in run.stderr
+    said = why if PACKAGE.parent == ROOT else "before the installed mmfast"  # which it then hides
+    assert said in run.stderr and library.BUILD_LINE in run.stderr
     run = python("setup.py", "-q", "build_ext", "--inplace", folder=tmp_path, **environment)
     assert run.returncode == 0 and why in json.loads((tmp_path / "mmfast/_build.json").read_text())["why_not_more"]
 
 
 @builds
 def test_a_compile_that_fails_leaves_its_reason(tmp_path):
+    pytest.importorskip("ninja", reason="ninja is not installed")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(PACKAGE, tmp_path / "mmfast", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))

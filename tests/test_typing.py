@@ -43,6 +43,5 @@ def test_a_file_that_uses_the_public_api(mypy):
     assert {int(line.split(":")[1]) for line in bad.splitlines() if ": error:" in line} == set(range(first, first + len(wrong))), bad
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.assert_type is not there yet")
 def test_that_file_runs():
     runpy.run_path(str(HERE / "typed_user.py"))

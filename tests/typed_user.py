@@ -1,9 +1,8 @@
 """What a user writes with the public API; tests/test_typing.py lets mypy read it as a file outside of mmfast."""
 
-from typing import assert_type  # not in Python 3.10, where mypy alone reads this file
-
 import torch
 from torch import Tensor, nn
+from typing_extensions import assert_type  # comes with torch; in typing from Python 3.11 on
 
 import mmfast as mf
 
