@@ -248,6 +248,7 @@ def test_a_device_whose_code_the_driver_must_compile_is_not_tested_unasked(gpu, 
 
 def test_where_cuda_cannot_run_triton_serves_once_it_was_verified(gpu, monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda: "built without CUDA")
+    verdict.Kept({"library": "x"}).save({("cuda", "two_pass"): Result("cuda", "two_pass", True)})  # whatever it could do before
     assert serving("plain torch serves cuda:0: built without CUDA") == dict.fromkeys(ALL_CUDA, "reference")
     verdict.Kept({"library": "x"}).save(
         {("triton", path): Result("triton", path, path != "heads") for path in ("two_pass", "heads", "elementwise")}

@@ -138,8 +138,8 @@ def serving(device: torch.device, needs: str, compiling: bool = False) -> str:
 
 def _decide(device: torch.device, compiling: bool) -> dict[str, str]:
     known = _known(device)
-    if reason := cuda.why_not():
-        return _settle(device, known, reason)
+    if reason := cuda.why_not():  # whatever it could do before
+        return _settle(device, {key: result for key, result in known.items() if key[0] != "cuda"}, reason)
     ready = ("cuda", "two_pass") in known
     if compiling or torch.cuda.is_current_stream_capturing():
         if not ready:
