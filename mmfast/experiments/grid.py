@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -118,6 +119,8 @@ def _start(run: Settings, folder: Path) -> _Worker:
     context = mp.get_context("spawn")  # torch's threads do not survive a fork
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(run, folder, theirs, os.getpid()), daemon=True)
+    if sys.platform != "win32":
+        resource_tracker.ensure_running()  # where the first process starts it, that lets Ctrl-C through again
     with _without_interrupts():
         process.start()
     theirs.close()  # so that its death is seen as the end of the pipe
