@@ -1,6 +1,7 @@
 """What the self-check of a device found, kept in the user's cache for this machine, library, driver, torch and Triton."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -58,8 +59,9 @@ def _driver() -> str:
         return str(torch._C._cuda_getDriverVersion()) if hasattr(torch._C, "_cuda_getDriverVersion") else "unknown"
 
 
+@functools.cache
 def facts(device: torch.device) -> dict[str, Any]:
-    """All that a verdict on a GPU depends on."""
+    """All that a verdict on a GPU depends on; the library is read once in a process."""
     properties = torch.cuda.get_device_properties(device)
     try:
         import triton

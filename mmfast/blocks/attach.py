@@ -11,11 +11,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmfast import contract
 from mmfast.blocks import notices, transforms
-from mmfast.blocks.fork import Plan, refuse_double_backward
+from mmfast.blocks.fork import Plan, present_in_lists, refuse_double_backward, resolved_lists
 from mmfast.blocks.impartial import Impartial
 from mmfast.blocks.local_step import scale_outputs
 from mmfast.blocks.scaling import LocalScale
-from mmfast.blocks.several import resolved
 from mmfast.resolvers.names import ResolverLike
 
 
@@ -79,16 +78,11 @@ class mmfast_attach(torch.autograd.Function):
         out: list[Tensor | None] = [next((g[t] for g in grads if g[t] is not None), None) for t in range(count)]
         rows = [[g[t] for t in shared] for g in grads]
         if any(g is not None for row in rows for g in row):
-            notices.tell(ctx, handle.resolver, handle.per, _present, rows)
+            notices.tell(ctx, handle.resolver, handle.per, present_in_lists, rows)
             plan = Plan(len(handle.names), handle.resolver, handle.per, handle.preserve_norm, handle)
-            for t, g in zip(shared, resolved(plan, None, rows), strict=True):
+            for t, g in zip(shared, resolved_lists(plan, None, rows), strict=True):
                 out[t] = g
         return (None, *out)
-
-
-def _present(rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    by_tensor = [column for column in zip(*rows, strict=True) if any(g is not None for g in column)]
-    return torch.stack([notices.present_branches(column) for column in by_tensor]).any(0)
 
 
 class Attached(Impartial):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from mmfast.blocks import notices
 from mmfast.blocks.find_report import draw, table
 from mmfast.ops.gram import gram
 
+T = TypeVar("T")
 Slot = tuple[Node, int]  # an output of a node: a tensor of the forward pass
 
 
@@ -133,6 +134,23 @@ def walk(roots: Sequence[Slot]) -> Graph:
     return graph
 
 
+def by_name(losses: Mapping[str, T] | Sequence[T]) -> dict[str, T]:
+    """The losses by their names; those of a list are "0", "1", ..."""
+    return dict(losses.items()) if isinstance(losses, Mapping) else {str(i): term for i, term in enumerate(losses)}
+
+
+def graph_of(losses: Mapping[str, Tensor]) -> Graph:
+    """The graph behind losses that are scalars with one; raises where they are not."""
+    for name, term in losses.items():
+        if not isinstance(term, Tensor):
+            raise TypeError(f"losses[{name}] is a {type(term).__name__}, expected a tensor")
+        if term.numel() != 1 or term.grad_fn is None:
+            raise ValueError(
+                f"losses[{name}] has shape {tuple(term.shape)} and {'a' if term.grad_fn else 'no'} graph, expected one number with a graph"
+            )
+    return walk([(term.grad_fn, term.output_nr) for term in losses.values()])  # type: ignore[misc]
+
+
 def _is_heads(node: Node) -> bool:
     """Whether it is LinearHeads, whose one result holds the branches side by side: they meet at its first input, and each has weights of its own."""
     return node.name().startswith("_LinearHeads")
@@ -232,18 +250,11 @@ def find_blocks(losses: Mapping[str, Tensor] | Sequence[Tensor], model: nn.Modul
         >>> [(block.producer, block.shape, block.terms, block.branches) for block in found]
         [('encoder (Addmm)', (8, 3), ('image', 'text'), ('image', 'text'))]
     """
-    named = dict(losses.items()) if isinstance(losses, Mapping) else {str(i): term for i, term in enumerate(losses)}
+    named = by_name(losses)
     if not named:
         raise ValueError("losses is empty, expected the loss terms of at least two modalities")
-    for name, term in named.items():
-        if not isinstance(term, Tensor):
-            raise TypeError(f"losses[{name}] is a {type(term).__name__}, expected a tensor")
-        if term.numel() != 1 or term.grad_fn is None:
-            raise ValueError(
-                f"losses[{name}] has shape {tuple(term.shape)} and {'a' if term.grad_fn else 'no'} graph, expected one number with a graph"
-            )
+    graph = graph_of(named)
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-    graph = walk([(term.grad_fn, term.output_nr) for term in named.values()])  # type: ignore[misc]
     slots = meetings(graph)
     rows = _gradients(named, graph, slots)
     found = []

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast.blocks import notices
-from mmfast.blocks.find import walk
+from mmfast.blocks.find import by_name, graph_of
 from mmfast.blocks.fork import check_plan
 from mmfast.ops.resolve import resolve_info
 from mmfast.resolvers.elementwise import ElementwiseRule
@@ -49,19 +49,12 @@ def backward(
         >>> stats.weights.shape, trunk.weight.grad.shape
         (torch.Size([2]), torch.Size([3, 4]))
     """
-    named = dict(losses.items()) if isinstance(losses, Mapping) else {str(i): loss for i, loss in enumerate(losses)}
+    named = by_name(losses)
     resolver = check_plan(len(named), instance_of(resolver, len(named)), "batch")
     there = {name: loss for name, loss in named.items() if loss is not None}
     if not there:
         raise ValueError(f"losses holds {len(named)} losses, all None, expected one at least")
-    for name, loss in there.items():
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"losses[{name}] is a {type(loss).__name__}, expected a tensor")
-        if loss.numel() != 1 or loss.grad_fn is None:
-            raise ValueError(
-                f"losses[{name}] has shape {tuple(loss.shape)} and {'a' if loss.grad_fn else 'no'} graph, expected one number with a graph"
-            )
-    graph = walk([(loss.grad_fn, loss.output_nr) for loss in there.values()])  # type: ignore[misc]
+    graph = graph_of(there)
     reached = {id(node.variable): (node.variable, terms) for node, terms in graph.terms.items() if hasattr(node, "variable")}
     shared = _shared(params, reached)
     own = [(p, terms) for key, (p, terms) in reached.items() if key not in {id(p) for p in shared}]
