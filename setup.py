@@ -3,7 +3,7 @@
 MMFAST_BUILD     auto (default) | cuda | cpu | none: what to compile; auto takes the most that this machine can do
 CUDA_HOME        where the CUDA toolkit is; else nvcc is looked for on PATH and in /usr/local/cuda. No GPU is needed to compile
                  a wheel is for 12.8 or 12.9: what CUDA 13 compiles needs a driver of release 580 or later (docs/gpu.md)
-TORCH_CUDA_ARCH_LIST  the GPUs to compile for; default 8.0;8.6;8.9;9.0;10.0;12.0+PTX, those of them that nvcc knows (make compiles for 8.0;9.0+PTX)
+TORCH_CUDA_ARCH_LIST  the GPUs to compile for; default 8.0;8.6;8.9;9.0;10.0;12.0+PTX, those of them that nvcc knows (make compiles for the GPU that is here, or 9.0+PTX)
 MMFAST_HOST      1 adds mmfast/_host, the solvers on NumPy arrays for tests and experiments; never in a released wheel
 MMFAST_SANITIZE  1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer
 CXX, CXXFLAGS and LDFLAGS mean what they mean elsewhere

@@ -8,6 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import LONG
 from interpreter import poison, quiet  # noqa: F401
 
 import mmfast as mf
@@ -234,6 +235,7 @@ def test_explain():
     assert "plain torch" in mf.explain(make(3, 1000), mf.GradVac(), backend="triton").path
 
 
+@pytest.mark.skipif(not LONG, reason="make long runs it")
 def test_under_torch_compile():
     grads = make(3, 100)
     for make_rule in (mf.MGDA, mf.Mean, mf.GradDrop):

@@ -1,13 +1,11 @@
 """What the tests of every path share: how much is run, gradients, and the comparison with the CPU operators."""
 
-import os
-
 import torch
+from conftest import LONG  # noqa: F401
 
 from mmfast import ops
 from ptx import device
 
-LONG = os.environ.get("MMFAST_PTX") == "long"  # make ptx: everything
 MODES = {"persistent": "cooperative", "cluster": "cluster", "per_sample": "plain"}
 compared = 0  # results that were held against the CPU's
 
