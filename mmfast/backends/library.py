@@ -10,7 +10,10 @@ import torch
 
 from mmfast import contract
 
-BUILD_LINE = "MMFAST_BUILD=cpu pip install -e . (in mmfast's source folder)"
+IN_SOURCE = (Path(__file__).parents[2] / "setup.py").exists()  # else it was installed, and from where is not known
+BUILD_LINE = "MMFAST_BUILD=cpu pip install " + (
+    "-e . (in mmfast's source folder)" if IN_SOURCE else "--force-reinstall --no-deps --no-binary mmfast mmfast (with a C++ compiler)"
+)
 PATH = Path(os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "_C.so")
 ASKED = os.environ.get("MMFAST_BACKEND") or "auto"  # the backend of calls that name none
 OPERATORS = ["gram", "combine", "lengths", "weights", "resolve", "graddrop", "trimmed_mean", "heads"]
