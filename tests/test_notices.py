@@ -1,5 +1,6 @@
 """What a backward pass says: branches that come apart, shards that are resolved apart; once, where it is meant, and nowhere else."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -167,3 +168,25 @@ def test_a_checkpoint_whose_graph_is_kept(make):
     block, y = make(mf.MGDA()), torch.randn(5, 4, requires_grad=True)
     loss = checkpoint(lambda y: sum(output.square().sum() for output in block(y * 2)), y, use_reentrant=False)
     assert told(lambda: loss.backward(retain_graph=True)) == [] and y.grad.isfinite().all()
+
+
+HEADS = [nn.Linear(3, 1), nn.Linear(3, 1)]
+
+
+@pytest.mark.parametrize("make", [lambda rule: mf.ImpartialityBlock(HEADS, rule), lambda rule: mf.LinearHeads(4, [1, 1], rule)])
+@pytest.mark.parametrize("rule", [mf.GradNorm(), mf.Compose(mf.NSGD(), mf.PCGrad()), mf.CRMOGM(mf.MGDA())], ids=repr)
+def test_a_rule_with_state_serves_one_block(make, rule):
+    """Said where a second block takes it; not of a copy, or of the block's successor."""
+    rule = copy.deepcopy(rule)
+    one = make(rule)
+    assert "which keeps state from call to call and is another block's already" in told(lambda: make(rule))[0]
+    one = make(copy.deepcopy(rule))
+    assert not told(lambda: make(rule)) and one
+    with mf.attach(HEADS, copy.deepcopy(rule)) as handle:
+        assert told(lambda: make(handle.resolver))
+    assert not told(lambda: mf.attach(HEADS, handle.resolver).remove())
+
+
+def test_a_rule_without_state_serves_many():
+    rule = mf.MGDA()
+    assert not told(lambda: [mf.ImpartialityBlock(HEADS, rule), mf.LinearHeads(4, [1, 1], rule)])

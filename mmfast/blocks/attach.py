@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mmfast import contract
 from mmfast.blocks import notices, transforms
 from mmfast.blocks.fork import Plan, present_in_lists, refuse_double_backward, resolved_lists
-from mmfast.blocks.impartial import Impartial
+from mmfast.blocks.impartial import Impartial, give_up
 from mmfast.blocks.local_step import scale_outputs
 from mmfast.blocks.scaling import LocalScale
 from mmfast.resolvers.names import ResolverLike
@@ -121,6 +121,7 @@ class Attached(Impartial):
         self._hooks.clear()
         self._open.clear()
         self._met.clear()
+        give_up(self.resolver)
 
     def __enter__(self) -> "Attached":  # noqa: PYI034 typing has Self from Python 3.11 on
         return self

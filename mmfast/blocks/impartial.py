@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from mmfast import contract
 from mmfast.blocks.fork import check_plan, without_state
 from mmfast.blocks.local_step import check_local
 from mmfast.blocks.scaling import LocalScale
+from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike
 from mmfast.stats import BlockStats
@@ -25,6 +27,28 @@ _REASONS = {
 }
 
 
+_block_of: WeakKeyDictionary[Rule, "ref[Impartial]"] = WeakKeyDictionary()  # of rules that keep state
+
+
+def _claim(block: "Impartial", resolver: Resolver, k: int) -> None:
+    """Says so where a rule's state is another block's already."""
+    for rule in resolver.chain() or ():
+        if rule.state_size(k):
+            other = _block_of.get(rule)
+            if other is not None and other() is not None:
+                contract.tell(
+                    f"resolver is {rule!r}, which keeps state from call to call and is another block's already: each would go on with what the other "
+                    "left; give every block a rule of its own"
+                )
+            _block_of[rule] = ref(block)
+
+
+def give_up(resolver: Resolver) -> None:
+    """A block that is taken out of its model leaves the rule, with its state, to another."""
+    for rule in resolver.chain() or ():
+        _block_of.pop(rule, None)
+
+
 class Impartial(nn.Module):
     """The base of ImpartialityBlock and LinearHeads."""
 
@@ -37,6 +61,7 @@ class Impartial(nn.Module):
     ) -> None:
         super().__init__()
         self.resolver = check_plan(k, resolver, per)
+        _claim(self, self.resolver, k)
         self.per = per
         self.preserve_norm = preserve_norm
         self._beta = None if local is None else check_local(local, k)
