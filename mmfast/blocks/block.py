@@ -27,6 +27,7 @@ class ImpartialityBlock(Impartial):
             of its output times beta_i, so its parameters' gradients carry beta_i too; the resolver acts on the shared tensor alone.
         per: "batch", "sample" or "batch_sum", see `fork`.
         preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
+        group: process group whose ranks hold parts of one batch, see `fork`.
 
     `load_state_dict` also takes the checkpoint of the plain ModuleList or ModuleDict of the branches, and where these are `nn.Linear` that of
     `LinearHeads`.
@@ -52,6 +53,7 @@ class ImpartialityBlock(Impartial):
         local: LocalScale | Sequence[float] | Tensor | None = None,
         per: str = "batch",
         preserve_norm: bool = True,
+        group: Any = None,
     ) -> None:
         if not isinstance(branches, (nn.ModuleList, nn.ModuleDict)):
             if isinstance(branches, nn.Module) or not isinstance(branches, Sequence):
@@ -63,7 +65,7 @@ class ImpartialityBlock(Impartial):
         k = len(branches)
         if not 1 <= k <= contract.MAX_GRADS:
             raise ValueError(f"branches has {k} modules, expected 1 to {contract.MAX_GRADS}")
-        super().__init__(k, resolver, local, per, preserve_norm)
+        super().__init__(k, resolver, local, per, preserve_norm, group)
         self.branches = branches
 
     @property
@@ -86,7 +88,7 @@ class ImpartialityBlock(Impartial):
             RuntimeError: a branch changes its input in place, which the others share.
         """
         branches = self.branches._modules
-        aliases = fork_by(y, mask, Plan(len(branches), self.resolver, self.per, self.preserve_norm, self))
+        aliases = fork_by(y, mask, Plan(len(branches), self.resolver, self.per, self.preserve_norm, self, self.ranks))
         if torch.compiler.is_compiling():
             outputs = {name: branch(alias, **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}  # type: ignore[misc]
         else:

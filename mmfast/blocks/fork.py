@@ -12,9 +12,13 @@ from torch import Tensor
 
 from mmfast import contract
 from mmfast.blocks import notices, transforms
+from mmfast.ops import across
+from mmfast.ops.across import Ranks
+from mmfast.ops.lists import columns_of
 from mmfast.ops.resolve import resolve, resolve_info
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.names import ResolverLike, instance_of, made_of
+from mmfast.resolvers.solve import precision_of
 
 
 class Recorder(Protocol):
@@ -33,6 +37,7 @@ class Plan(NamedTuple):
     per: str
     preserve_norm: bool
     recorder: Recorder | None  # of the Gramian and the weights
+    ranks: Ranks | None = None  # the processes whose parts of the batch are one problem
 
 
 def refuse_double_backward(what: str) -> None:
@@ -90,7 +95,7 @@ class _TransformedFork(mmfast_fork):
 
 
 def _resolved(plan: Plan, mask: Tensor | None, *grads: Tensor | None) -> Tensor:
-    _, resolver, per, preserve_norm, recorder = plan
+    _, resolver, per, preserve_norm, recorder, _ = plan
     if recorder is None:
         return resolve(grads, resolver, per, mask, preserve_norm=preserve_norm)
     out, info = resolve_info(grads, resolver, per, mask, preserve_norm=preserve_norm)
@@ -147,6 +152,8 @@ def fork_by(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
 
 
 def _fork_real(y: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+    if plan.ranks is not None:
+        return tuple(alias for (alias,) in fork_several([y], mask, plan))
     if transforms.exporting():
         return tuple(y.view_as(y) for _ in range(plan.k))
     transforms.refuse_compiled(y, "a fork")
@@ -173,6 +180,7 @@ class mmfast_fork_of_several(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         mask, ctx.plan, *ys = inputs
         ctx.count = len(ys)
+        ctx.kinds = None if ctx.plan.ranks is None else [(y.shape, y.dtype, y.device) for y in ys]
         ctx.seen = None  # the branches of an earlier backward pass
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mask)
@@ -181,13 +189,15 @@ class mmfast_fork_of_several(torch.autograd.Function):
     def backward(ctx: Any, *flat: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (mask,) = ctx.saved_tensors
         grads = [flat[i * ctx.count : (i + 1) * ctx.count] for i in range(ctx.plan.k)]
-        if all(g is None for g in flat):
+        if ctx.plan.ranks is None and all(g is None for g in flat):
             return (None,) * (2 + ctx.count)
         refuse_double_backward("a fork")
         if notices.taken_apart:
             return (None, None, *(notices.plain_sum(column) for column in zip(*grads, strict=True)))
         if not torch.compiler.is_compiling():
-            notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, present_in_lists, grads)
+            notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, present_in_lists, grads, group=ctx.plan.ranks)
+        if ctx.plan.ranks is not None and ctx.plan.per != "sample":
+            return (None, None, *resolved_across(ctx.plan, mask, grads, ctx.kinds))
         return (None, None, *resolved_lists(ctx.plan, mask, grads))
 
 
@@ -212,9 +222,29 @@ def resolved_lists(plan: Plan, mask: Tensor | None, grads: Sequence[Sequence[Ten
     return [by_tensor.get(t) for t in range(len(grads[0]))]
 
 
+def resolved_across(
+    plan: Plan, mask: Tensor | None, grads: Sequence[Sequence[Tensor | None]], kinds: Sequence[tuple[torch.Size, torch.dtype, torch.device]]
+) -> list[Tensor]:
+    """`resolved_lists` where other ranks hold the rest of the batch; kinds are shape, dtype and device of the tensors, for which no branch here need send anything."""
+    assert plan.ranks is not None
+    first = [
+        torch.zeros(kind[0], dtype=kind[1], device=kind[2]) if all(g[t] is None for g in grads) else grads[0][t]
+        for t, kind in enumerate(kinds)
+    ]
+    columns = columns_of([first, *grads[1:]], plan.per, mask)
+    precision = max(precision_of(kind[1]) for kind in kinds)
+    with torch.no_grad():
+        out, info = across.resolve(columns, plan.k, plan.resolver, plan.per, mask, plan.preserve_norm, precision, plan.ranks)
+    if plan.recorder is not None:
+        plan.recorder.record(info)
+    return out
+
+
 def fork_several(ys: Sequence[Tensor], mask: Tensor | None, plan: Plan) -> tuple[tuple[Tensor, ...], ...]:
     """plan.k tuples of aliases of the tensors; those that ask for no gradient take no part."""
     if transforms.active():
+        if plan.ranks is not None:
+            raise RuntimeError("a fork with group= can't be inside a transformation of torch.func; leave group=None there")
         raise RuntimeError(
             "several tensors can't be forked inside a transformation of torch.func; fork one tensor, or transform the loss outside"
         )
@@ -232,18 +262,41 @@ def fork_several(ys: Sequence[Tensor], mask: Tensor | None, plan: Plan) -> tuple
 
 @overload
 def fork(
-    y: Tensor, k: int, resolver: ResolverLike, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True
+    y: Tensor,
+    k: int,
+    resolver: ResolverLike,
+    *,
+    per: str = "batch",
+    mask: Tensor | None = None,
+    preserve_norm: bool = True,
+    group: Any = None,
 ) -> tuple[Tensor, ...]: ...
 @overload
 def fork(
-    y: Sequence[Tensor], k: int, resolver: ResolverLike, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True
+    y: Sequence[Tensor],
+    k: int,
+    resolver: ResolverLike,
+    *,
+    per: str = "batch",
+    mask: Tensor | None = None,
+    preserve_norm: bool = True,
+    group: Any = None,
 ) -> tuple[tuple[Tensor, ...], ...]: ...
-def fork(y: Any, k: int, resolver: ResolverLike, *, per: str = "batch", mask: Tensor | None = None, preserve_norm: bool = True) -> Any:
+def fork(
+    y: Any,
+    k: int,
+    resolver: ResolverLike,
+    *,
+    per: str = "batch",
+    mask: Tensor | None = None,
+    preserve_norm: bool = True,
+    group: Any = None,
+) -> Any:
     """Splits a tensor into k aliases, one per branch, whose gradients are resolved into the tensor's gradient.
 
     Use each alias in exactly one branch. A branch that sends no gradient back is a missing modality and is left out of the problem.
     Go back once, by `sum(losses).backward()`: of one backward call for each loss every one has a single branch, and nothing is resolved (a warning
-    says so). In a process group each rank resolves its own part of the batch.
+    says so). Without `group` each process resolves its own part of the batch.
     Based on Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
 
     Args:
@@ -255,6 +308,8 @@ def fork(y: Any, k: int, resolver: ResolverLike, *, per: str = "batch", mask: Te
             from the gradients summed over the first dimension.
         mask: bool [k], False where a branch is to be left out, or [B, k] to leave it out of some entries of the first dimension.
         preserve_norm: scales the result to the length of the plain sum of the gradients, as the paper does.
+        group: a torch.distributed process group whose ranks hold parts of one batch: the gradients are resolved as those of the whole batch in one process
+            would be (docs/distributed.md). Every rank of it must go forward and back through the fork.
 
     Returns:
         k tensors, or k tuples of tensors, that share y's memory; changing one in place is an error where a gradient is recorded, and shows in all where none is:
@@ -272,7 +327,7 @@ def fork(y: Any, k: int, resolver: ResolverLike, *, per: str = "batch", mask: Te
         >>> y.grad
         tensor([2., 2.])
     """
-    plan = Plan(k, check_plan(k, instance_of(resolver, k), per), per, preserve_norm, None)
+    plan = Plan(k, check_plan(k, instance_of(resolver, k), per), per, preserve_norm, None, Ranks.of(group))
     if isinstance(y, (list, tuple)):
         if not y:
             raise ValueError("y is an empty list, expected one tensor at least")

@@ -12,6 +12,7 @@ from mmfast.blocks.fork import check_plan, without_state
 from mmfast.blocks.local_step import check_local
 from mmfast.blocks.scaling import LocalScale
 from mmfast.resolvers.base import Resolver, Rule
+from mmfast.ops.across import Ranks
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike
 from mmfast.stats import BlockStats
@@ -57,13 +58,20 @@ class Impartial(nn.Module):
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
     def __init__(
-        self, k: int, resolver: ResolverLike, local: LocalScale | Sequence[float] | Tensor | None, per: str, preserve_norm: bool
+        self,
+        k: int,
+        resolver: ResolverLike,
+        local: LocalScale | Sequence[float] | Tensor | None,
+        per: str,
+        preserve_norm: bool,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.resolver = check_plan(k, resolver, per)
         _claim(self, self.resolver, k)
         self.per = per
         self.preserve_norm = preserve_norm
+        self.ranks = Ranks.of(group)
         self._beta = None if local is None else check_local(local, k)
         self.register_buffer("beta", None if self._beta is None else torch.tensor(self._beta, dtype=torch.float64))
         # no buffer: DistributedDataParallel would send it around at every step
@@ -160,4 +168,5 @@ class Impartial(nn.Module):
 
     def extra_repr(self) -> str:
         local = "" if self._beta is None else f", local=[{', '.join(f'{b:.4g}' for b in self._beta)}]"
-        return f"per={self.per!r}, preserve_norm={self.preserve_norm}{local}"
+        group = "" if self.ranks is None else f", group of {self.ranks.size} ranks"
+        return f"per={self.per!r}, preserve_norm={self.preserve_norm}{local}{group}"

@@ -45,11 +45,11 @@ def plain_sum(grads: Sequence[Tensor | None]) -> Tensor | None:
     return functools.reduce(torch.add, there) if there else None
 
 
-def tell(ctx: Any, resolver: Resolver, per: str, present: Callable[..., Tensor], *gradients: Any) -> None:
+def tell(ctx: Any, resolver: Resolver, per: str, present: Callable[..., Tensor], *gradients: Any, group: Any = None) -> None:
     """Called in a backward pass that is not compiled; present(*gradients) are the branches that it brings, looked at where that may matter."""
     if (ctx.seen is not None or goes_back_again()) and watches(resolver):
         branches_apart(ctx, resolver, present(*gradients))
-    if HAS_GROUPS and torch.distributed.is_initialized():
+    if HAS_GROUPS and group is None and torch.distributed.is_initialized():
         shards(resolver, per)
 
 
@@ -105,5 +105,5 @@ def shards(resolver: Resolver, per: str) -> None:
     _told_shards.add(resolver)
     contract.tell(
         f"a process group of {ranks} ranks is up: a block resolves the gradients of each rank's own part of the batch, and what is then averaged over "
-        "the ranks is not what the whole batch would give (with per='sample' it is)"
+        "the ranks is not what the whole batch would give (with per='sample' it is); give the block group=torch.distributed.group.WORLD"
     )

@@ -92,10 +92,11 @@ def gram(columns: Sequence[Column], k: int, per: str, mask: Tensor | None, backe
 def combine(columns: Sequence[Column], k: int, w: Tensor, per: str, backend: str) -> list[Tensor]:
     """sum_i w_i g_i of each tensor."""
     functions = functions_of(choose(columns[0].like.device, backend, k))
-    return _combine(columns, functions, None, w, per)
+    return combined(columns, functions, None, w, per)
 
 
-def _combine(columns: Sequence[Column], functions: Any, mask: Tensor | None, w: Tensor, per: str) -> list[Tensor]:
+def combined(columns: Sequence[Column], functions: Any, mask: Tensor | None, w: Tensor, per: str) -> list[Tensor]:
+    """The same by the functions of a backend."""
     return [c.result(functions.combine(c.grads, c.missing, mask, w, per)) for c in columns]
 
 
@@ -109,17 +110,19 @@ def resolve(
     precision = max(precision_of(c.like.dtype) for c in columns)
     G = gram(columns, k, per, mask, backend)
     rows = present_rows(G, reference.problem_mask(mask, per))
-    w, norm = _solve(G, rows, resolver, functions, precision, preserve_norm, (columns[0].like.shape[0],) if per == "sample" else (), k)
+    w, norm = solve(G, rows, resolver, functions, precision, preserve_norm, (columns[0].like.shape[0],) if per == "sample" else (), k)
     if norm is not None:
-        plain, ours = torch.zeros_like(w[..., 0]), torch.zeros_like(w[..., 0])
-        for c in columns:
-            lengths = functions.lengths(c.grads, c.missing, mask, w, per)
-            plain, ours = plain + lengths[0], ours + lengths[1]
+        plain, ours = lengths(columns, functions, mask, w, per).unbind(0)
         w = (w * measured(norm, plain, ours).unsqueeze(-1)).contiguous()
-    return _combine(columns, functions, mask, w, per), torch.cat([w, G.flatten(-2)], -1)
+    return combined(columns, functions, mask, w, per), torch.cat([w, G.flatten(-2)], -1)
 
 
-def _solve(
+def lengths(columns: Sequence[Column], functions: Any, mask: Tensor | None, w: Tensor, per: str) -> Tensor:
+    """Squared lengths of the plain sum and of sum_i w_i g_i over all tensors, float64 [2] or [2, B]."""
+    return torch.stack([torch.stack(functions.lengths(c.grads, c.missing, mask, w, per)) for c in columns]).sum(0)
+
+
+def solve(
     G: Tensor, rows: Tensor, resolver: Resolver, functions: Any, precision: float, preserve_norm: bool, problems: tuple[int, ...], k: int
 ) -> tuple[Tensor, Any]:
     """(weights, what the Gramian says of the norm); norm None where it is not asked for."""
