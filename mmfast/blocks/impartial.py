@@ -11,8 +11,8 @@ from mmfast import contract
 from mmfast.blocks.fork import check_plan, without_state
 from mmfast.blocks.local_step import check_local
 from mmfast.blocks.scaling import LocalScale
-from mmfast.resolvers.base import Resolver, Rule
 from mmfast.ops.across import Ranks
+from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike
 from mmfast.stats import BlockStats
