@@ -105,6 +105,6 @@ def test_the_phases_of_the_persistent_kernel_spill_nothing_of_their_own():
             assert stack == 0 and stores <= limit and loads <= 2 * limit, (name, stack, stores, loads)
 
 
-def test_the_default_architectures_are_there():
+def test_ptx_for_later_gpus_is_there():
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        assert {"80", "90"} <= set(architectures()) and "code=compute_" in cuda["flags"]
+        assert architectures() and "code=compute_" in cuda["flags"]
