@@ -1,28 +1,37 @@
-"""What the processes of a group do in test_group.py: `python group_ranks.py` starts them, each runs every case, and a line of JSON says how it went.
+"""What the processes of a group do in test_group.py: `python group_ranks.py 2` starts two, each runs every case, and a line of JSON says how it went.
 
 A case compares what its rank gets with one process that has the whole batch, which every rank computes for itself.
 """
 
 import copy
+import itertools
 import json
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from block_model import ByLength
 from rule_table import RULES
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import mmfast as mf
 
 K, D = 5, 7
 SIZES = (3, 5, 2, 4)  # samples of each rank
 TIMEOUT = timedelta(seconds=60)
-MADE = {name: row.make for name, row in RULES.items()}
+MADE = {name: row.make for name, row in RULES.items()} | {
+    "GradDrop": lambda k: mf.GradDrop(leak=0.1),
+    "TrimmedMean": lambda k: mf.TrimmedMean(1),
+    "own": lambda k: mf.Compose(ByLength(), mf.PCGrad()),
+}
 
 
 class Shards:
@@ -64,9 +73,9 @@ def close(ours, expected, scale, tolerance=1e-5):
 def case_every_rule(rank, world):
     """Four steps, so that states and draws count; lengths change from step to step."""
     for name, make in MADE.items():
-        for norm in (False, True):
+        for norm in (False, True) if world == 2 else (True,):
             rule, whole_rule = seeded(rank, make)
-            for step in range(4):
+            for step in range(4 if norm else 2):
                 data = Shards(rank, world, seed=step)
                 scale = data.whole.flatten(1).norm(dim=1).max().item()
                 ours = through_fork(list((step + 1) * data.mine()), rule, preserve_norm=norm, group=dist.group.WORLD)
@@ -93,12 +102,36 @@ def case_a_modality_missing_on_one_rank(rank, world):
             close(ours, expected, data.whole.flatten(1).norm(dim=1).max().item())
 
 
+def case_elementwise_rules(rank, world):
+    """Draws belong to places in the whole batch; a row that is zero on one rank is there on another; several tensors."""
+    for make in (mf.GradDrop, lambda: mf.TrimmedMean(1)):
+        rule, whole_rule = seeded(rank, lambda k, make=make: make())
+        for step in range(3):
+            data, other = Shards(rank, world, seed=step), Shards(rank, world, seed=10 + step, shape=())
+            data.whole[1, : data.sizes[0]] = 0
+            data.whole[2] = other.whole[2] = 0
+            ours = of_two_tensors(data.mine(), other.mine(), rule, group=dist.group.WORLD)
+            expected = of_two_tensors(data.whole, other.whole, whole_rule)
+            for one, whole in zip(ours, expected, strict=True):
+                close(one, whole[data.part], data.whole.flatten(1).norm(dim=1).max().item())
+
+
+def of_two_tensors(first, second, rule, **kwargs):
+    """The resolved gradients of two tensors; branch 3 has none at the second."""
+    ys = [torch.zeros_like(x[0]).requires_grad_() for x in (first, second)]
+    aliases = mf.fork(ys, K, rule, **kwargs)
+    loss = sum((a * g).sum() for (a, _), g in zip(aliases, first, strict=True))
+    (loss + sum((b * g).sum() for i, ((_, b), g) in enumerate(zip(aliases, second, strict=True)) if i != 2)).backward()
+    return [y.grad for y in ys]
+
+
 def case_masks(rank, world):
-    for per in ("batch", "batch_sum"):
+    for make, per in ((mf.UPGrad, "batch"), (mf.UPGrad, "batch_sum"), (mf.GradDrop, "batch"), (lambda: mf.TrimmedMean(1), "batch")):
         data = Shards(rank, world)
         mask = torch.rand(data.whole.shape[1], K, generator=torch.Generator().manual_seed(1)) < 0.6
-        ours = through_fork(list(data.mine()), mf.UPGrad(), per=per, mask=mask[data.part], group=dist.group.WORLD)
-        expected = through_fork(list(data.whole), mf.UPGrad(), per=per, mask=mask)[data.part]
+        rule, whole_rule = seeded(rank, lambda k, make=make: make())
+        ours = through_fork(list(data.mine()), rule, per=per, mask=mask[data.part], group=dist.group.WORLD)
+        expected = through_fork(list(data.whole), whole_rule, per=per, mask=mask)[data.part]
         close(ours, expected, data.whole.flatten(1).norm(dim=1).max().item())
 
 
@@ -173,6 +206,218 @@ def case_a_block_and_its_record(rank, world):
     sum(out.sum() for out in again(mine)).backward()
 
 
+class TwoInputs(nn.Module):
+    """A branch that also takes a tensor of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(D, 2), nn.Linear(D, 2)
+
+    def forward(self, y, own=None):
+        return self.one(y) if own is None else self.one(y) + self.other(own)
+
+
+def case_attach(rank, world):
+    """The first rank does not call the second branch; a tensor that one branch alone takes on all ranks passes."""
+    for per, own, norm in itertools.product(("batch", "batch_sum"), (False, True), (False, True)):
+        torch.manual_seed(3)
+        branches = [TwoInputs() for _ in range(3)]
+        blocks = {}
+        for name, options in (("group", {"group": dist.group.WORLD}), ("alone", {})):
+            nets = copy.deepcopy(branches)
+            torch.manual_seed(rank if name == "group" else 0)
+            blocks[name] = nets, mf.attach(nets, mf.PCGrad(), per=per, preserve_norm=norm, local=[1.0, 2.0, 0.5], **options)
+        for step in range(2):
+            data = Shards(rank, world, seed=step)
+            got = {}
+            for name, part in (("group", data.part), ("alone", slice(None))):
+                y, z = (data.whole[i, part].clone().requires_grad_() for i in range(2))
+                nets, _ = blocks[name]
+                loss = nets[0](y, z if own else None).square().sum() + 3 * nets[2](y).sin().sum()
+                if name == "alone":
+                    loss = loss - nets[1](y)[data.sizes[0] :].exp().sum()
+                elif rank:
+                    loss = loss - nets[1](y).exp().sum()
+                loss.backward()
+                got[name] = [y.grad, *([z.grad] if own else [])]
+            for ours, expected in zip(got["group"], got["alone"], strict=True):
+                close(ours, expected[data.part], got["alone"][0].norm().item())
+            one, other = blocks["group"][1].stats(), blocks["alone"][1].stats()
+            torch.testing.assert_close(one.gram, other.gram, rtol=1e-5, atol=1e-4)
+
+
+def case_attach_to_several_tensors(rank, world):
+    """All branches take both; one problem."""
+    torch.manual_seed(3)
+    branches = [TwoInputs() for _ in range(3)]
+    got = {}
+    data = Shards(rank, world)
+    for part, options in ((data.part, {"group": dist.group.WORLD}), (slice(None), {})):
+        y, z = (data.whole[i, part].clone().requires_grad_() for i in range(2))
+        with mf.attach(branches, mf.UPGrad(), **options):
+            sum(((i + 1) * net(y, own=z) - i).square().sum() for i, net in enumerate(branches)).backward()
+        got[bool(options)] = y.grad, z.grad
+    for ours, expected in zip(got[True], got[False], strict=True):
+        close(ours, expected[data.part], got[False][0].norm().item())
+    try:
+        mf.attach(branches, mf.GradDrop(), group=dist.group.WORLD)
+    except TypeError as error:
+        assert "an elementwise rule, which attach can't serve with group=" in str(error)
+    else:
+        raise AssertionError("attach took an elementwise rule with group=")
+
+
+def case_linear_heads(rank, world):
+    for make, per, norm in itertools.product((mf.PCGrad, mf.UPGrad, ByLength), ("batch", "batch_sum"), (False, True)):
+        kinds = (("group", make, {"group": dist.group.WORLD}), ("alone", make, {}))
+        blocks = {}
+        for name, rule, options in kinds:
+            torch.manual_seed(rank if name == "group" else 0)
+            resolver = rule()
+            torch.manual_seed(3)
+            blocks[name] = mf.LinearHeads(D, [2, 1, 3], resolver, per=per, preserve_norm=norm, local=[1.0, 2.0, 0.5], **options)
+        for step in range(2):
+            data = Shards(rank, world, seed=step, shape=(2, D))
+            got = {}
+            for name, y in (("group", data.whole[0, data.part]), ("alone", data.whole[0])):
+                y = y.clone().requires_grad_()
+                first, second, third = blocks[name](y)
+                if name == "alone":  # the first rank has no second modality
+                    second = second[data.sizes[0] :]
+                loss = first.square().sum() + 3 * third.sin().sum()
+                (loss if name == "group" and rank == 0 else loss - second.exp().sum()).backward()
+                got[name] = y.grad
+            close(got["group"], got["alone"][data.part], got["alone"].norm().item())
+            one, other = blocks["group"].stats(), blocks["alone"].stats()
+            torch.testing.assert_close(one.gram, other.gram, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(one.weights, other.weights, rtol=1e-4, atol=1e-5)
+
+
+class Model(nn.Module):
+    """Two blocks, one behind the other, and a rule that draws and keeps state in each."""
+
+    def __init__(self, group=None):
+        super().__init__()
+        self.first = nn.Linear(D, D)
+        self.inner = nn.ModuleList([nn.Linear(D, 4) for _ in range(3)])
+        self.one = mf.ImpartialityBlock(self.inner, mf.Compose(mf.GradVac(), mf.PCGrad()), group=group)
+        self.two = mf.LinearHeads(4, [2, 1, 3], mf.PCGrad(), group=group)
+
+    def forward(self, x, last=True):
+        a, b, c = self.one(torch.tanh(self.first(x)))
+        first, second, third = self.two(torch.tanh(a))
+        losses = [first.square().sum(1), second.sin().sum(1), b.exp().sum(1)]
+        return [*losses, third.square().sum(1) + c.cos().sum(1)] if last else losses
+
+
+class Training:
+    """The same steps on the ranks and in one process: the mean over a rank's samples of all losses; the first rank lacks the last modality."""
+
+    def __init__(self, rank, world, wrap=lambda model: model):
+        self.rank, self.world = rank, world
+        torch.manual_seed(3)
+        self.alone = Model()
+        torch.manual_seed(3)
+        self.model = wrap(Model(dist.group.WORLD))
+        self.steppers = [torch.optim.SGD(model.parameters(), 0.1) for model in (self.alone, self.model)]
+
+    def loss(self, model, shards, rank, zero=False):
+        """A rank's loss; with zero the modality that it lacks is in it, times zero."""
+        data = Shards(rank, self.world, seed=shards)
+        losses = [loss.mean() for loss in model(data.whole[0, data.part], last=zero or rank > 0)]
+        return sum(losses) if rank or not zero else sum(losses[:-1]) + 0 * losses[-1]
+
+    def mean_of_all(self, shards):
+        """In one process: the mean over the ranks, whose samples go through the model together."""
+        data, losses = Shards(0, self.world, seed=shards), self.alone(Shards(0, self.world, seed=shards).whole[0])
+        starts = [sum(data.sizes[:rank]) for rank in range(self.world)]
+        total = 0
+        for rank, (start, size) in enumerate(zip(starts, data.sizes, strict=True)):
+            total = total + sum(loss[start : start + size].mean() for loss in (losses if rank else losses[:-1]))
+        return total / self.world
+
+    def step(self):
+        for stepper in self.steppers:
+            stepper.step()
+            stepper.zero_grad()
+
+    def compare(self, of=lambda p: p.detach(), tolerance=1e-5):
+        for (name, expected), p in zip(self.alone.named_parameters(), self.model.parameters(), strict=True):
+            error = (of(p) - expected).norm() / max(expected.norm(), 1)
+            assert error <= tolerance, f"{name} differs by {error:.2e}"
+
+
+def case_distributed_data_parallel(rank, world):
+    """Uneven parts, a modality that one rank lacks, blocks behind one another."""
+    wrap = lambda model: nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    training = Training(rank, world, wrap)
+    for shards in range(3):
+        training.loss(training.model, shards, rank).backward()
+        training.mean_of_all(shards).backward()
+        training.step()
+        training.compare()
+
+
+def case_gradients_accumulated_under_no_sync(rank, world):
+    """Each backward pass is a problem of its own, over all ranks, whether or not DDP averages after it."""
+    wrap = lambda model: nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    training = Training(rank, world, wrap)
+    for shards in range(4):
+        if shards % 2:
+            training.loss(training.model, shards, rank).backward()
+        else:
+            with training.model.no_sync():
+                training.loss(training.model, shards, rank).backward()
+        training.mean_of_all(shards).backward()
+        if shards % 2:
+            training.step()
+            training.compare()
+
+
+def case_compiled(rank, world):
+    """The first rank's forward and backward pass are one graph, with the all-reduces in it; the others, for tracing takes seconds, run in eager mode."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")  # torch.compile itself uses what torch calls so
+    warnings.filterwarnings("ignore", ".*should not be instantiated")
+    rule, whole_rule = seeded(rank, lambda k: mf.GradVac())
+    blocks = []
+    for resolver, options in ((rule, {"group": dist.group.WORLD}), (whole_rule, {})):
+        torch.manual_seed(3)
+        heads = mf.LinearHeads(D, [2, 1], mf.MGDA(), **options)
+        blocks.append(mf.ImpartialityBlock([nn.Sequential(nn.Linear(D, D), heads), nn.Linear(D, 2), nn.Linear(D, 1)], resolver, **options))
+
+    def loss(block, y):
+        (a, b), c, d = block(y)
+        return a.square().sum() + b.exp().sum() + (c - 1).square().sum() - d.sin().sum()
+
+    group, alone = blocks
+    step = lambda y: loss(group, y)
+    step = step if rank or world > 2 else torch.compile(step, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        data = Shards(rank, world, seed=seed)
+        mine, whole = data.whole[0, data.part].clone().requires_grad_(), data.whole[0].clone().requires_grad_()
+        step(mine).backward()
+        loss(alone, whole).backward()
+        close(mine.grad, whole.grad[data.part], whole.grad.norm().item())
+        torch.testing.assert_close(group.stats().gram, alone.stats().gram, rtol=1e-5, atol=1e-4)
+
+
+def case_fully_sharded(rank, world):
+    """FSDP2: every rank has a part of each parameter, and of the batch. FSDP itself asks for a gradient of every parameter on every rank."""
+
+    def wrap(model):
+        mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+        for part in (*model.inner, model.two, model):
+            fully_shard(part, mesh=mesh)
+        return model
+
+    training = Training(rank, world, wrap)
+    for shards in range(2):
+        training.loss(training.model, shards, rank, zero=True).backward()
+        training.mean_of_all(shards).backward()
+        training.step()
+        training.compare(of=lambda p: p.detach().full_tensor())
+
+
 def case_ranks_that_were_reset_or_restored_apart_agree_again(rank, world):
     rule, whole_rule = seeded(rank, lambda k: mf.Compose(mf.GradVac(), mf.PCGrad()))
     for step in range(6):
@@ -239,19 +484,51 @@ def run_rank(rank, world, store):
     dist.destroy_process_group()
 
 
-def main(worlds):
-    """Forks the ranks of each group, so that torch is imported once."""
-    for world in worlds:
-        with tempfile.TemporaryDirectory() as folder:
-            children = []
-            for rank in range(world):
-                if not (child := os.fork()):
-                    run_rank(rank, world, f"{folder}/store")
-                    os._exit(0)
-                children.append(child)
-            for child in children:
-                os.waitpid(child, 0)
+def run_lost(rank, how, store):
+    """The second rank is killed, or gets stuck, after one step; the first says what becomes of its own next one, and when."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=3))
+    through_fork(list(Shards(rank, 2).mine()), mf.MGDA(), group=dist.group.WORLD)
+    if rank:
+        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    start, error = time.monotonic(), None
+    try:
+        through_fork(list(Shards(rank, 2).mine()), mf.MGDA(), group=dist.group.WORLD)
+    except RuntimeError as raised:
+        error = str(raised)
+    os.write(1, (json.dumps({"how": how, "seconds": time.monotonic() - start, "error": error}) + "\n").encode())
+
+
+def forked(ranks, call):
+    """Processes that call(rank)."""
+    children = []
+    for rank in range(ranks):
+        if not (child := os.fork()):
+            try:
+                call(rank)
+            finally:
+                os._exit(0)
+        children.append(child)
+    return children
+
+
+def main(what):
+    """Forks the ranks, so that torch is imported once."""
+    with tempfile.TemporaryDirectory() as folder:
+        if what in ("killed", "stuck"):
+            first, second = forked(2, lambda rank: run_lost(rank, what, f"{folder}/store"))
+            os.waitpid(first, 0)
+            os.kill(second, signal.SIGKILL)
+            os.waitpid(second, 0)
+            return
+        world = int(what)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.compile(lambda x: x + 1, backend="aot_eager")(torch.ones(1))  # what it imports, the ranks need not
+        for child in forked(world, lambda rank: run_rank(rank, world, f"{folder}/store")):
+            os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
-    main([int(world) for world in sys.argv[1:]])
+    for what in sys.argv[1:]:
+        main(what)

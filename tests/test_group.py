@@ -17,17 +17,29 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_and_one_process(world):
-    """Every case of group_ranks.py on every rank."""
+def told_by(what):
+    """The lines of JSON that group_ranks.py prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, Path(group_ranks.__file__), str(world)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    said = [json.loads(line) for line in run.stdout.splitlines()]
-    wrong = [f"{line['case']}, rank {line['rank']}: {line['error']}" for line in said if line["error"]]
+    command = [sys.executable, Path(group_ranks.__file__), *what]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert lines, run.stderr
+    return lines
+
+
+def test_ranks_and_one_process():
+    """Every case of group_ranks.py on each of 2 and of 4 ranks."""
+    lines = told_by(["2", "4"])
+    wrong = [f"{line['case']}, rank {line['rank']} of {line['world']}: {line['error']}" for line in lines if line["error"]]
     assert not wrong, "\n".join(wrong)
-    assert len(said) == world * len(group_ranks.CASES), run.stderr
+    assert len(lines) == (2 + 4) * len(group_ranks.CASES)
+
+
+def test_a_rank_that_is_lost_is_an_error_on_the_others():
+    """Killed: at once. Stuck: after the group's timeout, three seconds here. Never a hang."""
+    killed, stuck = told_by(["killed", "stuck"])
+    for line in (killed, stuck):
+        assert line["error"] and line["seconds"] < 10, line
 
 
 def test_what_is_no_group():

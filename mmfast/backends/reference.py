@@ -177,9 +177,14 @@ def combine_with_norm(grads: Sequence[Tensor], missing: Sequence[int], mask: Ten
     return torch.where(settled, combine(grads, missing, mask, w, per), exact.to(grads[0].dtype).view(grads[0].shape))
 
 
+def plain_sum(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
+    """Sum of the gradients [B, M] in accumulator precision."""
+    return _stacked(grads, mask_of_present(mask, missing, len(grads) + len(missing))).sum(0)
+
+
 def with_norm(out: Tensor, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
     """`out` scaled to the norm of the plain sum of the gradients, each sample to its own for per="sample"."""
-    plain = _stacked(grads, mask_of_present(mask, missing, len(grads) + len(missing))).sum(0).double()
+    plain = plain_sum(grads, missing, mask).double()
     ours = out.reshape(plain.shape).double()
     wanted, have = (x.norm(dim=1, keepdim=True) if per == "sample" else x.norm() for x in (plain, ours))
     return (ours * torch.where(have > 0, wanted / have, torch.where(have.isnan(), have, 0))).to(out.dtype).view(out.shape)

@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmfast import contract
 from mmfast.blocks import notices, transforms
-from mmfast.blocks.fork import Plan, present_in_lists, refuse_double_backward, resolved_lists
+from mmfast.blocks.fork import Plan, present_in_lists, refuse_double_backward, resolved_across, resolved_lists
 from mmfast.blocks.impartial import Impartial, give_up
 from mmfast.blocks.local_step import scale_outputs
 from mmfast.blocks.scaling import LocalScale
+from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike
 
 
@@ -57,6 +58,7 @@ class mmfast_attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, meeting: Meeting, *ys: Tensor) -> tuple[Tensor, ...]:
         ctx.meeting_takers, ctx.handle = meeting.takers, meeting.handle
+        ctx.kinds = [(y.shape, y.dtype, y.device) for y in ys]
         ctx.seen = None  # the branches of an earlier backward pass
         ctx.set_materialize_grads(False)
         return ys * len(meeting.handle.names)
@@ -67,19 +69,24 @@ class mmfast_attach(torch.autograd.Function):
         if notices.taken_apart:
             return (None, *(notices.plain_sum(flat[t::count]) for t in range(count)))
         handle.close(takers)
-        if all(g is None for g in flat):
+        across = handle.ranks is not None and handle.per != "sample"
+        if not across and all(g is None for g in flat):
             return (None,) * (1 + count)
         refuse_double_backward("an attached block")
         grads = [flat[i * count : (i + 1) * count] for i in range(len(handle.names))]
+        plan = Plan(len(handle.names), handle.resolver, handle.per, handle.preserve_norm, handle, handle.ranks)
         shared = [t for t in range(count) if len(takers[t]) > 1]
         if not shared:
             handle.tell_apart()
+        if across:  # who else took them is known to all ranks together
+            if any(g is not None for g in flat):
+                notices.tell(ctx, handle.resolver, handle.per, present_in_lists, grads, group=handle.ranks)
+            return (None, *resolved_across(plan, None, grads, ctx.kinds, takers))
         # what one branch alone is called with is no shared tensor: its gradient passes
         out: list[Tensor | None] = [next((g[t] for g in grads if g[t] is not None), None) for t in range(count)]
         rows = [[g[t] for t in shared] for g in grads]
         if any(g is not None for row in rows for g in row):
-            notices.tell(ctx, handle.resolver, handle.per, present_in_lists, rows)
-            plan = Plan(len(handle.names), handle.resolver, handle.per, handle.preserve_norm, handle)
+            notices.tell(ctx, handle.resolver, handle.per, present_in_lists, rows, group=handle.ranks)
             for t, g in zip(shared, resolved_lists(plan, None, rows), strict=True):
                 out[t] = g
         return (None, *out)
@@ -95,9 +102,14 @@ class Attached(Impartial):
         local: LocalScale | Sequence[float] | Tensor | None,
         per: str,
         preserve_norm: bool,
+        group: Any,
     ) -> None:
         self._names = tuple(branches)
-        super().__init__(len(branches), resolver, local, per, preserve_norm)
+        super().__init__(len(branches), resolver, local, per, preserve_norm, group)
+        if self.ranks is not None and isinstance(self.resolver, ElementwiseRule):
+            raise TypeError(
+                f"resolver is {self.resolver!r}, an elementwise rule, which attach can't serve with group=; use an ImpartialityBlock there"
+            )
         self._open: list[Meeting] = []
         self._met: deque[set[int]] = deque(maxlen=256)  # which branches took the tensors since the last backward pass
         self._seen_apart = self._told = False
@@ -213,6 +225,7 @@ def attach(
     local: LocalScale | Sequence[float] | Tensor | None = None,
     per: str = "batch",
     preserve_norm: bool = True,
+    group: Any = None,
 ) -> Attached:
     """Makes modules of a model as it stands the branches of an impartiality block: no change to the model's code, its checkpoints or its results.
 
@@ -226,6 +239,8 @@ def attach(
         resolver: the rule, or its name or class; each call of attach needs its own.
         local: as for `ImpartialityBlock`.
         per, preserve_norm: as for `fork`.
+        group: process group whose ranks hold parts of one batch, see `fork`. Where branches share several tensors, each rank must bring the same ones; no
+            elementwise rule.
 
     Returns:
         A handle: `stats()` as of a block, `remove()` takes the block out again, which leaving a `with` does too; it is a module with the rule's state, outside
@@ -255,4 +270,4 @@ def attach(
             raise TypeError(f"branches[{name}] is a {type(branch).__name__}, expected an nn.Module")
     if len({id(branch) for branch in named.values()}) < len(named):
         raise ValueError("branches holds a module twice, expected each once: all of its calls are one branch")
-    return Attached(named, resolver, local, per, preserve_norm)
+    return Attached(named, resolver, local, per, preserve_norm, group)

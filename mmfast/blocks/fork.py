@@ -17,6 +17,7 @@ from mmfast.ops.across import Ranks
 from mmfast.ops.lists import columns_of
 from mmfast.ops.resolve import resolve, resolve_info
 from mmfast.resolvers.base import Resolver, Rule
+from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike, instance_of, made_of
 from mmfast.resolvers.solve import precision_of
 
@@ -222,29 +223,53 @@ def resolved_lists(plan: Plan, mask: Tensor | None, grads: Sequence[Sequence[Ten
     return [by_tensor.get(t) for t in range(len(grads[0]))]
 
 
+Kind = tuple[torch.Size, torch.dtype, torch.device]  # of a tensor that may get no gradient
+
+
 def resolved_across(
-    plan: Plan, mask: Tensor | None, grads: Sequence[Sequence[Tensor | None]], kinds: Sequence[tuple[torch.Size, torch.dtype, torch.device]]
+    plan: Plan,
+    mask: Tensor | None,
+    grads: Sequence[Sequence[Tensor | None]],
+    kinds: Sequence[Kind],
+    takers: Sequence[set[int]] | None = None,
 ) -> list[Tensor]:
-    """`resolved_lists` where other ranks hold the rest of the batch; kinds are shape, dtype and device of the tensors, for which no branch here need send anything."""
+    """`resolved_lists` where other ranks hold the rest of the batch, whatever this one's branches send; takers are the branches that took each tensor here."""
     assert plan.ranks is not None
-    first = [
-        torch.zeros(kind[0], dtype=kind[1], device=kind[2]) if all(g[t] is None for g in grads) else grads[0][t]
-        for t, kind in enumerate(kinds)
+    reached = [any(g[t] is not None for g in grads) for t in range(len(kinds))]
+    zeros = [
+        None if there else torch.zeros(shape, dtype=dtype, device=device)
+        for there, (shape, dtype, device) in zip(reached, kinds, strict=True)
     ]
-    columns = columns_of([first, *grads[1:]], plan.per, mask)
-    precision = max(precision_of(kind[1]) for kind in kinds)
+    columns = columns_of([[z if g is None else g for z, g in zip(zeros, grads[0], strict=True)], *grads[1:]], plan.per, mask)
+    info: Tensor | None = None
     with torch.no_grad():
-        out, info = across.resolve(columns, plan.k, plan.resolver, plan.per, mask, plan.preserve_norm, precision, plan.ranks)
+        if isinstance(plan.resolver, ElementwiseRule):
+            out = across.resolve_elements(columns, plan.k, plan.resolver, mask, plan.preserve_norm, plan.ranks)
+        else:
+            precision = max(precision_of(dtype) for _, dtype, _ in kinds)
+            problem = (plan.resolver, plan.per, mask, plan.preserve_norm, precision, plan.ranks, _table(takers, plan.k, kinds[0][2]))
+            out, info = across.resolve(columns, plan.k, *problem)
     if plan.recorder is not None:
         plan.recorder.record(info)
     return out
 
 
+def _table(takers: Sequence[set[int]] | None, k: int, device: torch.device) -> Tensor | None:
+    """Float64 [tensors, K], 1 where a branch took a tensor; by fills, for a copy from the host would wait for the device."""
+    if takers is None:
+        return None
+    table = torch.zeros(len(takers), k, dtype=torch.float64, device=device)
+    for t, branches in enumerate(takers):
+        for i in branches:
+            table[t, i].fill_(1)
+    return table
+
+
 def fork_several(ys: Sequence[Tensor], mask: Tensor | None, plan: Plan) -> tuple[tuple[Tensor, ...], ...]:
     """plan.k tuples of aliases of the tensors; those that ask for no gradient take no part."""
+    if plan.ranks is not None:
+        transforms.refuse_group("a fork")
     if transforms.active():
-        if plan.ranks is not None:
-            raise RuntimeError("a fork with group= can't be inside a transformation of torch.func; leave group=None there")
         raise RuntimeError(
             "several tensors can't be forked inside a transformation of torch.func; fork one tensor, or transform the loss outside"
         )

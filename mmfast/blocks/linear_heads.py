@@ -19,6 +19,7 @@ from mmfast.blocks import notices, transforms
 from mmfast.blocks.fork import check_traceable, refuse_double_backward
 from mmfast.blocks.impartial import Impartial
 from mmfast.blocks.scaling import LocalScale
+from mmfast.ops import across
 from mmfast.ops.heads import heads
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike
@@ -45,7 +46,9 @@ class _LinearHeads(torch.autograd.Function):
             return _backward(ctx, delta, lambda _module, delta, weight, *_: delta @ weight.to(delta.dtype))
         if ctx.needs_input_grad[0] and not torch.compiler.is_compiling():
             module = ctx.module
-            notices.tell(ctx, module.resolver, module.per, notices.present_heads, delta, module._head_of, len(module.sizes))
+            notices.tell(
+                ctx, module.resolver, module.per, notices.present_heads, delta, module._head_of, len(module.sizes), group=module.ranks
+            )
         return _backward(ctx, delta, _resolved)
 
 
@@ -96,7 +99,12 @@ def _gradients(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple
 
 def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor | None, head_of: Tensor) -> Tensor:
     """The resolved gradient of the shared tensor, [..., in_features]."""
-    out, info = heads(delta, weight, head_of, module.resolver, len(module.sizes), module.per, mask, module.preserve_norm)
+    problem = (module.resolver, len(module.sizes), module.per, mask, module.preserve_norm)
+    if module.ranks is None or module.per == "sample":
+        out, info = heads(delta, weight, head_of, *problem)
+    else:
+        with torch.no_grad():
+            out, info = across.heads(delta, weight, head_of, *problem, module.ranks)
     module.record(info)
     return out
 
@@ -122,6 +130,7 @@ class LinearHeads(Impartial):
         local: the local step beta, see `ImpartialityBlock`.
         per: "batch", "sample" or "batch_sum", see `fork`.
         preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
+        group: process group whose ranks hold parts of one batch, see `fork`; half of the work is then done in plain torch.
 
     `load_state_dict` also takes the checkpoint of an `ImpartialityBlock` over a list of `nn.Linear` of these sizes, or of their plain ModuleList.
 
@@ -153,6 +162,7 @@ class LinearHeads(Impartial):
         local: LocalScale | Sequence[float] | Tensor | None = None,
         per: str = "batch",
         preserve_norm: bool = True,
+        group: Any = None,
     ) -> None:
         if not isinstance(in_features, int) or in_features < 1:
             raise ValueError(f"in_features is {in_features!r}, expected a whole number of at least 1")
@@ -163,7 +173,7 @@ class LinearHeads(Impartial):
         for i, size in enumerate(out_features):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"out_features[{i}] is {size!r}, expected a whole number of at least 1")
-        super().__init__(len(out_features), resolver, local, per, preserve_norm)
+        super().__init__(len(out_features), resolver, local, per, preserve_norm, group)
         if isinstance(self.resolver, ElementwiseRule):
             raise TypeError(
                 f"resolver is {self.resolver!r}, which needs each gradient's elements, and LinearHeads never forms them; "
@@ -222,6 +232,8 @@ class LinearHeads(Impartial):
         if transforms.exporting():
             return F.linear(y, weight, bias)
         transforms.refuse_compiled(y, "LinearHeads")
+        if self.ranks is not None:
+            transforms.refuse_group("LinearHeads")
         if transforms.active():
             return _TransformedHeads.apply(y, weight, bias, mask, self)
         if not transforms.wants_gradient(y):

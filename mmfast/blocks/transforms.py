@@ -50,6 +50,14 @@ def refuse_compiled(y: Tensor, what: str) -> None:
         )
 
 
+def refuse_group(what: str) -> None:
+    """Called where a block with group= starts: raises inside torch.func, which may call it any number of times on each rank."""
+    if active() or torch.compiler.is_compiling() and _around():
+        raise RuntimeError(
+            f"{what} with group= can't be inside a transformation of torch.func; leave group=None there, or transform outside"
+        )
+
+
 def no_second_derivative(what: str) -> RuntimeError:
     return RuntimeError(
         f"the resolved gradient of {what} has no gradient of its own, but this backward pass was asked to be differentiable "

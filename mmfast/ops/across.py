@@ -17,7 +17,9 @@ from mmfast.ops import lists
 from mmfast.ops.lists import Column
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.chain import bind
+from mmfast.resolvers.elementwise import ElementwiseRule, GradDrop, TrimmedMean
 from mmfast.resolvers.norm import measured
+from mmfast.resolvers.philox import advance
 from mmfast.resolvers.solve import precision_of, present_rows
 
 
@@ -79,35 +81,147 @@ def resolve(
     preserve_norm: bool,
     precision: float,
     ranks: Ranks,
+    takers: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """`lists.resolve` for per="batch" and "batch_sum" of the concatenation of all ranks' gradients; each gets the result for its own part.
 
-    One all-reduce, of the Gramian (of the K batch sums); a second one of two numbers where the norm is preserved.
+    One all-reduce, of the Gramian (of the K batch sums); a second one of two numbers where the norm is preserved. takers, float64 [tensors, K], says which
+    branches took a tensor on this rank: one that a single branch takes on all of them is no part of the problem, and its gradient passes. Then each tensor has
+    its Gramian in the all-reduce.
     """
     device = columns[0].like.device
     resolver.check(k)
     kept = _kept(resolver, k, device)
     functions = functions_of(choose(device, "auto", k))
-    measures, sums_mask = columns, mask
     if per == "batch_sum":
-        sums = agree(torch.cat([_batch_sums(c, k, mask) for c in columns], -1), kept, ranks)
-        measures, sums_mask = [Column(list(sums.unbind(0)), (), False)], None  # whole on every rank
-        accumulator = torch.float64 if precision == precision_of(torch.float64) else torch.float32
-        G = lists.gram([Column(list(sums.to(accumulator).unbind(0)), (), False)], k, "batch", None, "auto")
+        mine = [_batch_sums(c, k, mask) for c in columns]
     else:
-        G = agree(lists.gram(columns, k, per, mask, "auto"), kept, ranks)
+        mine = [lists.gram([c], k, per, mask, "auto") for c in columns]
+        mine = mine if takers is not None else [torch.stack(mine).sum(0)]
+    sizes = [x.numel() for x in mine]
+    found = agree(torch.cat([*(x.flatten() for x in mine), *([] if takers is None else [takers.flatten()])]), kept, ranks)
+    parts = [part.view(x.shape) for x, part in zip(mine, found[: sum(sizes)].split(sizes), strict=True)]
+    shared = None if takers is None else (found[sum(sizes) :].view(takers.shape) > 0).sum(1) > 1  # bool [tensors]
+    if shared is not None:
+        parts = [torch.where(s, x, 0) for s, x in zip(shared, parts, strict=True)]
+    if per == "batch_sum":
+        sums = torch.cat(parts, -1)  # whole on every rank
+        accumulator = torch.float64 if precision == precision_of(torch.float64) else torch.float32
+        G = functions.gram(list(sums.to(accumulator).unbind(0)), (), None, "batch")
+    else:
+        G = torch.stack(parts).sum(0)
     w, norm = lists.solve(G, present_rows(G, None), resolver, functions, precision, preserve_norm, (), k)
     if norm is not None:
-        lengths = lists.lengths(measures, functions, sums_mask, w, "batch")
+        if per == "batch_sum":
+            lengths = torch.stack(functions.lengths(list(sums.unbind(0)), (), None, w, "batch"))
+        else:
+            each = [torch.stack(functions.lengths(c.grads, c.missing, mask, w, per)) for c in columns]
+            lengths = ranks.total(
+                torch.stack(each if shared is None else [torch.where(s, x, 0) for s, x in zip(shared, each, strict=True)]).sum(0)
+            )
+        w = (w * measured(norm, *lengths.unbind(0))).contiguous()
+    out = lists.combined(columns, functions, mask, w, per)
+    if shared is not None:
+        alone = [c.result(functions.combine(c.grads, c.missing, None, torch.ones_like(w), per)) for c in columns]
+        out = [torch.where(s, x, plain) for s, x, plain in zip(shared, out, alone, strict=True)]
+    return out, torch.cat([w, G.flatten()])
+
+
+def heads(
+    delta: Tensor,
+    weight: Tensor,
+    head_of: Tensor,
+    resolver: Resolver,
+    k: int,
+    per: str,
+    mask: Tensor | None,
+    preserve_norm: bool,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor]:
+    """`reference.heads` for per="batch" and "batch_sum" of the concatenation of all ranks' delta; they hold the same weight.
+
+    The all-reduces of `resolve`, but for per="batch_sum" it is delta that is summed, a number for each output.
+    """
+    resolver.check(k)
+    precision, kept = precision_of(delta.dtype), _kept(resolver, k, delta.device)
+    functions = functions_of(choose(delta.device, "auto", k, "heads"))
+    delta = reference.hide_branches(delta, head_of, mask)
+    measures = delta
+    if per == "batch_sum":
+        measures = agree(delta.double().sum(0), kept, ranks)  # whole on every rank
+        G = reference.heads_gram(measures.to(reference.wide(delta)), weight, head_of, k, "batch")
+    else:
+        G = agree(reference.heads_gram(delta, weight, head_of, k, per), kept, ranks)
+    w, norm = lists.solve(G, present_rows(G, None), resolver, functions, precision, preserve_norm, (), k)
+    if norm is not None:
+        lengths = torch.stack(reference.heads_lengths(measures, weight, head_of, w, "batch"))
         plain, ours = (lengths if per == "batch_sum" else ranks.total(lengths)).unbind(0)
         w = (w * measured(norm, plain, ours)).contiguous()
-    return lists.combined(columns, functions, mask, w, per), torch.cat([w, G.flatten()])
+    return reference.heads_combine(delta, weight, head_of, w, "batch"), torch.cat([w, G.flatten()])
+
+
+def resolve_elements(
+    columns: Sequence[Column], k: int, rule: ElementwiseRule, mask: Tensor | None, preserve_norm: bool, ranks: Ranks
+) -> list[Tensor]:
+    """An elementwise rule on the concatenation of all ranks' gradients; each rank gets the result for its own elements.
+
+    One all-reduce tells how many elements the others hold, for GradDrop's draws belong to places, and which rows are anywhere, for TrimmedMean takes in those
+    alone; a second one of two numbers the whole length where it is preserved.
+    """
+    if not isinstance(rule, (GradDrop, TrimmedMean)):
+        raise TypeError(f"resolver is {rule!r}, an elementwise rule of your own, which group= can't serve; resolve without group")
+    device = columns[0].like.device
+    rule.check(k)
+    sizes = torch.zeros(len(columns), ranks.size, dtype=torch.float64, device=device)
+    for t, c in enumerate(columns):
+        sizes[t, ranks.rank] = c.like.numel()
+    here = torch.stack([_present(c, k, mask) for c in columns]).any(0)
+    found = agree(torch.cat([sizes.flatten(), here.double()]), [rule.stream(device)] if isinstance(rule, GradDrop) else [], ranks)
+    ends = found[: sizes.numel()].cumsum(0).view(sizes.shape)
+    firsts, there = (ends[:, ranks.rank] - sizes[:, ranks.rank]).long(), found[sizes.numel() :] > 0
+    if isinstance(rule, GradDrop):
+        out = [
+            rule.combine(c.grads, reference.mask_of_present(mask, c.missing, k), first) for c, first in zip(columns, firsts, strict=True)
+        ]
+        advance(rule.stream(device))
+    else:
+        functions = functions_of(choose(device, "auto", k, "elementwise"))
+        out = [_trimmed(c, k, rule, functions, mask, there) for c in columns]
+    if preserve_norm:
+        plain = [reference.plain_sum(c.grads, c.missing, mask) for c in columns]
+        lengths = [torch.stack([x.double().square().sum() for x in tensors]).sum() for tensors in (plain, out)]
+        wanted, have = ranks.total(torch.stack(lengths)).sqrt().unbind(0)
+        factor = torch.where(have > 0, wanted / have, torch.where(have.isnan(), have, 0))
+        out = [(x.double() * factor).to(x.dtype) for x in out]
+    return [c.result(x) for c, x in zip(columns, out, strict=True)]
+
+
+def _present(column: Column, k: int, mask: Tensor | None) -> Tensor:
+    """Which gradients hold an element that is neither zero nor masked, bool [K]."""
+    hidden = reference.mask_of_present(mask, column.missing, k)
+    nonzero = torch.stack([(_table(g) != 0).any(1) for g in column.grads], -1)
+    return reference.pad_missing((nonzero if hidden is None else nonzero & hidden).any(0), column.missing, k)
+
+
+def _trimmed(column: Column, k: int, rule: TrimmedMean, functions: Any, mask: Tensor | None, there: Tensor) -> Tensor:
+    """TrimmedMean, with a further element in each row that says whether the row is there on any rank."""
+    like = _table(column.like)
+    given = iter(column.grads)
+    rows = [torch.zeros_like(like) if i in column.missing else _table(next(given)) for i in range(k)]
+    told = there.to(like.dtype).view(k, 1, 1).expand(k, like.shape[0], 1)
+    wide = [torch.cat([row, one], 1) for row, one in zip(rows, told, strict=True)]
+    return rule.through(functions, wide, (), mask)[:, :-1].reshape(column.like.shape)
+
+
+def _table(x: Tensor) -> Tensor:
+    """x as [B, M]."""
+    batch = x.shape[0] if x.dim() else 1
+    return x.reshape(batch, math.prod(x.shape[1:]))
 
 
 def _batch_sums(column: Column, k: int, mask: Tensor | None) -> Tensor:
     """Each gradient summed over the leading dimension, float64 [K, M]; zero where it is missing."""
-    batch, size = column.like.shape[0], math.prod(column.like.shape[1:])
-    x = torch.stack([g.reshape(batch, size) for g in column.grads]).double()
+    x = torch.stack([_table(g) for g in column.grads]).double()
     hidden = reference.mask_of_present(mask, column.missing, k)
     if hidden is not None:
         x = torch.where((hidden.mT if hidden.dim() == 2 else hidden.unsqueeze(-1)).unsqueeze(-1), x, 0)

@@ -55,22 +55,23 @@ class GradDrop(ElementwiseRule):
         self.rng: Tensor
         self.register_buffer("rng", new_stream())
 
-    def _uniforms(self, n: int) -> Tensor:
-        """23-bit uniforms of elements 0..n-1: element e takes word (e % 64) / 16 of the Philox block at place (e / 64) * 16 + e % 16."""
-        e = torch.arange(n, device=self.rng.device)
+    def _uniforms(self, n: int, first: Tensor | int) -> Tensor:
+        """23-bit uniforms of n elements from the first on: element e takes word (e % 64) / 16 of the Philox block at place (e / 64) * 16 + e % 16."""
+        e = torch.arange(n, device=self.rng.device) + first
         place = (e // 64) * 16 + e % 16
         words = torch.stack(
             philox(self.rng[0], place & 0xFFFFFFFF, place >> 32, torch.zeros_like(place), (self.rng[1] & 0xFFFFFFFF).expand_as(place))
         )
         return ((words.gather(0, (e % 64 // 16).unsqueeze(0))[0] >> 9).float() + 0.5) * 2.0**-23
 
-    def combine(self, grads: list[Tensor], mask: Tensor | None) -> Tensor:
+    def combine(self, grads: list[Tensor], mask: Tensor | None, first: Tensor | int = 0) -> Tensor:
+        """`first` is the place of the first element, where these are a part of the gradients."""
         x, _ = _stack(grads, mask)
         total, size = torch.zeros_like(x[0]), torch.zeros_like(x[0])
         for row in x:  # in order: the comparison with U must see the very bits of the compiled operator
             total, size = total + row, size + row.abs()
         purity = 0.5 * (1 + total / size)
-        u = self._uniforms(total.numel()).view(total.shape).to(total.dtype)
+        u = self._uniforms(total.numel(), first).view(total.shape).to(total.dtype)
         leak = torch.full_like(total, self.leak)  # a number beside a number would be one of float32
         positive, negative = torch.where(purity > u, 1.0, leak), torch.where(purity < u, 1.0, leak)
         kept = torch.zeros_like(total)
