@@ -92,7 +92,7 @@ def resolve(
     device = columns[0].like.device
     resolver.check(k)
     kept = _kept(resolver, k, device)
-    functions = functions_of(choose(device, "auto", k))
+    functions = functions_of(choose(device, "auto", k), k)
     if per == "batch_sum":
         mine = [_batch_sums(c, k, mask) for c in columns]
     else:
