@@ -181,7 +181,8 @@ def resolve_elements(
     firsts, there = (ends[:, ranks.rank] - sizes[:, ranks.rank]).long(), found[sizes.numel() :] > 0
     if isinstance(rule, GradDrop):
         out = [
-            rule.combine(c.grads, reference.mask_of_present(mask, c.missing, k), first) for c, first in zip(columns, firsts, strict=True)
+            rule.combine(c.grads, reference.mask_of_present(mask, c.missing, k), c.missing, first)
+            for c, first in zip(columns, firsts, strict=True)
         ]
         advance(rule.stream(device))
     else:

@@ -7,15 +7,17 @@ from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.compose import CRMOGM, Compose
 from mmfast.resolvers.cone import PCD, DualProj, UPGrad
 from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
-from mmfast.resolvers.magnitude import NSGD, GradNorm
-from mmfast.resolvers.minnorm import MGDA, CAGrad
+from mmfast.resolvers.magnitude import DBMTL, NSGD, GradNorm, Unit
+from mmfast.resolvers.minnorm import MGDA, CAGrad, MMPareto
 from mmfast.resolvers.names import resolver
 from mmfast.resolvers.projection import GradVac, PCGrad
 from mmfast.resolvers.robust import Krum
 from mmfast.resolvers.simple import Constant, Mean, Random, Sum
+from mmfast.resolvers.stochastic import MoDo, SDMGrad
 
 __all__ = [
     "CRMOGM",
+    "DBMTL",
     "IMTLG",
     "MGDA",
     "NSGD",
@@ -31,15 +33,19 @@ __all__ = [
     "GradNorm",
     "GradVac",
     "Krum",
+    "MMPareto",
     "Mean",
+    "MoDo",
     "NashMTL",
     "PCGrad",
     "Random",
     "Resolver",
     "Rule",
+    "SDMGrad",
     "Sum",
     "TrimmedMean",
     "UPGrad",
+    "Unit",
     "resolver",
 ]
 
