@@ -19,7 +19,6 @@ from mmfast.ops.resolve import resolve_info
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike
 
-
 # operations that show a tensor's memory in another way: two tensors that they made of one, alike in shape and strides, are one tensor
 _VIEWS = frozenset(
     f"{name}Backward{overload}"
@@ -171,7 +170,7 @@ class Attached(Impartial):
             self._hooks.append(
                 branch.register_forward_pre_hook(self._entering(i, _begins_in_place(branch)), prepend=True, with_kwargs=True)
             )
-            if self._beta is not None:
+            if self._beta is not None or self.modulation is not None:
                 self._hooks.append(branch.register_forward_hook(self._leaving(i)))
 
     @property
@@ -227,8 +226,9 @@ class Attached(Impartial):
 
     def _leaving(self, i: int) -> Any:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            assert self._beta is not None
-            return scale_outputs(output, self._beta[i], self._names[i])
+            local = self.local_step()
+            assert local is not None
+            return scale_outputs(output, local, i, f"branch {self._names[i]}")
 
         return leave
 
