@@ -1,5 +1,5 @@
 # Every target does all of its own set-up in .venv: run it on a fresh clone.
-#   make demo | test | long | bench | lint | sanitize | arm64 | wheel | wheel-test | release | clean
+#   make demo | test | ptx | triton | bench | lint | sanitize | arm64 | wheel | wheel-test | release | clean
 # PIP_FLAGS holds further flags for pip, such as an index that carries a CPU-only build of torch.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SOURCES := setup.py mmfast/__init__.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test long bench lint sanitize arm64 wheel wheel-test release clean
+.PHONY: demo test ptx triton bench lint sanitize arm64 wheel wheel-test release clean
 
 demo: .venv/installed-demo .venv/built
 	$(BIN)/mmfast demo
@@ -20,9 +20,14 @@ demo: .venv/installed-demo .venv/built
 test: .venv/installed-dev .venv/built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
-# What make test runs a part of, all of it: the CUDA kernels' PTX on the CPU, the Triton kernels interpreted and compiled for GPUs of four kinds.
-long: .venv/installed-dev .venv/built
-	MMFAST_LONG=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal tests/ptx tests/test_triton*.py $(PYTEST)
+# What make test runs a part of, all of it: the CUDA kernels' PTX on the CPU; the Triton kernels, interpreted, and compiled for GPUs of four kinds.
+LONG = MMFAST_LONG=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+
+ptx: .venv/installed-dev .venv/built
+	$(LONG) tests/ptx $(PYTEST)
+
+triton: .venv/installed-dev .venv/built
+	$(LONG) tests/test_triton*.py $(PYTEST)
 
 bench: .venv/installed-dev .venv/built
 	$(BIN)/python -m benchmarks.bench

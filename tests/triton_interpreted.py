@@ -236,7 +236,7 @@ def test_explain():
     assert "plain torch" in mf.explain(make(3, 1000), mf.GradVac(), backend="triton").path
 
 
-@pytest.mark.skipif(not LONG, reason="make long runs it")
+@pytest.mark.skipif(not LONG, reason="make triton runs it")
 def test_under_torch_compile():
     grads = make(3, 100)
     for make_rule in (mf.MGDA, mf.Mean, mf.GradDrop):

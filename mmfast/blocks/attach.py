@@ -48,7 +48,7 @@ def _origin(y: Tensor) -> tuple[Any, int]:
     node, result = y.grad_fn, y.output_nr
     if node is None:
         return y, 0
-    while node.name() in _VIEWS:
+    while node is not None and node.name() in _VIEWS:
         node, result = node.next_functions[0]
     return getattr(node, "variable", node), result
 

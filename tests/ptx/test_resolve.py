@@ -68,7 +68,7 @@ def test_as_much_as_a_cluster_keeps(dtype, monkeypatch):
         one_problem("cluster", dtype, k, n if LONG else n // 2 - 5, H100, monkeypatch, RULES if LONG else (mf.PCGrad,))
 
 
-@pytest.mark.skipif(not LONG, reason="make long runs it")
+@pytest.mark.skipif(not LONG, reason="make ptx runs it")
 @pytest.mark.parametrize("path", ["two_pass", "persistent"])
 def test_more_chunks_than_slots(path, monkeypatch):
     """A slot sums several."""
