@@ -111,6 +111,11 @@ def check_plan(k: int, resolver: ResolverLike, per: str) -> Resolver:
         raise ValueError(f"k is {k}, expected 1 to {contract.MAX_GRADS} branches")
     contract.per_code(per)
     resolver = made_of(resolver)
+    if resolver.of_parameters:
+        raise ValueError(
+            f"resolver is {type(resolver).__name__}, which keeps what it saw of every element, and here each call brings other samples; "
+            "expected one without such a state, or mf.backward(losses, resolver), which resolves the gradients of parameters"
+        )
     resolver.check(k)
     return resolver
 

@@ -68,7 +68,7 @@ def backward(
     graph = graph_of(there)
     reached = {id(node.variable): (node.variable, terms) for node, terms in graph.terms.items() if hasattr(node, "variable")}
     problems = _shared(params, reached)
-    if len(problems) > 1 and any(rule.state_size(k) for rule in resolver.chain() or ()):
+    if len(problems) > 1 and (resolver.keeps or any(rule.state_size(k) for rule in resolver.chain() or ())):
         raise ValueError(f"resolver is {resolver!r}, which keeps state of one problem, but params holds {len(problems)} of them")
     shared = [p for problem in problems for p in problem]
     own = [(p, terms) for key, (p, terms) in reached.items() if key not in {id(p) for p in shared}]

@@ -155,6 +155,8 @@ def explain(
         path, read, written = f"Gramian in blocks of at most {contract.MAX_GRADS} rows, weights, sums of blocks", None, None
     elif found == "reference":
         path, read, written = "Gramian, weights and sum in plain torch", None, None
+    elif resolver.of_parameters:
+        path, read, written = "what the rule keeps, element by element in plain torch; Gramian and weighted sum of that", None, None
     elif isinstance(resolver, ElementwiseRule):
         path = "element by element; rows of zeros are looked for first where the rule counts them"
     elif chain is None:
