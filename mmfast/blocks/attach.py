@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmfast import contract
 from mmfast.blocks import notices, transforms
+from mmfast.blocks.find import has_no_forward
 from mmfast.blocks.fork import Plan, present_in_lists, refuse_double_backward, resolved_across, resolved_lists
 from mmfast.blocks.impartial import Impartial, give_up
 from mmfast.blocks.local_step import scale_outputs
@@ -45,10 +46,11 @@ _OURS, _OUR_VIEW, _OUR_BASE = _references()
 
 def _origin(y: Tensor) -> tuple[Any, int]:
     """What made the memory that a tensor shows: the operation and which of its results, or a leaf."""
-    node, result = y.grad_fn, y.output_nr
+    node: Any = y.grad_fn
+    result = y.output_nr
     if node is None:
         return y, 0
-    while node is not None and node.name() in _VIEWS:
+    while node.name() in _VIEWS:
         node, result = node.next_functions[0]
     return getattr(node, "variable", node), result
 
@@ -327,6 +329,10 @@ def attach(
     for name, branch in named.items():
         if not isinstance(branch, nn.Module):
             raise TypeError(f"branches[{name}] is a {type(branch).__name__}, expected an nn.Module")
+        if has_no_forward(branch):
+            raise TypeError(
+                f"branches[{name}] is a {type(branch).__name__}, which has no forward and is never called; expected a module that is"
+            )
     if len({id(branch) for branch in named.values()}) < len(named):
         raise ValueError("branches holds a module twice, expected each once: all of its calls are one branch")
     return Attached(named, resolver, local, per, preserve_norm, group)
