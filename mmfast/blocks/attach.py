@@ -106,7 +106,7 @@ class Attached(Impartial):
             self._hooks.append(
                 branch.register_forward_pre_hook(self._entering(i, _begins_in_place(branch)), prepend=True, with_kwargs=True)
             )
-            if self._beta is not None:
+            if self._beta is not None or self.modulation is not None:
                 self._hooks.append(branch.register_forward_hook(self._leaving(i)))
 
     @property
@@ -159,8 +159,9 @@ class Attached(Impartial):
 
     def _leaving(self, i: int) -> Any:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            assert self._beta is not None
-            return scale_outputs(output, self._beta[i], self._names[i])
+            local = self.local_step()
+            assert local is not None
+            return scale_outputs(output, local, i, f"branch {self._names[i]}")
 
         return leave
 

@@ -23,8 +23,9 @@ class ImpartialityBlock(Impartial):
     Args:
         branches: K modules, in a list, an `nn.ModuleList`, or an `nn.ModuleDict`.
         resolver: the rule of the global step, or its name or class; each block needs its own.
-        local: the local step beta: K positive numbers, or a `StandardScale`, `DimRatio` or `LipschitzScale`. Branch i receives the gradient
-            of its output times beta_i, so its parameters' gradients carry beta_i too; the resolver acts on the shared tensor alone.
+        local: the local step beta: K positive numbers, a `StandardScale`, `DimRatio` or `LipschitzScale`, or an `OGM`, `AGM` or `CGGM`, which finds them anew at
+            every step. Branch i receives the gradient of its output times beta_i, so its parameters' gradients carry beta_i too; the resolver acts on the
+            shared tensor alone.
         per: "batch", "sample" or "batch_sum", see `fork`.
         preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
         group: process group whose ranks hold parts of one batch, see `fork`.
@@ -93,8 +94,9 @@ class ImpartialityBlock(Impartial):
             outputs = {name: branch(alias, **kwargs) for alias, (name, branch) in zip(aliases, branches.items(), strict=True)}  # type: ignore[misc]
         else:
             outputs = self._call_branches(branches, aliases, y, kwargs)
-        if self._beta is not None and not transforms.exporting():
-            outputs = {name: scale_outputs(out, beta, name) for beta, (name, out) in zip(self._beta, outputs.items(), strict=True)}
+        local = self.local_step()
+        if local is not None and not transforms.exporting():
+            outputs = {name: scale_outputs(out, local, i, f"branch {name}") for i, (name, out) in enumerate(outputs.items())}
         return outputs if isinstance(self.branches, nn.ModuleDict) else tuple(outputs.values())
 
     def _call_branches(self, branches: dict[str, Any], aliases: Sequence[Tensor], y: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmfast import contract
 from mmfast.blocks.fork import check_plan, without_state
 from mmfast.blocks.local_step import check_local
+from mmfast.blocks.modulation import GradientModulation
 from mmfast.blocks.scaling import LocalScale
 from mmfast.ops.across import Ranks
 from mmfast.resolvers.base import Resolver, Rule
@@ -54,6 +55,7 @@ class Impartial(nn.Module):
     """The base of ImpartialityBlock and LinearHeads."""
 
     beta: Tensor | None
+    modulation: GradientModulation | None  # in beta's place, where it changes from step to step
     _no_gradient = False  # whether the last training pass asked for none, so that what was recorded before is stale
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
@@ -72,7 +74,12 @@ class Impartial(nn.Module):
         self.per = per
         self.preserve_norm = preserve_norm
         self.ranks = Ranks.of(group)
-        self._beta = None if local is None else check_local(local, k)
+        self.modulation = local if isinstance(local, GradientModulation) else None
+        if self.modulation is not None and self.modulation.k != k:
+            raise ValueError(
+                f"local is {self.modulation!r}, for {self.modulation.k} modalities, expected one for {k}, the number of branches"
+            )
+        self._beta = None if local is None or self.modulation is not None else check_local(local, k)
         self.register_buffer("beta", None if self._beta is None else torch.tensor(self._beta, dtype=torch.float64))
         # no buffer: DistributedDataParallel would send it around at every step
         self._info = torch.full((k + k * k,), _NO_BACKWARD_YET, dtype=torch.float64)
@@ -90,6 +97,13 @@ class Impartial(nn.Module):
             self.beta = torch.tensor(self._beta, dtype=torch.float64, device=device)
         if self._info is not None:
             self._info = self._info.new_full((len(self.names) + len(self.names) ** 2,), _NO_BACKWARD_YET, device=device)
+
+    def local_step(self) -> tuple[float, ...] | GradientModulation | None:
+        """What scales the branches' gradients, of a forward pass that begins."""
+        if self.modulation is None:
+            return self._beta
+        self.modulation.entered()
+        return self.modulation
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,7 +177,7 @@ class Impartial(nn.Module):
     def _keep_own(self, state_dict: Any, prefix: str) -> None:
         """Adds to the checkpoint of branches without a block what the block keeps besides them, as it is."""
         for name, value in self.state_dict(prefix=prefix).items():
-            if name.startswith((prefix + "resolver.", prefix + "beta")):
+            if name.startswith((prefix + "resolver.", prefix + "beta", prefix + "modulation.")):
                 state_dict.setdefault(name, value)
 
     def extra_repr(self) -> str:

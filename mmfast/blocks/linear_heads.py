@@ -80,9 +80,10 @@ def _backward(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple[
 def _gradients(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     y, weight, mask, head_of = ctx.saved_tensors
     module = ctx.module
-    if module.beta is not None:
+    beta = module.beta if module.modulation is None else module.modulation.current(delta)
+    if beta is not None:
         wide = reference.wide(delta)
-        delta = (delta.to(wide) * module.beta.to(wide)[head_of]).to(delta.dtype)
+        delta = (delta.to(wide) * beta.to(wide)[head_of]).to(delta.dtype)
     flat = delta.reshape(-1, delta.shape[-1])
     wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -224,9 +225,10 @@ class LinearHeads(Impartial):
         transforms.refuse_compiled(y, "LinearHeads")
         if transforms.active():
             return _TransformedHeads.apply(y, weight, bias, mask, self)
+        local = self.local_step()
         if not transforms.wants_gradient(y):
             self.no_gradient_wanted()
-            if self.beta is None:
+            if local is None:
                 return F.linear(y, weight, bias)
         else:
             y = transforms.tracked(y)

@@ -1,0 +1,382 @@
+"""Gradient modulation: each formula against plain loops in float64, its laws, where it scales, and that nothing waits for a device."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import mmfast as mf
+
+N, C = 12, 4
+KINDS = {"OGM": lambda k: mf.OGM(k, alpha=0.4)}
+
+
+def batch(k, seed=0, scale=2.0):
+    """Logits of k modalities, the later the better they know the labels, and the labels."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(C, (N,), generator=g)
+    right = F.one_hot(labels, C)
+    return [scale * torch.randn(N, C, generator=g) + i * right for i in range(k)], labels
+
+
+def probability(row, label):
+    largest = max(row)
+    return math.exp(row[label] - largest) / sum(math.exp(x - largest) for x in row)
+
+
+def probabilities(logits, labels):
+    return [[probability(row, label) for row, label in zip(x.double().tolist(), labels.tolist(), strict=True)] for x in logits]
+
+
+class OGMOracle:
+    """As the paper has it, with the weakest other modality in place of the other one."""
+
+    def __call__(self, logits, labels):
+        mass = [sum(p) for p in probabilities(logits, labels)]
+        beta = []
+        for i, own in enumerate(mass):
+            rho = own / min(other for j, other in enumerate(mass) if j != i)
+            beta.append(1 - math.tanh(0.4 * max(rho, 0)) if rho > 1 else 1.0)
+        return beta
+
+
+ORACLES = {"OGM": OGMOracle}
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_formula_over_steps(kind, k):
+    scale, oracle = KINDS[kind](k), ORACLES[kind]()
+    for seed in range(6):
+        logits, labels = batch(k, seed)
+        scale.update(logits, labels)
+        torch.testing.assert_close(scale.beta, torch.tensor(oracle(logits, labels), dtype=torch.float64), rtol=1e-12, atol=1e-14)
+    assert len(set(scale.beta.tolist())) > 1
+
+
+def test_ogm_of_two_modalities_is_the_papers():
+    """One ratio and its inverse; only the modality ahead is held back."""
+    for seed in range(8):
+        (a, v), labels = batch(2, seed)
+        s_a, s_v = (x.double().softmax(1).gather(1, labels[:, None]).sum() for x in (a, v))
+        ratio_v = s_v / s_a
+        k_a, k_v = (1.0, 1 - torch.tanh(0.4 * ratio_v)) if ratio_v > 1 else (1 - torch.tanh(0.4 / ratio_v), 1.0)
+        ogm = mf.OGM(alpha=0.4)
+        ogm.update([a, v], labels)
+        torch.testing.assert_close(ogm.beta, torch.tensor([k_a, k_v], dtype=torch.float64), rtol=1e-12, atol=0.0)
+
+
+def test_ogm_far_ahead():
+    """Where 1 - tanh would cancel it keeps its digits; where nothing is left the gradient is zero, and what is not a number stays so."""
+    labels = torch.zeros(1, dtype=torch.int64)
+    beta = []
+    for behind in (-3.0, -1e4, math.nan):
+        ogm = mf.OGM(alpha=1.0)
+        ogm.update([torch.tensor([[0.0, -1e4]]), torch.tensor([[behind, 0.0]])], labels)
+        beta.append(ogm.beta)
+    rho = 1 + math.exp(3.0)
+    assert beta[0][0].item() == pytest.approx(2 / (1 + math.exp(2 * rho)), rel=1e-12) and beta[0][1] == 1
+    assert beta[1].tolist() == [0.0, 1.0]
+    assert beta[2].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_modalities_are_left_alone(kind):
+    scale = KINDS[kind](3)
+    for seed in range(3):
+        (logits, *_), labels = batch(3, seed)
+        scale.update([logits] * 3, labels)
+        assert torch.equal(scale.beta, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modalities_in_another_order(kind):
+    one, other, order = KINDS[kind](4), KINDS[kind](4), [2, 0, 3, 1]
+    for seed in range(4):
+        logits, labels = batch(4, seed)
+        one.update(logits, labels)
+        other.update([logits[i] for i in order], labels)
+        torch.testing.assert_close(other.beta, one.beta[order], rtol=1e-13, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forms_of_logits_and_labels(kind):
+    """A list, a tensor, a dict, more dimensions, other dtypes: one result."""
+    logits, labels = batch(3)
+    betas = []
+    for given, classes in (
+        (logits, labels),
+        (torch.stack(logits), labels),
+        (dict(zip("abc", logits, strict=True)), labels.int()),
+        ([x.reshape(3, 4, C) for x in logits], labels.reshape(3, 4)),
+        ([x.requires_grad_() for x in logits], labels),
+    ):
+        scale = KINDS[kind](3)
+        scale.update(given, classes)
+        assert not scale.beta.requires_grad
+        betas.append(scale.beta)
+    assert all(torch.equal(beta, betas[0]) for beta in betas)
+
+
+class Late(nn.Module):
+    """Encoders whose features a sum of linear heads fuses."""
+
+    def __init__(self, scale, k=2):
+        super().__init__()
+        self.scale = scale
+        self.encoders = nn.ModuleList([nn.Sequential(nn.Linear(5, 6), nn.Tanh()) for _ in range(k)])
+        self.heads = nn.ModuleList([nn.Linear(6, C) for _ in range(k)])
+
+    def forward(self, x):
+        features = [encoder(x) for encoder in self.encoders]
+        if self.scale is not None:
+            features = self.scale(features)
+        return [head(feature) for head, feature in zip(self.heads, features, strict=True)]
+
+
+class Shared(nn.Module):
+    """Branches of one tensor that predict the same labels."""
+
+    def __init__(self, kind, rule, local, k=2, **kwargs):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(5, 6), nn.Tanh())
+        if kind == "heads":
+            self.block = mf.LinearHeads(6, [C] * k, rule, local=local, **kwargs)
+        else:
+            branches = [nn.Linear(6, C) for _ in range(k)]
+            self.block = mf.ImpartialityBlock(branches, rule, local=local, **kwargs) if kind == "block" else nn.ModuleList(branches)
+            self.attached = [mf.attach(self.block, rule, local=local, **kwargs)] if kind == "attach" else []
+
+    def forward(self, x):
+        y = self.encoder(x)
+        return [head(y) for head in self.block] if isinstance(self.block, nn.ModuleList) else self.block(y)
+
+
+def data(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(N, 5, generator=g), torch.randint(C, (N,), generator=g)
+
+
+def loss_of(logits, labels):
+    return sum((i + 1) * F.cross_entropy(x, labels) for i, x in enumerate(logits)) + F.cross_entropy(sum(logits), labels)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def step(model, scale, x, labels, forward=None):
+    model.zero_grad()
+    logits = (model if forward is None else forward)(x)
+    if scale is not None:
+        scale.update(logits, labels)
+    loss_of(logits, labels).backward()
+    return gradients(model)
+
+
+def test_encoders_get_their_beta_and_the_fusion_does_not():
+    torch.manual_seed(0)
+    scale = mf.OGM(alpha=0.4)
+    model = Late(scale)
+    plain = Late(None)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("scale.")})
+    for seed in range(3):
+        ours, theirs = step(model, scale, *data(seed)), step(plain, None, *data(seed))
+        assert scale.beta.min() < 1 == scale.beta.max()
+        for name, gradient in theirs.items():
+            beta = scale.beta[int(name.split(".")[1])] if name.startswith("encoders") else 1.0
+            torch.testing.assert_close(ours[name], (beta * gradient).float(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("per", ["batch", "sample"])
+@pytest.mark.parametrize("where", ["block", "heads", "attach"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_does_what_it_does_with_these_numbers(kind, where, per):
+    """G -> beta G beta: as with the same beta given as fixed numbers, which the step before has not."""
+    torch.manual_seed(1)
+    scale = KINDS[kind](2)
+    model = Shared(where, mf.UPGrad(), scale, per=per).double()
+    for seed in range(3):
+        x, labels = data(seed)
+        ours = step(model, scale, x.double(), labels)
+        fixed = Shared(where, mf.UPGrad(), scale.beta.clamp(min=1e-300).tolist(), per=per).double()
+        fixed.load_state_dict(model.state_dict(), strict=False)
+        for name, gradient in step(fixed, None, x.double(), labels).items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-14)
+
+
+class Watch(TorchDispatchMode):
+    """Raises where a value would leave its device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device for x in (*args, out) if isinstance(x, torch.Tensor)}
+        assert len(devices) <= 1, (func, devices)
+        return out
+
+
+@pytest.mark.parametrize("where", ["encoders", "block", "heads", "attach"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits(kind, where, monkeypatch):
+    scale = KINDS[kind](2)
+    model = Late(scale) if where == "encoders" else Shared(where, mf.Sum(), scale)
+    x, labels = data()
+
+    def refuse(*_, **__):
+        raise AssertionError("a tensor's value was asked for")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    with Watch():
+        logits = model(x)
+        scale.update(logits, labels)
+        loss_of(logits, labels).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_16_bits_are_rounded_once(dtype):
+    scale = mf.OGM()
+    scale.beta.copy_(torch.tensor([1e-9, 1 / 3]))
+    features = [torch.zeros(3, dtype=dtype, requires_grad=True) for _ in range(2)]
+    incoming = torch.tensor([1e4, -3e3, 7.0], dtype=dtype)
+    torch.autograd.backward(scale(features), [incoming, incoming])
+    for feature, beta in zip(features, scale.beta, strict=True):
+        assert torch.equal(feature.grad, (incoming.double() * beta).to(dtype))
+
+
+def test_features_of_any_form():
+    scale = mf.OGM()
+    scale.beta.copy_(torch.tensor([0.5, 0.25]))
+    x = torch.ones(2, requires_grad=True)
+    z = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    (mean, spread), other = scale([(2 * x, 3 * x), {"z": 4 * z, "n": 3}])
+    (mean.sum() + spread.sum() + other["z"].real.sum()).backward()
+    assert torch.equal(x.grad, torch.full((2,), 2.5)) and torch.equal(z.grad, torch.ones(2, dtype=torch.complex64))
+    assert all(torch.equal(a, b) for a, b in zip(scale([x, x]), [x, x], strict=True))
+    with torch.no_grad():
+        assert scale([x, z])[0] is x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_and_copies(kind, tmp_path):
+    """What is kept goes on where it was: in a block's checkpoint, in attach's, in a copy and in a pickle, each of which then goes its own way."""
+    scale = KINDS[kind](2)
+    model = Shared("block", mf.GradVac(), scale)
+    for seed in range(2):
+        step(model, scale, *data(seed))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = Shared("heads", mf.GradVac(), KINDS[kind](2))
+    loaded.load_state_dict(torch.load(tmp_path / "model.pt"))
+    handle = Shared("attach", mf.GradVac(), KINDS[kind](2)).attached[0]
+    handle.load_state_dict(
+        {name[6:]: value for name, value in model.state_dict().items() if not name.startswith(("encoder.", "block.branches."))}
+    )
+    twin = copy.deepcopy(model)
+    others = [loaded.block.modulation, handle.modulation, twin.block.modulation, pickle.loads(pickle.dumps(scale))]
+    before, (logits, labels) = scale.beta.clone(), batch(2, 7)
+    scale.update(logits, labels)
+    for other in others:
+        assert torch.equal(other.beta, before)
+        other.update(logits, labels)
+        assert torch.equal(other.beta, scale.beta)
+    scale.reset()
+    assert scale.beta.tolist() == [1.0, 1.0] and scale.beta.tolist() != others[2].beta.tolist()
+    x, labels = data(8)
+    ours = step(twin, others[2], x, labels)
+    for name, gradient in step(model, scale, x, labels).items():
+        assert torch.equal(ours[name], gradient) == (kind != "AGM"), name
+
+
+def test_a_checkpoint_of_plain_branches_leaves_it_alone():
+    scale = mf.OGM()
+    block = mf.ImpartialityBlock([nn.Linear(6, C), nn.Linear(6, C)], "upgrad", local=scale)
+    scale.beta.fill_(0.5)
+    block.load_state_dict(nn.ModuleList([nn.Linear(6, C), nn.Linear(6, C)]).state_dict())
+    assert scale.beta.tolist() == [0.5, 0.5]
+
+
+def test_dtypes_and_devices():
+    scale = mf.OGM()
+    model = Late(scale)
+    scale.beta.fill_(1 / 3)
+    for cast in (model.half, model.bfloat16, model.double, model.float):
+        cast()
+        assert scale.beta.dtype == torch.float64 and scale.beta[0] == 1 / 3
+    model.to("meta")
+    assert scale.beta.is_meta and scale.beta.dtype == torch.float64
+    model.to_empty(device="cpu")
+    scale.reset_parameters()
+    assert scale.beta.tolist() == [1.0, 1.0]
+    init = []
+    model.apply(lambda module: init.append(type(module)))
+    assert mf.OGM in init
+
+
+def test_a_forgotten_update_is_told_once():
+    scale = mf.OGM()
+    model = Late(scale)
+    x, labels = data()
+    loss_of(model(x), labels).backward()  # before the first one there is nothing to scale
+    step(model, scale, x, labels)
+    model(x)  # an evaluation
+    step(model, scale, x, labels)
+    logits = model(x)
+    with pytest.warns(UserWarning, match="OGM.update was not called between this forward and backward pass"):
+        loss_of(logits, labels).backward()
+    step(model, None, x, labels)
+    other = Late(mf.OGM())
+    step(other, other.scale, x, labels)
+    other.scale.reset()
+    step(other, None, x, labels)
+
+
+@pytest.mark.parametrize("where", ["encoders", "block", "heads", "attach"])
+def test_activation_checkpointing_and_accumulation(where):
+    torch.manual_seed(0)
+    scale = mf.OGM(alpha=0.4)
+    model = Late(scale) if where == "encoders" else Shared(where, mf.Sum(), scale)
+    ours = step(model, scale, *data(), lambda x: checkpoint(model, x, use_reentrant=False))
+    beta = scale.beta.clone()
+    for name, gradient in step(model, scale, *data()).items():
+        torch.testing.assert_close(ours[name], gradient)
+    assert torch.equal(beta, scale.beta)
+    logits = model(data(3)[0])  # a second part of the batch, with a beta of its own
+    scale.update(logits, data(3)[1])
+    loss_of(logits, data(3)[1]).backward()
+    both = gradients(model)
+    for name, gradient in step(model, scale, *data(3)).items():
+        torch.testing.assert_close(both[name], ours[name] + gradient)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: mf.OGM(1), ValueError, "k is 1, expected the number of modalities, 2 to 256"),
+        (lambda: mf.OGM(2.0), ValueError, "k is 2.0"),
+        (lambda: mf.OGM(alpha=0.0), ValueError, "alpha is 0.0, expected a positive"),
+        (lambda: mf.OGM(alpha=math.nan), ValueError, "alpha is nan"),
+        (lambda: mf.OGM(3).update(*batch(2)), ValueError, "logits has 2 entries, expected 3"),
+        (lambda: mf.OGM().update(batch(2)[0], torch.zeros(N)), TypeError, "labels is torch.float32, expected .* whole numbers"),
+        (lambda: mf.OGM().update(batch(2)[0], [0] * N), TypeError, "labels is a list"),
+        (lambda: mf.OGM().update(batch(2)[0], torch.zeros(N + 1).long()), ValueError, r"logits\[0\] has shape \(12, 4\), expected \(13, 'C'\)"),
+        (lambda: mf.OGM().update([torch.zeros(2, 3), torch.zeros(2, 4)], torch.zeros(2).long()), ValueError, r"logits\[1\] has shape \(2, 4\)"),
+        (lambda: mf.OGM().update([torch.zeros(2, 3), None], torch.zeros(2).long()), TypeError, r"logits\[1\] is NoneType"),
+        (lambda: mf.OGM().update([torch.zeros(0, 3)] * 2, torch.zeros(0).long()), ValueError, "labels is empty"),
+        (lambda: mf.OGM().update([torch.zeros(2, 3, device="meta")] * 2, torch.zeros(2).long()), ValueError, "on meta, but OGM on cpu"),
+        (lambda: mf.OGM()(torch.zeros(2, 3)), ValueError, "features has a Tensor, expected a list of 2"),
+        (lambda: mf.OGM()([torch.zeros(2)]), ValueError, "features has 1 entries"),
+        (lambda: mf.OGM()([torch.zeros(2), {1}]), TypeError, "encoder 1 returned a set"),
+        (lambda: mf.LinearHeads(3, [1, 2, 3], "mean", local=mf.OGM()), ValueError, r"local is OGM\(2, alpha=0.1\), for 2 modalities, expected one for 3"),
+        (lambda: torch.func.grad(lambda x: mf.OGM().update([x, x], torch.zeros(2).long()))(torch.zeros(2, 3)), RuntimeError, "torch.func"),
+    ],
+)  # fmt: skip
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
