@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
+    "AGM",
+    "CGGM",
     "OGM",
     "DimRatio",
     "ImpartialityBlock",
@@ -50,7 +52,7 @@ if TYPE_CHECKING or not _is_command():
         from mmfast.blocks.find import find_blocks
         from mmfast.blocks.fork import fork
         from mmfast.blocks.linear_heads import LinearHeads
-        from mmfast.blocks.modulation import OGM
+        from mmfast.blocks.modulation import AGM, CGGM, OGM
         from mmfast.blocks.parameters import backward
         from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale
         from mmfast.ops.combine import combine

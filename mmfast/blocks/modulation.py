@@ -6,7 +6,7 @@ encoders, before the fusion. As `local=` of a block it scales the branches' grad
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -217,6 +217,129 @@ class OGM(GradientModulation):
 
     def extra_repr(self) -> str:
         return f"{self.k}, alpha={self.alpha:g}"
+
+
+class AGM(GradientModulation):
+    """Adaptive gradient modulation: a modality ahead of the others by more than it used to be gets smaller gradients, one behind larger ones (Li et al., "Boosting multi-modal model performance with
+    adaptive gradient modulation", ICCV 2023).
+
+    beta_i = exp(alpha min(tau_i - r_i, 7)): r_i is exp of the others' mean loss less the own one, by cross-entropies of the batch (at most -log 1e-8 for a sample), tau_i the same of the means over all
+    steps before, 1 at the first. (The released code has 10 in place of 7 for two modalities.) A step with a loss that is not finite is not remembered.
+    The logits are to be each modality's part in the model's: where a linear layer fuses, those that `OGM` takes; for any other fusion `AGM.shapley_logits`.
+    In a process group each rank goes by its own part of the batch.
+
+    Args:
+        k: number of modalities.
+        alpha: how strongly, above 0; 1 is the released code's default.
+
+    Attributes:
+        mean: the mean losses so far, float64 [K], over `steps` [1].
+
+    Raises:
+        ValueError: an argument is not as described.
+
+    Example:
+        >>> agm, labels = mf.AGM(2), torch.tensor([0, 1])
+        >>> agm.update([torch.eye(2), torch.zeros(2, 2)], labels)  # the first is ahead
+        >>> agm.beta
+        tensor([0.6299, 1.3717], dtype=torch.float64)
+    """
+
+    mean: Tensor
+    steps: Tensor
+
+    def __init__(self, k: int = 2, alpha: float = 1.0) -> None:
+        super().__init__(k)
+        self.alpha = _positive(alpha, "alpha")
+        self.register_buffer("mean", torch.zeros(k, dtype=torch.float64))
+        self.register_buffer(
+            "steps", torch.zeros(1, dtype=torch.float64)
+        )  # torch.compile (2.13) loses what is written to a [] of float64 on a CPU
+
+    def factors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = -_log_likelihoods(logits, labels).clamp(min=math.log(1e-8)).mean(1)
+        beta = (self.alpha * (self._ahead(self.mean) - self._ahead(losses)).clamp(max=7)).exp()
+        known = losses.isfinite().all()
+        self.steps.add_(known)
+        self.mean.copy_(torch.where(known, self.mean + (losses - self.mean) / self.steps, self.mean))
+        return beta
+
+    def _ahead(self, losses: Tensor) -> Tensor:
+        """exp of the mean of the others' losses less the own one."""
+        return (self.k / (self.k - 1) * (losses.mean() - losses)).exp()
+
+    @staticmethod
+    def shapley_logits(predict: Callable[[tuple[bool, ...]], Tensor], k: int) -> list[Tensor]:
+        """Each modality's part in the logits of a model, whatever its fusion: its Shapley value, where without any modality they are 0. All parts add up to the logits.
+
+        Args:
+            predict: takes k bools, the modalities that are there, and returns logits; called 2^k - 1 times (in eval mode and under torch.no_grad, if only `update` needs them).
+            k: number of modalities.
+
+        Example:
+            >>> features = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
+            >>> mf.AGM.shapley_logits(lambda there: (features * torch.tensor(there)[:, None]).sum(0), 2)
+            [tensor([1., 0.]), tensor([0., 4.])]
+        """
+        logits = {there: predict(there) for there in itertools.product((True, False), repeat=k) if any(there)}
+        parts = []
+        for i in range(k):
+            gains = []
+            for there, with_it in logits.items():
+                if there[i]:
+                    others = sum(there) - 1
+                    gain = with_it - logits[(*there[:i], False, *there[i + 1 :])] if others else with_it
+                    gains.append(gain / (k * math.comb(k - 1, others)))
+            parts.append(torch.stack(gains).sum(0))
+        return parts
+
+    def extra_repr(self) -> str:
+        return f"{self.k}, alpha={self.alpha:g}"
+
+
+class CGGM(GradientModulation):
+    """Classifier-guided gradient modulation: the more of the gain in accuracy is a modality's, the smaller its gradients (Guo et al., "Classifier-guided gradient modulation for enhanced multimodal
+    learning", NeurIPS 2024).
+
+    beta_i = rho (1 - gain_i / sum of the gains), the gains those of the accuracies from one step's batch to the next, from 0 at the first. Where the released code divides by a sum of signed
+    gains, which may be near 0 or turn a gradient round, a loss of accuracy counts here as no gain, and where nothing is gained all count alike. Gains that are alike give
+    rho (K - 1) / K. The paper's second part, a loss that turns gradients towards the classifiers', is not here.
+    The logits are those of a classifier on each encoder's features, trained beside the model and without a gradient for the encoders.
+    In a process group each rank goes by its own part of the batch.
+
+    Args:
+        k: number of modalities.
+        rho: the factor, above 0; 1.3 is the released code's, k / (k - 1) leaves modalities alone that gain alike.
+
+    Attributes:
+        accuracy: of the last step, float64 [K].
+
+    Raises:
+        ValueError: an argument is not as described.
+
+    Example:
+        >>> cggm, labels = mf.CGGM(2, rho=2.0), torch.tensor([0, 1])
+        >>> cggm.update([torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])], labels)  # all right, one of two
+        >>> cggm.beta
+        tensor([0.6667, 1.3333], dtype=torch.float64)
+    """
+
+    accuracy: Tensor
+
+    def __init__(self, k: int = 2, rho: float = 1.3) -> None:
+        super().__init__(k)
+        self.rho = _positive(rho, "rho")
+        self.register_buffer("accuracy", torch.zeros(k, dtype=torch.float64))
+
+    def factors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        accuracy = (logits.argmax(-1) == labels).double().mean(1)
+        gains = (accuracy - self.accuracy).clamp(min=0)
+        self.accuracy.copy_(accuracy)
+        total = gains.sum()
+        return self.rho * (1 - torch.where(total > 0, gains / total, 1 / self.k))
+
+    def extra_repr(self) -> str:
+        return f"{self.k}, rho={self.rho:g}"
 
 
 def _positive(x: float, name: str) -> float:
