@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_modulation import KINDS, Late, Shared, data, gradients, loss_of, step
+from modulation_models import KINDS, Late, Shared, data, gradients, loss_of, step
 from torch._dynamo import config
 
 import mmfast as mf
