@@ -6,7 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
-LONG = os.environ.get("MMFAST_LONG", "0") not in ("", "0")  # make ptx and make triton: all of what takes long, of which make test has a part
+LONG = os.environ.get("MMFAST_LONG", "0") not in (
+    "",
+    "0",
+)  # make ptx and make triton: all of what takes long, of which make test has a part
 
 
 @pytest.fixture(autouse=True)

@@ -234,3 +234,12 @@ def test_forms_of_logits_and_labels(kind):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_one_label():
+    """Without a batch dimension it is a batch of one."""
+    logits, labels = batch(2)
+    one, other = mf.OGM(), mf.OGM()
+    one.update([x[0] for x in logits], labels[0])
+    other.update([x[:1] for x in logits], labels[:1])
+    assert torch.equal(one.beta, other.beta) and one.beta.min() < 1

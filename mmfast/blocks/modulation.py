@@ -88,8 +88,8 @@ class GradientModulation(nn.Module, LocalScale):
                 f"{type(self).__name__}.update can't be called inside a transformation of torch.func, nor compiled into one graph with its backward pass, which would "
                 "read the beta of the step before; call it between the two"
             )
-        stacked = torch.stack([x.detach().double() for x in self._checked(logits, labels)])
-        self.beta.copy_(self.factors(stacked.flatten(1, -2), labels.long().flatten()))
+        rows = [x.detach().double().reshape(-1, x.shape[-1]) for x in self._checked(logits, labels)]
+        self.beta.copy_(self.factors(torch.stack(rows), labels.long().flatten()))
         if not torch.compiler.is_compiling():
             self._waits, self._updated = False, True
 
