@@ -50,9 +50,16 @@ class Ranks:
         torch.distributed.all_reduce(x, group=self.group)
         return x
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of each number over the ranks, in place."""
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self.group)
+        return x
 
-def _kept(resolver: Resolver, k: int, device: torch.device) -> list[Tensor]:
+
+def kept_by(resolver: Resolver, k: int, device: torch.device) -> list[Tensor]:
     """The states and random streams of a resolver's rules; those of a chain are made where they are not there yet."""
+    if isinstance(resolver, GradDrop):
+        return [resolver.stream(device)]
     chain = resolver.chain()
     if chain is not None:
         bound = bind(chain, (), k, device)
@@ -91,7 +98,7 @@ def resolve(
     """
     device = columns[0].like.device
     resolver.check(k)
-    kept = _kept(resolver, k, device)
+    kept = kept_by(resolver, k, device)
     functions = functions_of(choose(device, "auto", k))
     if per == "batch_sum":
         mine = [_batch_sums(c, k, mask) for c in columns]
@@ -143,7 +150,7 @@ def heads(
     The all-reduces of `resolve`, but for per="batch_sum" it is delta that is summed, a number for each output.
     """
     resolver.check(k)
-    precision, kept = precision_of(delta.dtype), _kept(resolver, k, delta.device)
+    precision, kept = precision_of(delta.dtype), kept_by(resolver, k, delta.device)
     functions = functions_of(choose(delta.device, "auto", k, "heads"))
     delta = reference.hide_branches(delta, head_of, mask)
     measures = delta
@@ -176,7 +183,7 @@ def resolve_elements(
     for t, c in enumerate(columns):
         sizes[t, ranks.rank] = c.like.numel()
     here = torch.stack([_present(c, k, mask) for c in columns]).any(0)
-    found = agree(torch.cat([sizes.flatten(), here.double()]), [rule.stream(device)] if isinstance(rule, GradDrop) else [], ranks)
+    found = agree(torch.cat([sizes.flatten(), here.double()]), kept_by(rule, k, device), ranks)
     ends = found[: sizes.numel()].cumsum(0).view(sizes.shape)
     firsts, there = (ends[:, ranks.rank] - sizes[:, ranks.rank]).long(), found[sizes.numel() :] > 0
     if isinstance(rule, GradDrop):
