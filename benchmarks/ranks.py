@@ -97,7 +97,10 @@ def main() -> None:
     print("Calculated: seconds on the wire of one training step.\n")
     calculated()
     print("\nMeasured here, over gloo on one machine: fork and backward pass, N = 65536 on each rank, the shortest of 300.\n", flush=True)
-    print("| processes | all-reduce, 16 numbers | K = 4 alone | with group= | K = 16 alone | with group= |\n|--:|--:|--:|--:|--:|--:|", flush=True)
+    print(
+        "| processes | all-reduce, 16 numbers | K = 4 alone | with group= | K = 16 alone | with group= |\n|--:|--:|--:|--:|--:|--:|",
+        flush=True,
+    )
     for ranks in (2, 4):
         measured(ranks)
 

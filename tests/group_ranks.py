@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -259,12 +260,8 @@ def case_attach_to_several_tensors(rank, world):
         got[bool(options)] = y.grad, z.grad
     for ours, expected in zip(got[True], got[False], strict=True):
         close(ours, expected[data.part], got[False][0].norm().item())
-    try:
-        mf.attach(branches, mf.GradDrop(), group=dist.group.WORLD)
-    except TypeError as error:
-        assert "an elementwise rule, which attach can't serve with group=" in str(error)
-    else:
-        raise AssertionError("attach took an elementwise rule with group=")
+    words = "an elementwise rule, which attach can't serve with group="
+    raises(TypeError, words, lambda: mf.attach(branches, mf.GradDrop(), group=dist.group.WORLD))
 
 
 def case_linear_heads(rank, world):
@@ -416,6 +413,104 @@ def case_fully_sharded(rank, world):
         training.mean_of_all(shards).backward()
         training.step()
         training.compare(of=lambda p: p.detach().full_tensor())
+
+
+def case_parameters(rank, world):
+    """mf.backward: gradients of the mean of the ranks' losses, the first rank without the last loss; heads as DDP would leave them."""
+    for make, norm in ((mf.UPGrad, False), (lambda: mf.Compose(mf.GradVac(), mf.PCGrad()), True), (mf.GradDrop, False)):
+        torch.manual_seed(3)
+        trunk, heads = nn.Sequential(nn.Linear(D, D), nn.Tanh()), nn.ModuleList([nn.Linear(D, n) for n in (1, 2, 1)])
+        unused = nn.Parameter(torch.ones(2))
+        alone, group = nn.ModuleList([trunk, heads]), copy.deepcopy(nn.ModuleList([trunk, heads]))
+        rule, whole_rule = seeded(rank, lambda k, make=make: make())
+
+        def losses(net, x, last=True):
+            y = net[0](x)
+            found = [((i + 1) * head(y) - i).square().mean() for i, head in enumerate(net[1])]
+            return found if last else [*found[:-1], None]
+
+        for step in range(3):
+            data = Shards(rank, world, seed=step)
+            of_rank = lambda r, step=step: Shards(r, world, seed=step).mine()[0]
+            every = [losses(alone, of_rank(r), last=r > 0) for r in range(world)]
+            means = [sum(x for x in column if x is not None) / world for column in zip(*every, strict=True)]
+            expected = mf.backward(means, whole_rule, list(alone[0].parameters()), preserve_norm=norm)
+            stats = mf.backward(
+                losses(group, data.mine()[0], last=rank > 0),
+                rule,
+                list(group[0].parameters()),
+                preserve_norm=norm,
+                group=dist.group.WORLD,
+                heads=[*group[1].parameters(), unused],
+            )
+            for p, q in zip(group.parameters(), alone.parameters(), strict=True):
+                close(p.grad, q.grad, max(p.grad.norm().item() for p in alone.parameters()))
+            assert unused.grad is None
+            if expected is not None:
+                torch.testing.assert_close(stats.weights, expected.weights, rtol=1e-3, atol=1e-4)
+
+
+def case_parameters_that_differ(rank, world):
+    """An error on every rank, before anything is written."""
+    net = nn.Linear(D, 2)
+    losses = [net(torch.ones(1, D)).sum(), net(torch.ones(1, D)).square().sum()]
+    given = list(net.parameters())
+    calls = (
+        (
+            given[:1] if rank == 0 else given,
+            given[1:] if rank == 0 else [],
+            "the ranks of the group were given other losses, params or heads",
+        ),
+        (given[::-1] if rank == 0 else given, [], "the ranks of the group were given other"),
+        (given[:1], [], "1 are in neither"),
+        (None, [], "params must name the shared parameters"),
+    )
+    for params, heads, words in calls:
+        options = {"params": params, "heads": heads, "retain_graph": True, "group": dist.group.WORLD}
+        raises(ValueError, words, lambda options=options: mf.backward(losses, mf.UPGrad(), **options))
+    assert all(p.grad is None for p in given)
+
+
+def raises(error, words, call):
+    try:
+        call()
+    except error as raised:
+        assert words in str(raised), str(raised)
+    else:
+        raise AssertionError(f"no error: {words}")
+
+
+def case_what_is_said(rank, world):
+    """Without a group of its own a block warns once where one is up; with one it is silent, and refuses what can't be right."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        grads = list(Shards(rank, world).mine())
+        for per in ("batch", "batch_sum", "sample"):
+            through_fork(grads, mf.MGDA(), per=per, group=dist.group.WORLD)
+        assert not seen, str(seen[0].message)
+        through_fork(grads, mf.MGDA())
+        assert "give the block group=" in str(seen[0].message)
+    heads, block = (
+        mf.LinearHeads(D, [1, 2], mf.MGDA(), group=dist.group.WORLD),
+        mf.ImpartialityBlock([nn.Linear(D, 1)] * 2, mf.MGDA(), group=dist.group.WORLD),
+    )
+    for module in (heads, block):
+        loss = lambda y, module=module: sum(out.sum() for out in module(y))
+        raises(
+            RuntimeError,
+            "with group= can't be inside a transformation of torch.func",
+            lambda loss=loss: torch.func.grad(loss)(torch.ones(2, D)),
+        )
+        raises(TypeError, "can't be pickled", lambda module=module: pickle.dumps(module))
+    other = dist.new_group([0])
+    if rank:
+        raises(
+            (TypeError, ValueError),
+            "expected a torch.distributed.ProcessGroup that this process is in",
+            lambda: mf.fork(torch.ones(2), 2, mf.MGDA(), group=other),
+        )
+    else:
+        mf.fork(torch.ones(2), 2, mf.MGDA(), group=other)
 
 
 def case_ranks_that_were_reset_or_restored_apart_agree_again(rank, world):

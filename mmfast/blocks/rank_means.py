@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mmfast.ops import across
 from mmfast.ops.across import Ranks
+from mmfast.resolvers.base import Resolver
 
-Row = Sequence[Tensor | None]  # a loss's gradient at each parameter
+Row = list[Tensor | None]  # a loss's gradient at each parameter
 
 
 def check_parameters(shared: Sequence[Tensor], heads: Sequence[Tensor], reached: Iterable[Tensor], k: int, ranks: Ranks) -> None:
@@ -43,11 +45,11 @@ def averaged(
     One all-reduce of the parameters' size for each loss and one of the heads' for all, after a short one of what is there.
     """
     own = {id(p): g for p, g in sums}
-    table: list[Row] = [rows.get(name, [None] * len(shared)) for name in names]
+    table = [rows.get(name, [None] * len(shared)) for name in names]
     table.append([own.get(id(p)) for p in heads])
     here = [g is not None for row in table for g in row]
     anywhere = ranks.largest(torch.tensor(here, dtype=torch.int64, device=(*shared, *heads)[0].device)).bool().tolist()
-    means: list[list[Tensor | None]] = []
+    means: list[Row] = []
     for params, row in zip([*[shared] * len(names), heads], table, strict=True):
         reached, anywhere = anywhere[: len(params)], anywhere[len(params) :]
         means.append(_mean(params, row, reached, ranks))
@@ -55,9 +57,9 @@ def averaged(
 
 
 @torch.no_grad()
-def _mean(params: Sequence[Tensor], row: Row, reached: Sequence[bool], ranks: Ranks) -> list[Tensor | None]:
+def _mean(params: Sequence[Tensor], row: Row, reached: Sequence[bool], ranks: Ranks) -> Row:
     """The mean over the ranks of each gradient that a rank has; 16-bit numbers are summed as float32."""
-    found: list[Tensor | None] = [None] * len(params)
+    found: Row = [None] * len(params)
     for dtype in dict.fromkeys(p.dtype for p, there in zip(params, reached, strict=True) if there):
         places = [t for t, p in enumerate(params) if reached[t] and p.dtype == dtype]
         parts = [torch.zeros_like(params[t]) if (g := row[t]) is None else g.to_dense() for t in places]
@@ -66,3 +68,11 @@ def _mean(params: Sequence[Tensor], row: Row, reached: Sequence[bool], ranks: Ra
         for t, x in zip(places, flat.split([params[t].numel() for t in places]), strict=True):
             found[t] = x.view(params[t].shape).to(dtype)
     return found
+
+
+def agree_on_what_is_kept(resolver: Resolver, k: int, params: Sequence[Tensor], ranks: Ranks) -> None:
+    """States and random streams of all ranks become those of the first one."""
+    device = params[0].device if params else torch.device("cpu")
+    kept = across.kept_by(resolver, k, device)
+    if kept:
+        across.agree(torch.zeros(0, dtype=torch.float64, device=device), kept, ranks)

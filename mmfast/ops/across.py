@@ -99,12 +99,11 @@ def resolve(
     device = columns[0].like.device
     resolver.check(k)
     kept = kept_by(resolver, k, device)
-    functions = functions_of(choose(device, "auto", k))
+    functions = functions_of(choose(device, "auto", k), k)
     if per == "batch_sum":
         mine = [_batch_sums(c, k, mask) for c in columns]
     else:
-        mine = [lists.gram([c], k, per, mask, "auto") for c in columns]
-        mine = mine if takers is not None else [torch.stack(mine).sum(0)]
+        mine = [lists.gram(part, k, per, mask, "auto") for part in ([columns] if takers is None else [[c] for c in columns])]
     sizes = [x.numel() for x in mine]
     found = agree(torch.cat([*(x.flatten() for x in mine), *([] if takers is None else [takers.flatten()])]), kept, ranks)
     parts = [part.view(x.shape) for x, part in zip(mine, found[: sum(sizes)].split(sizes), strict=True)]
@@ -122,10 +121,9 @@ def resolve(
         if per == "batch_sum":
             lengths = torch.stack(functions.lengths(list(sums.unbind(0)), (), None, w, "batch"))
         else:
-            each = [torch.stack(functions.lengths(c.grads, c.missing, mask, w, per)) for c in columns]
-            lengths = ranks.total(
-                torch.stack(each if shared is None else [torch.where(s, x, 0) for s, x in zip(shared, each, strict=True)]).sum(0)
-            )
+            each = [lists.lengths([c], functions, mask, w, per) for c in columns]
+            each = each if shared is None else [torch.where(s, x, 0) for s, x in zip(shared, each, strict=True)]
+            lengths = ranks.total(torch.stack(each).sum(0))
         w = (w * measured(norm, *lengths.unbind(0))).contiguous()
     out = lists.combined(columns, functions, mask, w, per)
     if shared is not None:
