@@ -1,13 +1,15 @@
 """backward: the gradients of several losses resolved at the parameters that they share."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfast import contract
-from mmfast.blocks import notices, two_passes
+from mmfast.blocks import notices, rank_means, two_passes
 from mmfast.blocks.find import by_name, graph_of
+from mmfast.ops.across import Ranks
 from mmfast.ops.resolve import resolve_info
 from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
@@ -23,6 +25,8 @@ def backward(
     retain_graph: bool = False,
     preserve_norm: bool = False,
     low_memory: bool = False,
+    group: Any = None,
+    heads: Iterable[Tensor] | None = None,
 ) -> BlockStats | None:
     """The backward pass of K losses at once: their gradients are resolved at the parameters that they share, all of them as one problem.
 
@@ -41,6 +45,10 @@ def backward(
         low_memory: keep no more than about two gradients of the shared parameters at a time, or K of the largest tensor where that is more: the
             Gramian comes from some of the tensors at a time, for which the losses are differentiated again (at most 2 K + 1 times each), and the result
             from a backward pass of the weighted sum. The same to rounding; `preserve_norm` goes by the Gramian alone.
+        group: a torch.distributed process group whose ranks hold the same parameters and parts of one batch: each loss's gradients are averaged over the
+            ranks, heads' too, as if one process had the mean of the ranks' losses. It takes an all-reduce of the parameters' size for each loss, and
+            waits for the device; no DistributedDataParallel beside it (docs/distributed.md). Needs `params` and `heads`, alike on every rank.
+        heads: with `group`, the other parameters that the losses reach, on any rank.
 
     Returns:
         Norms, cosines and weights of the losses at the shared parameters, as of a block, with a leading dimension for lists of parameters; None for an
@@ -62,8 +70,9 @@ def backward(
         raise ValueError(f"losses holds {k} losses, expected 1 to {contract.MAX_TILED}")
     resolver = instance_of(resolver, k)
     resolver.check(k)
+    ranks = _ranks(group, params, low_memory)
     there = {name: loss for name, loss in named.items() if loss is not None}
-    if not there:
+    if not there and ranks is None:
         raise ValueError(f"losses holds {k} losses, all None, expected one at least")
     graph = graph_of(there)
     reached = {id(node.variable): (node.variable, terms) for node, terms in graph.terms.items() if hasattr(node, "variable")}
@@ -72,10 +81,16 @@ def backward(
         raise ValueError(f"resolver is {resolver!r}, which keeps state of one problem, but params holds {len(problems)} of them")
     shared = [p for problem in problems for p in problem]
     own = [(p, terms) for key, (p, terms) in reached.items() if key not in {id(p) for p in shared}]
+    others = [] if ranks is None else _checked(() if heads is None else heads, "heads")
+    if ranks is not None:
+        rank_means.check_parameters(shared, others, [p for p, _ in own], k, ranks)
     if low_memory:
         written, infos = two_passes.backward(there, tuple(named), problems, [p for p, _ in own], resolver, preserve_norm, retain_graph)
     else:
         rows, written = _differentiate(there, shared, own, retain_graph)
+        if ranks is not None:
+            rows, written = rank_means.averaged(rows, tuple(named), written, shared, others, ranks)
+            rank_means.agree_on_what_is_kept(resolver, k, shared, ranks)
         infos, begin = [], 0
         for problem in problems:
             table = [row and row[begin : begin + len(problem)] for row in map(rows.get, named)]
@@ -86,6 +101,20 @@ def backward(
     for p, gradient in written:
         add(p, gradient)
     return stats_of(tuple(named), infos, resolver)
+
+
+def _ranks(group: Any, params: object, low_memory: bool) -> Ranks | None:
+    """The processes of a group, where there is one."""
+    ranks = Ranks.of(group)
+    if ranks is not None and params is None:
+        raise ValueError(
+            "with group=, params must name the shared parameters, in the same order on every rank: which are shared may look otherwise on each"
+        )
+    if ranks is not None and low_memory:
+        raise ValueError(
+            "low_memory keeps a Gramian only, and with group= each gradient must be averaged over the ranks; expected one of the two"
+        )
+    return ranks
 
 
 def resolved(

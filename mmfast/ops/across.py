@@ -50,9 +50,16 @@ class Ranks:
         torch.distributed.all_reduce(x, group=self.group)
         return x
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of each number over the ranks, in place."""
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self.group)
+        return x
 
-def _kept(resolver: Resolver, k: int, device: torch.device) -> list[Tensor]:
+
+def kept_by(resolver: Resolver, k: int, device: torch.device) -> list[Tensor]:
     """The states and random streams of a resolver's rules; those of a chain are made where they are not there yet."""
+    if isinstance(resolver, GradDrop):
+        return [resolver.stream(device)]
     chain = resolver.chain()
     if chain is not None:
         bound = bind(chain, (), k, device)
@@ -91,13 +98,12 @@ def resolve(
     """
     device = columns[0].like.device
     resolver.check(k)
-    kept = _kept(resolver, k, device)
+    kept = kept_by(resolver, k, device)
     functions = functions_of(choose(device, "auto", k), k)
     if per == "batch_sum":
         mine = [_batch_sums(c, k, mask) for c in columns]
     else:
-        mine = [lists.gram([c], k, per, mask, "auto") for c in columns]
-        mine = mine if takers is not None else [torch.stack(mine).sum(0)]
+        mine = [lists.gram(part, k, per, mask, "auto") for part in ([columns] if takers is None else [[c] for c in columns])]
     sizes = [x.numel() for x in mine]
     found = agree(torch.cat([*(x.flatten() for x in mine), *([] if takers is None else [takers.flatten()])]), kept, ranks)
     parts = [part.view(x.shape) for x, part in zip(mine, found[: sum(sizes)].split(sizes), strict=True)]
@@ -115,10 +121,9 @@ def resolve(
         if per == "batch_sum":
             lengths = torch.stack(functions.lengths(list(sums.unbind(0)), (), None, w, "batch"))
         else:
-            each = [torch.stack(functions.lengths(c.grads, c.missing, mask, w, per)) for c in columns]
-            lengths = ranks.total(
-                torch.stack(each if shared is None else [torch.where(s, x, 0) for s, x in zip(shared, each, strict=True)]).sum(0)
-            )
+            each = [lists.lengths([c], functions, mask, w, per) for c in columns]
+            each = each if shared is None else [torch.where(s, x, 0) for s, x in zip(shared, each, strict=True)]
+            lengths = ranks.total(torch.stack(each).sum(0))
         w = (w * measured(norm, *lengths.unbind(0))).contiguous()
     out = lists.combined(columns, functions, mask, w, per)
     if shared is not None:
@@ -143,7 +148,7 @@ def heads(
     The all-reduces of `resolve`, but for per="batch_sum" it is delta that is summed, a number for each output.
     """
     resolver.check(k)
-    precision, kept = precision_of(delta.dtype), _kept(resolver, k, delta.device)
+    precision, kept = precision_of(delta.dtype), kept_by(resolver, k, delta.device)
     functions = functions_of(choose(delta.device, "auto", k, "heads"))
     delta = reference.hide_branches(delta, head_of, mask)
     measures = delta
@@ -176,7 +181,7 @@ def resolve_elements(
     for t, c in enumerate(columns):
         sizes[t, ranks.rank] = c.like.numel()
     here = torch.stack([_present(c, k, mask) for c in columns]).any(0)
-    found = agree(torch.cat([sizes.flatten(), here.double()]), [rule.stream(device)] if isinstance(rule, GradDrop) else [], ranks)
+    found = agree(torch.cat([sizes.flatten(), here.double()]), kept_by(rule, k, device), ranks)
     ends = found[: sizes.numel()].cumsum(0).view(sizes.shape)
     firsts, there = (ends[:, ranks.rank] - sizes[:, ranks.rank]).long(), found[sizes.numel() :] > 0
     if isinstance(rule, GradDrop):
