@@ -6,7 +6,7 @@ keep are the backend's.
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -321,4 +321,4 @@ class MConFIG(TrackingRule):
         return torch.where(spread > 0, direction / torch.where(spread > 0, spread, 1), 0), (moments, square, moment, calls, steps)
 
     def extra_repr(self) -> str:
-        return f"beta1={self.beta1}, beta2={self.beta2}, {cast(str, self.inner.extra_repr())}"
+        return f"beta1={self.beta1}, beta2={self.beta2}, {self.inner.extra_repr()}"
