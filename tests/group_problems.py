@@ -240,6 +240,21 @@ def case_linear_heads(rank, world):
             torch.testing.assert_close(one.weights, other.weights, rtol=1e-4, atol=1e-5)
 
 
+def case_a_rank_without_samples(rank, world):
+    for per, make in itertools.product(("batch", "batch_sum"), (mf.UPGrad, mf.GradDrop, lambda: mf.TrimmedMean(1))):
+        data = Shards(rank, world)
+        there = slice(data.sizes[0], None)  # the first rank's samples are left out
+        rule, whole_rule = seeded(rank, lambda k, make=make: make())
+        mine = data.mine() if rank else data.mine()[:, :0]
+        ours = through_fork(list(mine), rule, per=per, group=dist.group.WORLD)
+        expected = through_fork(list(data.whole[:, there]), whole_rule, per=per)
+        if rank:
+            part = slice(data.part.start - data.sizes[0], data.part.stop - data.sizes[0])
+            close(ours, expected[part], data.whole.flatten(1).norm(dim=1).max().item())
+        else:
+            assert ours.shape == (0, D)
+
+
 def case_what_is_said(rank, world):
     """Without a group of its own a block warns once where one is up; with one it is silent, and refuses what can't be right."""
     with warnings.catch_warnings(record=True) as seen:

@@ -20,8 +20,8 @@ def told_by(what):
     """The lines of JSON that group_ranks.py prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, Path(__file__).with_name("group_ranks.py"), *what]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]  # gloo prints, too, in older torch
     assert lines, run.stderr
     return lines
 
@@ -38,7 +38,7 @@ def test_ranks_and_one_process():
 
 
 def test_a_rank_that_is_lost_is_an_error_on_the_others():
-    """Killed: at once. Stuck: after the group's timeout, three seconds here. Never a hang."""
+    """Killed: at once. Stuck: after the group's timeout, five seconds here. Never a hang."""
     killed, stuck = told_by(["killed", "stuck"])
     for line in (killed, stuck):
         assert line["error"] and line["seconds"] < 10, line

@@ -115,7 +115,7 @@ def resolve(
         accumulator = torch.float64 if precision == precision_of(torch.float64) else torch.float32
         G = functions.gram(list(sums.to(accumulator).unbind(0)), (), None, "batch")
     else:
-        G = torch.stack(parts).sum(0)
+        G = _symmetric(torch.stack(parts).sum(0))
     w, norm = lists.solve(G, present_rows(G, None), resolver, functions, precision, preserve_norm, (), k)
     if norm is not None:
         if per == "batch_sum":
@@ -156,7 +156,7 @@ def heads(
         measures = agree(delta.double().sum(0), kept, ranks)  # whole on every rank
         G = reference.heads_gram(measures.to(reference.wide(delta)), weight, head_of, k, "batch")
     else:
-        G = agree(reference.heads_gram(delta, weight, head_of, k, per), kept, ranks)
+        G = _symmetric(agree(reference.heads_gram(delta, weight, head_of, k, per), kept, ranks))
     w, norm = lists.solve(G, present_rows(G, None), resolver, functions, precision, preserve_norm, (), k)
     if norm is not None:
         lengths = torch.stack(reference.heads_lengths(measures, weight, head_of, w, "batch"))
@@ -223,6 +223,11 @@ def _table(x: Tensor) -> Tensor:
     """x as [B, M]."""
     batch = x.shape[0] if x.dim() else 1
     return x.reshape(batch, math.prod(x.shape[1:]))
+
+
+def _symmetric(G: Tensor) -> Tensor:
+    """A Gramian whose two halves were summed over the ranks each in an order of its own."""
+    return (G + G.mT) / 2
 
 
 def _batch_sums(column: Column, k: int, mask: Tensor | None) -> Tensor:
