@@ -22,12 +22,12 @@ IMPARTIAL_VAES = {"IMTLG", "GradNormModified", "GradNorm", "MGDAUB", "PCGrad", "
 def tables():
     """{heading: [[method, ours, tested against], ...]}"""
     found = {}
-    for line in PAGE.read_text().splitlines():
-        if line.startswith("## "):
-            heading = found.setdefault(line[3:], [])
-        elif line.startswith("| ") and not line.startswith("| method"):
-            heading.append([cell.strip() for cell in line.strip("|").split(" | ")])
-    return {heading: rows for heading, rows in found.items() if rows}
+    for part in PAGE.read_text().split("\n## ")[1:]:
+        heading, _, text = part.partition("\n")
+        if "| method |" in text:
+            lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+            found[heading] = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return found
 
 
 ROWS = [row for rows in tables().values() for row in rows]
