@@ -51,7 +51,8 @@ struct SolveArgs {
 };
 
 struct ElementwiseArgs {
-  double leak;       // GradDrop
+  const double* leaks;  // GradDrop: one for all rows, or one for each of K
+  int n_leaks;
   uint64_t seed;
   uint32_t counter;
   int trim;          // TrimmedMean

@@ -27,6 +27,11 @@ inline int64_t* stream_of(const char* op, const Tensor& rng, Device device) {
   return static_cast<int64_t*>(rng.mutable_data_ptr());
 }
 
+// Shares that GradDrop lets through: one for all rows, or one for each.
+inline void check_leaks(const char* op, const std::vector<double>& leaks, int64_t K) {
+  STD_TORCH_CHECK(leaks.size() == 1 || static_cast<int64_t>(leaks.size()) == K, op, ": leak must be one number or ", K, ", got ", leaks.size());
+}
+
 inline void set_chain(const CpuKernels& kernels, SolveArgs& args, const char* op, const std::vector<int64_t>& steps,
                       const std::vector<double>& params, int64_t state_size) {
   STD_TORCH_CHECK(steps.size() % 2 == 0 && !steps.empty(), op, ": steps must be pairs of rule and number of parameters");

@@ -179,18 +179,24 @@ int64_t* stream_of(PyObject* rng) {
 
 PyObject* declined() { return Py_NewRef(Py_None); }
 
+// Reads a list of numbers; false with an exception set.
+bool read_doubles(PyObject* list, std::vector<double>& out) {
+  if (!PyList_Check(list)) return PyErr_SetString(PyExc_TypeError, "the parameters of a rule are a list"), false;
+  const Py_ssize_t n = PyList_Size(list);
+  out.resize(n);
+  for (Py_ssize_t i = 0; i < n; ++i) out[i] = PyFloat_AsDouble(PyList_GetItem(list, i));
+  return !PyErr_Occurred();
+}
+
 // One rule and its problem, as the solver takes them.
 class Problem {
  public:
   SolveArgs args{};
   // From (rule id, [parameters], state or None, rng or None, preserve_norm); false where they are declined, or with an exception set.
   bool read(PyObject* const* a, int K, Dtype dtype) {
-    if (!PyList_Check(a[1])) return PyErr_SetString(PyExc_TypeError, "the parameters of a rule are a list"), false;
-    const Py_ssize_t n = PyList_Size(a[1]);
-    steps_[0] = PyLong_AsLongLong(a[0]), steps_[1] = n;
-    params_.resize(n);
-    for (Py_ssize_t i = 0; i < n; ++i) params_[i] = PyFloat_AsDouble(PyList_GetItem(a[1], i));
-    if (PyErr_Occurred()) return false;
+    steps_[0] = PyLong_AsLongLong(a[0]);
+    if (!read_doubles(a[1], params_)) return false;
+    steps_[1] = static_cast<int64_t>(params_.size());
     args.batch = 1;
     args.K = K;
     args.precision = gram_precision(dtype);
@@ -291,7 +297,7 @@ PyObject* heads(PyObject* const* a, Py_ssize_t n) {
   return PyTuple_Pack(2, out.object, info.object);
 }
 
-// (grads, leak, rng) for GradDrop, (grads, trim, None) for TrimmedMean -> result, or None
+// (grads, [leaks], rng) for GradDrop, (grads, trim, None) for TrimmedMean -> result, or None
 PyObject* elementwise(PyObject* const* a, Py_ssize_t n) {
   if (n != 3) return PyErr_SetString(PyExc_TypeError, "elementwise takes 3 arguments"), nullptr;
   PlainGrads in;
@@ -300,8 +306,11 @@ PyObject* elementwise(PyObject* const* a, Py_ssize_t n) {
   const bool drop = a[2] != Py_None;
   int64_t* stream = drop ? stream_of(a[2]) : nullptr;
   if (drop && !stream) return declined();
+  std::vector<double> leaks;
   if (drop) {
-    args.leak = PyFloat_AsDouble(a[1]);
+    if (!read_doubles(a[1], leaks) || (leaks.size() != 1 && leaks.size() != static_cast<size_t>(in.grads.K))) return PyErr_Occurred() ? nullptr : declined();
+    args.leaks = leaks.data();
+    args.n_leaks = static_cast<int>(leaks.size());
   } else {
     const long trim = PyLong_AsLong(a[1]);
     if (trim < 0 && !PyErr_Occurred()) return declined();

@@ -100,12 +100,13 @@ Tensor weights_cpu(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t>
   return w;
 }
 
-Tensor graddrop_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, double leak, Tensor rng) {
+Tensor graddrop_cpu(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, std::vector<double> leak, Tensor rng) {
   const char* op = "mmfast::graddrop";
   const Inputs in(op, grads, missing, mask, 0);
+  check_leaks(op, leak, in.grads().K);
   Tensor out = in.like_one();
   const auto [seed, counter] = draw_from(op, rng);
-  kernels->graddrop(torch_pool(), in.grads(), {leak, seed, counter, 0}, out.mutable_data_ptr());
+  kernels->graddrop(torch_pool(), in.grads(), {leak.data(), static_cast<int>(leak.size()), seed, counter, 0}, out.mutable_data_ptr());
   return out;
 }
 
@@ -113,7 +114,7 @@ Tensor trimmed_mean_cpu(Tensors grads, std::vector<int64_t> missing, std::option
   const Inputs in("mmfast::trimmed_mean", grads, missing, mask, 0);
   STD_TORCH_CHECK(trim >= 0, "mmfast::trimmed_mean: trim must not be negative");
   Tensor out = in.like_one();
-  kernels->trimmed_mean(torch_pool(), in.grads(), {0.0, 0, 0, static_cast<int>(trim < kMaxRows ? trim : kMaxRows)}, out.mutable_data_ptr());
+  kernels->trimmed_mean(torch_pool(), in.grads(), {nullptr, 0, 0, 0, static_cast<int>(trim < kMaxRows ? trim : kMaxRows)}, out.mutable_data_ptr());
   return out;
 }
 
@@ -162,7 +163,7 @@ STABLE_TORCH_LIBRARY(mmfast, m) {
   m.def(
       "resolve(Tensor[] grads, int[] missing, Tensor? mask, int[] steps, float[] params, Tensor(a!)? state, Tensor(b!)? rng, int per, "
       "bool preserve_norm, bool with_gram) -> (Tensor, Tensor)");
-  m.def("graddrop(Tensor[] grads, int[] missing, Tensor? mask, float leak, Tensor(a!) rng) -> Tensor");
+  m.def("graddrop(Tensor[] grads, int[] missing, Tensor? mask, float[] leak, Tensor(a!) rng) -> Tensor");
   m.def("trimmed_mean(Tensor[] grads, int[] missing, Tensor? mask, int trim) -> Tensor");
   m.def(
       "heads(Tensor delta, Tensor weight, Tensor head_of, Tensor? mask, int[] steps, float[] params, Tensor(a!)? state, Tensor(b!)? rng, "

@@ -197,12 +197,14 @@ Tensor weights_cuda(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t
   return w;
 }
 
-Tensor graddrop_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, double leak, Tensor rng) {
+Tensor graddrop_cuda(Tensors grads, std::vector<int64_t> missing, std::optional<Tensor> mask, std::vector<double> leak, Tensor rng) {
   const char* op = "mmfast::graddrop";
   const Inputs in(op, grads, missing, mask, 0);
+  check_leaks(op, leak, in.grads().K);
   const Call call(op, in.first());
   Tensor out = in.like_one();
-  gpu::graddrop(in.grads(), leak, stream_of(op, rng, call.device), out.mutable_data_ptr(), call.stream);
+  const Tensor leaks = call.workspace(static_cast<int64_t>(leak.size()));
+  gpu::graddrop(in.grads(), leak.data(), static_cast<int>(leak.size()), doubles(leaks), stream_of(op, rng, call.device), out.mutable_data_ptr(), call.stream);
   return out;
 }
 

@@ -110,9 +110,10 @@ void gradients(const CpuKernels& kernels, Dtype dtype) {
           kernels.lengths(kOneThread, p.grads, w.data(), total.data());
           lengths.add(total.data(), p.problems() * 3);
           if (per != Per::batch) continue;
-          kernels.graddrop(kOneThread, p.grads, {0.1, 99, 5, 0}, p.out.data());
+          const double leak = 0.1;
+          kernels.graddrop(kOneThread, p.grads, {&leak, 1, 99, 5, 0}, p.out.data());
           graddrop.add(p.out.data(), 3 * inner);
-          kernels.trimmed_mean(kOneThread, p.grads, {0.0, 0, 0, K / 3}, p.out.data());
+          kernels.trimmed_mean(kOneThread, p.grads, {nullptr, 0, 0, 0, K / 3}, p.out.data());
           trimmed.add(p.out.data(), 3 * inner);
         }
   const std::string type = std::string(" ") + kDtypes[static_cast<int>(dtype)];

@@ -151,7 +151,7 @@ def test_non_finite_gradients_and_many_rows():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_elementwise_rules(dtype):
-    for make in (lambda: mf.GradDrop(leak=0.1), lambda: mf.TrimmedMean(trim=1)):
+    for make in (lambda: mf.GradDrop(leak=0.1), lambda: mf.GradDrop(leak=[0.0, 0.1, 1.0, 0.5, 0.3]), lambda: mf.TrimmedMean(trim=1)):
         one, two = twins(make)
         grads = gradients(5, (9, 333), dtype)
         mask = torch.rand(9, 5) < 0.8

@@ -40,7 +40,7 @@ CALLS = {
     ),
     "resolve": lambda g: (torch.ops.mmfast.resolve.default, (g, [], None, [6, 1], [0.0], None, None, 0, False, True)),
     "resolve sample": lambda g: (torch.ops.mmfast.resolve.default, (g, [0], None, [4, 2], [0.0, 0.0], None, RNG, 1, True, True)),
-    "graddrop": lambda g: (torch.ops.mmfast.graddrop.default, (g, [], None, 0.0, RNG)),
+    "graddrop": lambda g: (torch.ops.mmfast.graddrop.default, (g, [], None, [0.0], RNG)),
     "trimmed_mean": lambda g: (torch.ops.mmfast.trimmed_mean.default, (g, [], None, 1)),
     "heads": lambda g: (torch.ops.mmfast.heads.default, (*heads(g[0]), None, [6, 1], [0.0], None, None, 3, 0, True)),
     "heads sample": lambda g: (

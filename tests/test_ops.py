@@ -248,6 +248,8 @@ class Wrong(mf.Resolver):
         (lambda: mf.combine([torch.ones(4)] * 2, torch.ones(3)), ValueError, r"w is \(3,\), expected a tensor of shape \(2,\)"),
         (lambda: mf.resolve([torch.ones(4)], Sum(), backend="gpu"), ValueError, r"backend is 'gpu', expected one of 'auto'"),
         (lambda: GradDrop(2.0), ValueError, r"leak is 2.0, expected a number from 0 to 1"),
+        (lambda: GradDrop([0.5, -0.1]), ValueError, r"leak is \[0.5, -0.1\], expected a number from 0 to 1, or one for each gradient"),
+        (lambda: mf.resolve([torch.ones(4)] * 2, GradDrop([0.5] * 3)), ValueError, r"leak has 3 numbers, expected 2, one per gradient"),
     ],
 )
 def test_errors_name_the_argument(call, error, words):

@@ -146,9 +146,10 @@ def test_state_and_random_stream_move_on(make_rule):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 4, 9])
-def test_graddrop_decides_alike(k, dtype):
+@pytest.mark.parametrize("each", [False, True])
+def test_graddrop_decides_alike(k, dtype, each):
     """The same draws and comparisons: bit-equal results, element by element, in every sample, at every call."""
-    ours = mf.GradDrop(0.25)
+    ours = mf.GradDrop([0.1 * i for i in range(k)] if each else 0.25)
     theirs = copy.deepcopy(ours)
     for mask in (None, torch.rand(3, k) < 0.8):
         grads = make(k, (3, 700), dtype)

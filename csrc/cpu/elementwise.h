@@ -107,7 +107,7 @@ inline void graddrop(const Pool& pool, const Grads& g, const ElementwiseArgs& a,
     using A = Acc<T>;
     typedef A Lanes __attribute__((vector_size(V::width * sizeof(A))));  // a V::Reg that can be compared and divided
     constexpr int kInterleave = 4, kTile = kInterleave * V::width;  // one register alone would wait for its division
-    const Lanes zero = {}, one = zero + 1, leak = zero + static_cast<A>(a.leak);
+    const Lanes zero = {}, one = zero + 1;
     for_each_group<T>(pool, g, [&](int64_t first, int count, const PresentRows<T>& present) {
       alignas(64) A draw[128], result[64];
       uniforms(a.seed, a.counter, static_cast<uint64_t>(first / 64), draw);
@@ -139,17 +139,21 @@ inline void graddrop(const Pool& pool, const Grads& g, const ElementwiseArgs& a,
           }
         }
 #pragma GCC unroll 4
-        for (int n = 0; n < kInterleave; ++n) {  // the share of a positive and of a negative element that is let through
+        for (int n = 0; n < kInterleave; ++n) {  // the share of a positive and of a negative element that is let through without a leak
           const Lanes purity = A(0.5) * (A(1) + sum[n] / abs_sum[n]);
           Lanes u;
           std::memcpy(&u, draw + first % 64 + t + n * V::width, sizeof u);
-          positive[n] = purity > u ? one : leak;
-          negative[n] = purity < u ? one : leak;
+          positive[n] = purity > u ? one : zero;
+          negative[n] = purity < u ? one : zero;
         }
         for (int i = 0; i < present.k; ++i) {
           load(i, x);
+          const Lanes leak = zero + static_cast<A>(a.leaks[a.n_leaks == 1 ? 0 : present.row_index[i]]);
 #pragma GCC unroll 4
-          for (int n = 0; n < kInterleave; ++n) kept_sum[n] += (x[n] > 0 ? positive[n] : negative[n]) * x[n];
+          for (int n = 0; n < kInterleave; ++n) {
+            const Lanes share = x[n] > 0 ? positive[n] : negative[n];
+            kept_sum[n] += (share > leak ? share : leak) * x[n];
+          }
         }
 #pragma GCC unroll 4
         for (int n = 0; n < kInterleave; ++n) {

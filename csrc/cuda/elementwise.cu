@@ -15,7 +15,7 @@ __device__ inline void uniforms(uint64_t seed, uint32_t counter, uint64_t index,
 }
 
 template <class T>
-__device__ inline Acc<T> graddrop_element(const Rows& rows, int64_t sample, int64_t t, Acc<T> u, Acc<T> leak) {
+__device__ inline Acc<T> graddrop_element(const Rows& rows, int64_t sample, int64_t t, Acc<T> u, double leak_of_all, const double* leaks) {
   using A = Acc<T>;
   const bool* mask = rows.mask ? rows.mask + sample * rows.mask_stride : nullptr;
   auto load = [&](int i, A* x) {
@@ -27,14 +27,25 @@ __device__ inline Acc<T> graddrop_element(const Rows& rows, int64_t sample, int6
   for (int i = 0; i < rows.k; ++i)
     if (load(i, &x)) sum += x, abs_sum += x > 0 ? x : A(0) - x;
   const A purity = A(0.5) * (A(1) + sum / abs_sum);
-  const A positive = purity > u ? A(1) : leak, negative = purity < u ? A(1) : leak;
+  const A positive = purity > u ? A(1) : A(0), negative = purity < u ? A(1) : A(0);  // what is let through without a leak
   for (int i = 0; i < rows.k; ++i)
-    if (load(i, &x)) kept_sum += (x > 0 ? positive : negative) * x;
+    if (load(i, &x)) {
+      const A share = x > 0 ? positive : negative, leak = static_cast<A>(leaks ? leaks[rows.row_index[i]] : leak_of_all);
+      kept_sum += (share > leak ? share : leak) * x;
+    }
   return kept_sum + A(0) * abs_sum;  // a non-finite element stays one
 }
 
+// By value: nothing is copied from the host, which a captured graph could not repeat.
+struct Leaks {
+  double of[kMaxRows];
+};
+__global__ void leaks_kernel(const __grid_constant__ Leaks leaks, int n, double* out) {
+  if (static_cast<int>(threadIdx.x) < n) out[threadIdx.x] = leaks.of[threadIdx.x];
+}
+
 template <class T>
-__global__ void graddrop_kernel(const __grid_constant__ Rows rows, int64_t n, int64_t inner, double leak, const int64_t* rng, T* out) {
+__global__ void graddrop_kernel(const __grid_constant__ Rows rows, int64_t n, int64_t inner, double leak, const double* leaks, const int64_t* rng, T* out) {
   const uint64_t seed = static_cast<uint64_t>(rng[0]);
   const uint32_t counter = static_cast<uint32_t>(rng[1]);
   const int64_t draws = (n + 63) / 64 * 16;
@@ -43,7 +54,7 @@ __global__ void graddrop_kernel(const __grid_constant__ Rows rows, int64_t n, in
     uniforms(seed, counter, static_cast<uint64_t>(p), u);
     for (int word = 0; word < 4; ++word) {
       const int64_t t = p / 16 * 64 + p % 16 + word * 16;
-      if (t < n) store_acc(out + t, graddrop_element<T>(rows, t / inner, t, u[word], static_cast<Acc<T>>(leak)));
+      if (t < n) store_acc(out + t, graddrop_element<T>(rows, t / inner, t, u[word], leak, leaks));
     }
   }
 }
@@ -91,14 +102,20 @@ __global__ void trimmed_kernel(const __grid_constant__ Rows rows, const double* 
 
 namespace gpu {
 
-void graddrop(const Grads& g, double leak, int64_t* rng, void* out, Stream stream) {
+void graddrop(const Grads& g, const double* leaks, int n_leaks, double* workspace, int64_t* rng, void* out, Stream stream) {
   const int64_t n = g.batch * g.inner;
-  if (n)
+  if (n) {
+    if (n_leaks > 1) {
+      cuda::Leaks values{};
+      for (int i = 0; i < n_leaks; ++i) values.of[i] = leaks[i];
+      cuda::Launch(cuda::LaunchMode::plain, 1, kMaxRows, stream).start("leaks", cuda::leaks_kernel, values, n_leaks, workspace);
+    }
     cuda::with_type(g.dtype, [&](auto tag) {
       using T = decltype(tag);
       cuda::Launch(cuda::LaunchMode::plain, cuda::blocks_for((n + 1023) / 1024), 256, stream)
-          .start("graddrop", cuda::graddrop_kernel<T>, cuda::rows_of(g), n, g.inner, leak, rng, static_cast<T*>(out));
+          .start("graddrop", cuda::graddrop_kernel<T>, cuda::rows_of(g), n, g.inner, leaks[0], static_cast<const double*>(n_leaks > 1 ? workspace : nullptr), rng, static_cast<T*>(out));
     });
+  }
   cuda::advance(rng, stream);
 }
 

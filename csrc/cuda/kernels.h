@@ -96,7 +96,8 @@ struct HeadsPlan {
 HeadsPlan plan_heads(const Heads& h, const SolveArgs& args, const Limits& limits);
 void heads(const Heads& h, const int64_t* head_of, const SolveArgs& args, int64_t* rng, const HeadsPlan& plan, double* workspace, void* sums, void* left, void* right, Stream stream);
 
-void graddrop(const Grads& g, double leak, int64_t* rng, void* out, Stream stream);
+// workspace: n_leaks doubles on the device.
+void graddrop(const Grads& g, const double* leaks, int n_leaks, double* workspace, int64_t* rng, void* out, Stream stream);
 // `present` [K, K] is the result of presence().
 void trimmed_mean(const Grads& g, const double* present, int trim, void* out, Stream stream);
 

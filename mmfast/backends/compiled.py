@@ -67,7 +67,7 @@ def resolve(
 
 
 def graddrop(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, rule: GradDrop) -> Tensor:
-    return _graddrop(grads, missing, mask, rule.leak, rule.stream(grads[0].device))
+    return _graddrop(grads, missing, mask, rule.leaks, rule.stream(grads[0].device))
 
 
 def trimmed_mean(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, rule: TrimmedMean) -> Tensor:

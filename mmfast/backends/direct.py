@@ -76,7 +76,7 @@ def resolve(
         return _direct.resolve(grads, *_problem(chain[0]), preserve_norm, with_gram, with_info)
     if preserve_norm or kind not in (GradDrop, TrimmedMean):
         return None
-    argument = (resolver.leak, resolver._buffers["rng"]) if kind is GradDrop else (resolver.trim, None)
+    argument = (resolver.leaks, resolver._buffers["rng"]) if kind is GradDrop else (resolver.trim, None)
     out = _direct.elementwise(grads, *argument)
     return None if out is None else (out, None)
 

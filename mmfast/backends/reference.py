@@ -134,7 +134,7 @@ def _sums(x: Tensor, w: Tensor, per: str) -> tuple[Tensor, Tensor]:
 def graddrop(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, rule: GradDrop) -> Tensor:
     """GradDrop; the random stream moves on by one call."""
     rng = rule.stream(grads[0].device)
-    out = rule.combine(list(grads), mask_of_present(mask, missing, len(grads) + len(missing)))
+    out = rule.combine(list(grads), mask_of_present(mask, missing, len(grads) + len(missing)), missing)
     contract.check_unmapped(out, rng)
     advance(rng)
     return out

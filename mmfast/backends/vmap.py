@@ -146,7 +146,7 @@ def map_heads(
     return (out.unflatten(0, problems), seen.unflatten(0, problems)), (0, 0)
 
 
-def map_graddrop(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, leak: float, rng: Tensor) -> None:
+def map_graddrop(info: Any, in_dims: Any, grads: Any, missing: Any, mask: Any, leak: list[float], rng: Tensor) -> None:
     contract.refuse_vmap(rng)
 
 

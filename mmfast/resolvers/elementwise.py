@@ -44,16 +44,21 @@ class GradDrop(ElementwiseRule):
     entries that do not pass are multiplied by `leak`. The draws depend on the seed and counter in `rng` and on the element's place alone.
 
     Args:
-        leak: share of a dropped entry that is let through, from 0 to 1.
+        leak: share of a dropped entry that is let through, from 0 to 1: one number, or one for each of K gradients.
     """
 
-    def __init__(self, leak: float = 0.0) -> None:
+    def __init__(self, leak: float | Sequence[float] = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= leak <= 1.0:
-            raise ValueError(f"leak is {leak}, expected a number from 0 to 1")
-        self.leak = float(leak)
+        self.leaks = [float(share) for share in ([leak] if isinstance(leak, (int, float)) else leak)]  # as the operators take them
+        self.leak = self.leaks[0] if isinstance(leak, (int, float)) else tuple(self.leaks)
+        if not self.leaks or not all(0.0 <= share <= 1.0 for share in self.leaks):
+            raise ValueError(f"leak is {leak}, expected a number from 0 to 1, or one for each gradient")
         self.rng: Tensor
         self.register_buffer("rng", new_stream())
+
+    def check(self, k: int) -> None:
+        if isinstance(self.leak, tuple) and len(self.leak) != k:
+            raise ValueError(f"leak has {len(self.leak)} numbers, expected {k}, one per gradient")
 
     def _uniforms(self, n: int) -> Tensor:
         """23-bit uniforms of elements 0..n-1: element e takes word (e % 64) / 16 of the Philox block at place (e / 64) * 16 + e % 16."""
@@ -64,18 +69,20 @@ class GradDrop(ElementwiseRule):
         )
         return ((words.gather(0, (e % 64 // 16).unsqueeze(0))[0] >> 9).float() + 0.5) * 2.0**-23
 
-    def combine(self, grads: list[Tensor], mask: Tensor | None) -> Tensor:
+    def combine(self, grads: list[Tensor], mask: Tensor | None, missing: Sequence[int] = ()) -> Tensor:
         x, _ = _stack(grads, mask)
+        k = len(grads) + len(missing)
+        leaks = self.leaks * k if len(self.leaks) == 1 else self.leaks
+        leaks = [share for i, share in enumerate(leaks) if i not in missing]
         total, size = torch.zeros_like(x[0]), torch.zeros_like(x[0])
         for row in x:  # in order: the comparison with U must see the very bits of the compiled operator
             total, size = total + row, size + row.abs()
         purity = 0.5 * (1 + total / size)
         u = self._uniforms(total.numel()).view(total.shape).to(total.dtype)
-        leak = torch.full_like(total, self.leak)  # a number beside a number would be one of float32
-        positive, negative = torch.where(purity > u, 1.0, leak), torch.where(purity < u, 1.0, leak)
         kept = torch.zeros_like(total)
-        for row in x:
-            kept = kept + torch.where(row > 0, positive, negative) * row
+        for row, share in zip(x, leaks, strict=True):
+            leak = torch.full_like(total, share)  # a number beside a number would be one of float32
+            kept = kept + torch.where(torch.where(row > 0, purity > u, purity < u), 1.0, leak) * row
         return (kept + 0 * size).to(grads[0].dtype).view(grads[0].shape)
 
     def stream(self, device: torch.device) -> Tensor:

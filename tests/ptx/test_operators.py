@@ -63,11 +63,12 @@ def test_lengths(per, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", [lambda: mf.GradDrop(leak=0.1), lambda: mf.TrimmedMean(trim=1)], ids=["GradDrop", "TrimmedMean"])
+@pytest.mark.parametrize("make", [lambda k: mf.GradDrop(leak=0.1), lambda k: mf.GradDrop(leak=[i / k for i in range(k)]), lambda k: mf.TrimmedMean(trim=1)],
+                         ids=["GradDrop", "GradDrop each", "TrimmedMean"])  # fmt: skip
 def test_elementwise_rules(make, dtype):
     """Sums in another order than on the CPU: within rounding."""
     for k in (3, 5, 20) if LONG else (5,):
-        one, two = twins(make)
+        one, two = twins(lambda k=k: make(k))
         grads = gradients(k, (9, 333), dtype)
         mask = torch.rand(9, k) < 0.8
         for m in (None, mask, mask[0]):

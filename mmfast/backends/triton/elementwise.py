@@ -87,17 +87,16 @@ def _tile(packed, mask, bits, e, n, inner, mask_stride, k, DTYPE: tl.constexpr, 
 
 @kernel
 def graddrop_kernel(
-    packed, mask, leak, rng, out, bits: tl.int64, n: tl.int64, inner: tl.int64, mask_stride: tl.int64, k: tl.int32, ACC: tl.constexpr,
-    K: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    packed, mask, leak, rng, out, bits: tl.int64, n: tl.int64, inner: tl.int64, mask_stride: tl.int64, k: tl.int32, each: tl.int32,
+    ACC: tl.constexpr, K: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Elements 64 g + p, + 16, + 32 and + 48 take the four words of the Philox block at place 16 g + p, p < 16."""
+    """leak holds one share for all rows (each = 0), or one for each (each = 1). Elements 64 g + p, + 16, + 32 and + 48 take the four words of the Philox block at place 16 g + p, p < 16."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     low, high = (place & 0xFFFFFFFF).to(tl.uint32), (place >> 32).to(tl.uint32)
     seed, counter = tl.load(rng), tl.load(rng + 1)
     step = tl.zeros_like(low)
     words = tl.philox(seed, low, high, step, step + (counter & 0xFFFFFFFF).to(tl.uint32))
-    let_through = tl.load(leak).to(ACC)
     row = tl.arange(0, K if K > FEW else 1)
     for word in tl.static_range(4):
         e = place // 16 * 64 + place % 16 + 16 * word
@@ -115,15 +114,16 @@ def graddrop_kernel(
             size += tl.abs(one)
         purity = 0.5 * (1 + _divided(total, size))
         u = (((words[word] >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07).to(ACC)
-        positive = tl.where(purity > u, tl.full([BLOCK], 1, ACC), let_through)
-        negative = tl.where(purity < u, tl.full([BLOCK], 1, ACC), let_through)
+        positive, negative = (purity > u).to(ACC), (purity < u).to(ACC)  # what is let through without a leak
         kept = tl.zeros([BLOCK], ACC)
         if K > FEW:
             x = _tile(packed, mask, bits, e, n, inner, mask_stride, k, DTYPE, ACC, K, MASK)
-            kept = tl.sum(tl.where(x > 0, positive[None, :], negative[None, :]) * x, axis=0)
+            least = tl.load(leak + row * each, mask=row < k, other=0.0).to(ACC)
+            kept = tl.sum(tl.maximum(tl.where(x > 0, positive[None, :], negative[None, :]), least[:, None]) * x, axis=0)
         for i in tl.static_range(K if K <= FEW else 0):
             one = _row(packed, mask, i, bits, e, n, inner, mask_stride, k, DTYPE, ACC, MASK)
-            kept += tl.where(one > 0, positive, negative) * one
+            least = tl.load(leak + i * each, mask=i < k, other=0.0).to(ACC)
+            kept += tl.maximum(tl.where(one > 0, positive, negative), least) * one
         tl.store(out + e, (kept + 0 * size).to(DTYPE), mask=e < n)  # a non-finite element stays one
 
 
@@ -156,7 +156,7 @@ def trimmed_kernel(
 
 
 def graddrop(rows: Rows, mask: Tensor | None, leak: Tensor, rng: Tensor) -> Tensor:
-    """GradDrop of the rows with the random stream (seed, counter) as it stands; leak is float64 []."""
+    """GradDrop of the rows with the random stream (seed, counter) as it stands; leak is float64 [1] or [K]."""
     first = rows.held[0]
     out = torch.empty(first.shape, dtype=first.dtype, device=first.device)
     n = out.numel()
@@ -165,7 +165,7 @@ def graddrop(rows: Rows, mask: Tensor | None, leak: Tensor, rng: Tensor) -> Tens
         with current(first.device):
             block = 256 if rows.k <= FEW.value else 16
             graddrop_kernel[(triton.cdiv(n, 4 * block),)](
-                rows.packed, flat, leak, rng, out, rows.bits, n, rows.inner, stride, rows.k,
+                rows.packed, flat, leak, rng, out, rows.bits, n, rows.inner, stride, rows.k, int(len(leak) > 1),
                 ACC=tl.float64 if first.dtype == torch.float64 else tl.float32, K=len(rows.packed), MASK=which, BLOCK=block,
                 num_warps=warps(WIDTH, first.device), enable_fp_fusion=False,
             )  # fmt: skip

@@ -13,6 +13,7 @@ from mmfast.backends.triton import gram as grams
 from mmfast.backends.triton import lengths as measures
 from mmfast.backends.triton import solve as solvers
 from mmfast.backends.triton.rows import INTERPRETED, rows_of
+from mmfast.resolvers.base import numbers
 from mmfast.resolvers.chain import Bound
 from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
 from mmfast.resolvers.norm import Norm, measured
@@ -57,9 +58,9 @@ def _lengths(grads: list[Tensor], missing: list[int], mask: Tensor | None, w: Te
     return measures.lengths(rows_of(grads, missing), mask, w.resolve_neg().contiguous(), per)
 
 
-def _graddrop(grads: list[Tensor], missing: list[int], mask: Tensor | None, leak: float, rng: Tensor) -> Tensor:
-    share = torch.full((), leak, dtype=torch.float64, device=grads[0].device)  # as an argument it would be rounded to float32
-    return elementwise.graddrop(rows_of(grads, missing), mask, share, rng)
+def _graddrop(grads: list[Tensor], missing: list[int], mask: Tensor | None, leak: list[float], rng: Tensor) -> Tensor:
+    shares = numbers(grads[0].new_empty(0, dtype=torch.float64), leak)  # as arguments they would be rounded to float32
+    return elementwise.graddrop(rows_of(grads, missing), mask, shares, rng)
 
 
 def _trimmed_mean(grads: list[Tensor], missing: list[int], mask: Tensor | None, trim: int) -> Tensor:
@@ -125,7 +126,7 @@ def lengths(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None
 def graddrop(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, rule: GradDrop) -> Tensor:
     """GradDrop; the random stream moves on by one call."""
     rng = rule.stream(grads[0].device)
-    out = _call(_graddrop, grads, missing, mask, rule.leak, rng)
+    out = _call(_graddrop, grads, missing, mask, rule.leaks, rng)
     advance(rng)
     return out
 
