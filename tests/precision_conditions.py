@@ -53,7 +53,11 @@ def conditions(name: str, rule, J: Tensor, w: Tensor, w64: Tensor) -> Iterator[t
         x = (w * norm / norm ** ((1 - alpha) / (1 + alpha))).amax(-1)
         gap = (slope * w ** (1 / alpha) - 1).abs().amax(-1) / ((norm * w ** (1 / alpha)).amax(-1) * bound)
         yield "bargain", torch.where(x < 100, gap, 0) / p  # above, the barrier counts
-    elif name.startswith(("GradNorm", "NSGD", "Sum", "Mean", "Constant", "Random")):
+    elif name == "MMPareto":
+        total = J.sum(1).norm(dim=-1)
+        out = length / bound  # where little of the direction is left it is known less exactly, and where nothing is it is not made longer
+        yield "no shorter than the sum", torch.where(out > 1e-2, (1 - length / (rule.gamma * total)) * out.square(), 0) / p
+    elif name.startswith(("GradNorm", "NSGD", "Unit", "DBMTL", "Sum", "Mean", "Constant", "Random")):
         yield "float64", (w - w64).abs().amax(-1) / w64.abs().amax(-1) / p
     elif name.startswith(("Krum", "Multi-Krum")):
         yield "nearest", _each(row.residual, G, w) / p
@@ -61,6 +65,7 @@ def conditions(name: str, rule, J: Tensor, w: Tensor, w64: Tensor) -> Iterator[t
         yield "cap", torch.maximum((w - rule.cap * (1 + 1e-12)).amax(-1), -w.amin(-1)) / p
     elif name in (
         "PCGrad",
+        "PCGrad every 2",
         "GradVac",
         "CRMOGM",
         "Compose",

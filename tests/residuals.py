@@ -33,6 +33,16 @@ def nsgd_residual(G: Tensor, w: Tensor) -> float:
     return float(((w * d) / (d.square().sum() / d.sum()) - 1).abs().max())
 
 
+def unit_residual(G: Tensor, w: Tensor) -> float:
+    return float((w * G.diagonal().sqrt() - 1).abs().max())
+
+
+def dbmtl_residual(G: Tensor, w: Tensor) -> float:
+    """All as long as the longest."""
+    d = G.diagonal().sqrt()
+    return float((w * d / d.max() - 1).abs().max())
+
+
 def krum_residual(n_byzantine: int, n_selected: int, power: int) -> Callable[[Tensor, Tensor], float]:
     def residual(G: Tensor, w: Tensor) -> float:
         """Equal weights that sum to 1, on rows none of which is farther from its neighbours than one left out."""
@@ -150,6 +160,16 @@ def config_residual(G: Tensor, w: Tensor) -> float:
     return max(_direction_residual(norm, C, P, x, size + x.abs().sum()), length, backwards)
 
 
+def config_first_residual(G: Tensor, w: Tensor) -> float:
+    """Equal cosines, and the length of d is the norm of the first row times the sum of the cosines."""
+    norm, C, P = _range_of_cosines(G)
+    if P.sum() < 1e-20:
+        return w.abs().max().item()
+    x, size, d = norm * w, norm[0] * len(norm), w @ G
+    length = ((d @ w - norm[0] * (d / norm).sum()).abs() / (size * (size + x.abs().sum()))).item()
+    return max(_direction_residual(norm, C, P, x, size + x.abs().sum()), length)
+
+
 def aligned_residual(G: Tensor, w: Tensor) -> float:
     """Against w = sqrt(least eigenvalue) G^(-1/2) 1/K from LAPACK's QR iteration, which is accurate when the largest rows come last."""
     order = G.diagonal().argsort()
@@ -176,6 +196,20 @@ def mgda_residual(G: Tensor, w: Tensor) -> float:
 def mgda_unit_residual(G: Tensor, w: Tensor) -> float:
     norm = G.diagonal().sqrt()
     return mgda_residual(G / norm.unsqueeze(0) / norm.unsqueeze(1), w * norm)
+
+
+def mmpareto_residual(G: Tensor, w: Tensor, gamma: float = 1.5) -> float:
+    """The plain sum times gamma without conflict; else along the shortest vector of the hull, as long as k times that or as the sum, whichever is more."""
+    k, norm = len(G), G.diagonal().sqrt()
+    if (G + torch.diag(norm.square()) > 0).all():
+        return float((w / gamma - 1).abs().max())
+    shortest = w / w.sum()
+    size = (shortest * norm).sum()
+    length = (shortest @ G @ shortest).clamp(min=0).sqrt()
+    factor = w.sum() / (gamma * k)
+    wanted = torch.maximum(G.sum().clamp(min=0).sqrt() / (k * length), torch.ones(())) if length > 3e-7 * size else factor
+    unsure = length < 3e-7 * size and factor == 1  # a direction that is rounding is not made longer
+    return max(mgda_residual(G, shortest), 0.0 if unsure else float((factor / wanted - 1).abs() * (length / size) ** 2))
 
 
 def _hull_misses_zero(G: Tensor) -> float:

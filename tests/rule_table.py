@@ -56,6 +56,9 @@ RULES: dict[str, Row] = {
         golden=(10 / 9, 15 / 19),
     ),
     "GradVac": Row(lambda k: projection.GradVac(), equivariant=False, golden=(20 / 9, 30 / 19)),
+    "PCGrad every 2": Row(lambda k: projection.PCGrad(every=2), equivariant=False, golden=(20 / 9, 30 / 19)),
+    "Unit": Row(lambda k: magnitude.Unit(), residuals.unit_residual, power=-0.5, golden=(18**-0.5, 38**-0.5)),
+    "DBMTL": Row(lambda k: magnitude.DBMTL(), residuals.dbmtl_residual, golden=((38 / 18) ** 0.5, 1.0)),
     "GradNorm": Row(lambda k: magnitude.GradNorm(alpha=1.0, lr=0.1, update_at=2), golden=(1, 1)),
     "NSGD": Row(lambda k: magnitude.NSGD(update_at=2), residual=residuals.nsgd_residual, golden=(1.268309, 0.872905)),
     "CRMOGM": Row(lambda k: compose.CRMOGM(projection.PCGrad()), equivariant=False, golden=(20 / 9, 30 / 19)),
@@ -94,6 +97,9 @@ RULES: dict[str, Row] = {
     ),
     "NashMTL": Row(lambda k: bargaining.NashMTL(), residuals.fair_residual(1.0), power=-0.5, nonconflicting=True, golden=(0.5915, 0.4071)),
     "NashMTL(max_norm)": Row(lambda k: bargaining.NashMTL(max_norm=1.0), power=-0.5, nonconflicting=True, golden=(0.4182, 0.2878)),
+    "NashMTL every 2": Row(
+        lambda k: bargaining.NashMTL(every=2), residuals.fair_residual(1.0), power=-0.5, nonconflicting=True, golden=(0.5915, 0.4071)
+    ),
     "FairGrad(0.5)": Row(lambda k: bargaining.FairGrad(0.5), residuals.fair_residual(0.5), power=-1 / 3, nonconflicting=True),
     "FairGrad": Row(
         lambda k: bargaining.FairGrad(), residuals.fair_residual(1.0), power=-0.5, nonconflicting=True, golden=(0.5915, 0.4071)
@@ -107,6 +113,14 @@ RULES: dict[str, Row] = {
     "AlignedMTL(rmse)": Row(lambda k: alignment.AlignedMTL("rmse"), golden=(1.5109, 1.1033)),
     "ConFIG": Row(lambda k: alignment.ConFIG(), residuals.config_residual, golden=(1.2265, 0.8441), torchjd=_torchjd("ConFIG")),
     "ConFIG(geometric)": Row(lambda k: alignment.ConFIG(length="geometric")),
+    "ConFIG(first)": Row(lambda k: alignment.ConFIG(length=0), residuals.config_first_residual, equivariant=False),
+    "MMPareto": Row(
+        lambda k: minnorm.MMPareto(),
+        residuals.mmpareto_residual,
+        nonconflicting=True,
+        golden=(1.8 * 1.5**0.5, 1.2 * 1.5**0.5),
+        golden_tolerance=1e-12,
+    ),
     "MGDA": Row(
         lambda k: minnorm.MGDA(),
         residuals.mgda_residual,

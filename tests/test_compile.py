@@ -47,7 +47,8 @@ RULES = {
     "NSGD": lambda: mf.NSGD(update_at=2),
     "CRMOGM": lambda: mf.CRMOGM(mf.PCGrad()),
     "Compose": lambda: mf.Compose(mf.GradVac(), mf.Random(), mf.NSGD()),
-    "GradDrop": lambda: mf.GradDrop(leak=0.1),
+    "GradDrop": lambda: mf.GradDrop(leak=[0.1, 0.0, 1.0]),
+    "NashMTL every 2": lambda: mf.NashMTL(every=2),
     "TrimmedMean": lambda: mf.TrimmedMean(1),
     "own": ByLength,
 }

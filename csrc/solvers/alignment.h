@@ -116,7 +116,8 @@ struct Rule<14> : Rule<-1> {
 };
 
 // ConFIG (Liu et al., "Towards conflict-free training of physics informed neural networks", ICLR 2025): the direction with the preferred
-// cosines to all rows. params: length model (0 projection, 1 min, 2 max, 3 harmonic, 4 arithmetic, 5 geometric), then pref or nothing.
+// cosines to all rows. params: length model (0 projection, 1 min, 2 max, 3 harmonic, 4 arithmetic, 5 geometric, 6 + i the norm of row i, or 4 where that
+// is missing), then pref or nothing.
 template <>
 struct Rule<15> : Rule<-1> {
   static constexpr bool exists = true;
@@ -127,20 +128,23 @@ struct Rule<15> : Rule<-1> {
     const int k = p.k, kind = static_cast<int>(p.params[0]);
     const alignment::Multiples m = alignment::multiples(team, p, [&](int i) { return preference(p, i, 1, 1.0); });
     const double along = kind == 0 ? team.sum(k, [&](int i) { return m.norm[i] * m.cosine[i]; })
-                                   : tracked_length(team, k, m.norm, kind) * team.sum(k, [&](int i) { return m.cosine[i]; });
+                                   : tracked_length(team, p, m.norm, kind) * team.sum(k, [&](int i) { return m.cosine[i]; });
     const double factor = m.square > 0.0 ? along / m.square : 0.0;
     each(team, k, [&](int i) { p.w[i] = factor * m.a[i]; });
   }
 
  private:
   template <class Team>
-  MMFAST_HD static double tracked_length(const Team& team, int k, const double* norm, int kind) {
+  MMFAST_HD static double tracked_length(const Team& team, const Problem& p, const double* norm, int kind) {
+    const int k = p.k;
+    for (int i = 0; i < k; ++i)
+      if (kind == 6 + p.row_index[i]) return norm[i];
     double least = norm[0], most = norm[0];
     for (int i = 1; i < k; ++i) least = fmin(least, norm[i]), most = fmax(most, norm[i]);
     if (kind == 1) return least;
     if (kind == 2) return most;
     if (kind == 3) return k / team.sum(k, [&](int i) { return 1.0 / norm[i]; });
-    if (kind == 4) return team.sum(k, [&](int i) { return norm[i]; }) / k;
+    if (kind == 4 || kind > 5) return team.sum(k, [&](int i) { return norm[i]; }) / k;
     return exp(team.sum(k, [&](int i) { return log(norm[i]); }) / k);
   }
 };

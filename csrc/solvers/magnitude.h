@@ -1,4 +1,4 @@
-// Rules that look at the norms alone, or at the weights of the step before: GradNorm, NSGD, CRMOGM.
+// Rules that look at the norms alone, or at the weights of the step before: Unit, DBMTL, GradNorm, NSGD, CRMOGM.
 #pragma once
 
 #include "problem.h"
@@ -30,6 +30,31 @@ MMFAST_HD inline void track_norms(const Team& team, const Problem& p, double upd
 }
 
 }  // namespace magnitude
+
+// Unit rows, as a step before others: w = 1 / norm.
+template <>
+struct Rule<20> : Rule<-1> {
+  static constexpr bool exists = true;
+  static constexpr const char* name = "Unit";
+  template <class Team>
+  MMFAST_HD static void solve(const Team& team, Problem& p) {
+    const double scale = sqrt(p.scale);
+    each(team, p.k, [&](int i) { p.w[i] = 1.0 / (scale * sqrt(p.G[static_cast<long>(i) * p.k + i])); });
+  }
+};
+
+// The magnitudes of DB-MTL (Lin et al., "Dual-balancing for multi-task learning", 2023): all rows as long as the longest.
+template <>
+struct Rule<21> : Rule<-1> {
+  static constexpr bool exists = true;
+  static constexpr const char* name = "DBMTL";
+  template <class Team>
+  MMFAST_HD static void solve(const Team& team, Problem& p) {
+    double most = 0.0;
+    for (int i = 0; i < p.k; ++i) most = fmax(most, p.G[static_cast<long>(i) * p.k + i]);
+    each(team, p.k, [&](int i) { p.w[i] = sqrt(most) / sqrt(p.G[static_cast<long>(i) * p.k + i]); });
+  }
+};
 
 // GradNorm (Chen et al., ICML 2018) as modified by Javaloy et al. (ICML 2022): the change of the gradient norms stands for that of
 // the losses, and the softmax logits of the weights take one Adam step a call, in closed form.

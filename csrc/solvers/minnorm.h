@@ -1,4 +1,4 @@
-// Rules that look for the shortest vector of the gradients' hull: MGDA and CAGrad, both by one active-set method.
+// Rules that look for the shortest vector of the gradients' hull: MGDA, MMPareto and CAGrad, all by one active-set method.
 #pragma once
 
 #include "active_set.h"
@@ -30,6 +30,46 @@ struct Rule<6> : Rule<-1> {
     set.share_among_copies();
     if (p.n_params == 2) each(team, k, [&](int i) { p.w[i] = p.w[i] > p.params[1] ? p.params[1] : p.w[i]; });
     if (unit) each(team, k, [&](int i) { p.w[i] /= norm[i] * sqrt(p.scale); });
+  }
+};
+
+// MMPareto (Wei & Hu, "MMPareto: boosting multimodal learning with innocent unimodal assistance", ICML 2024): the plain sum where no two rows
+// conflict, else k times the shortest vector of the hull, made as long as the sum where it is shorter; times gamma. params: gamma.
+template <>
+struct Rule<22> : Rule<-1> {
+  static constexpr bool exists = true;
+  static constexpr bool lifts = true;
+  static constexpr const char* name = "MMPareto";
+  MMFAST_HD static bool takes(int, int n_params) { return n_params == 1; }
+  template <class Team>
+  MMFAST_HD static void solve(const Team& team, Problem& p) {
+    const int k = p.k;
+    const double gamma = p.params[0];
+    const double conflicts = team.sum(k, [&](int i) {
+      double count = 0.0;
+      for (int j = 0; j < i; ++j) count += p.G[static_cast<long>(i) * k + j] <= 0.0;
+      return count;
+    });
+    if (conflicts == 0.0) {
+      each(team, k, [&](int i) { p.w[i] = gamma; });
+      return;
+    }
+    minnorm::ActiveSet<Team> set(team, p, p.w);
+    set.start_with_all();
+    set.descend();
+    set.share_among_copies();
+    const double lift = p.lift / (1.0 + p.lift);  // part of the diagonal of G that no gradient has
+    auto square = [&](auto weight) {
+      return team.sum(k, [&](int i) {
+        double along = -lift * weight(i) * p.G[static_cast<long>(i) * k + i];
+        for (int j = 0; j < k; ++j) along += p.G[static_cast<long>(i) * k + j] * weight(j);
+        return weight(i) * along;
+      });
+    };
+    const double sum2 = square([](int) { return 1.0; }), ours2 = k * k * square([&](int i) { return p.w[i]; });
+    const double reach = k * team.sum(k, [&](int i) { return p.w[i] * set.norm[i]; });
+    const double factor = ours2 > cancelled(p.precision) * reach * reach && ours2 < sum2 ? sqrt(sum2 / ours2) : 1.0;
+    each(team, k, [&](int i) { p.w[i] *= gamma * k * factor; });
   }
 };
 

@@ -40,7 +40,8 @@ MMFAST_HD inline double preference(const Problem& p, int i, int first, double ot
 
 // A rule is a specialisation of this template in its family's header:
 //   exists = true; name = the Python class; maps_rows = whether it fills map (then w is summed by the driver);
-//   smooths = whether it changes the weights of the step before instead of making its own (CRMOGM);
+//   smooths = whether it changes the weights of the step before instead of making its own (CRMOGM, Hold);
+//   holds = whether it may keep the step before from being solved, where due(problem, state) is false (Hold);
 //   lifts = whether it follows the inverse of the Gramian, and must not follow its rounding; reads_gramian = whether it looks at it at all;
 //   takes(K, n_params): whether so many parameters are right; state_size(K); solve(team, problem).
 template <int id>
@@ -48,11 +49,13 @@ struct Rule {
   static constexpr bool exists = false;
   static constexpr bool maps_rows = false;
   static constexpr bool smooths = false;
+  static constexpr bool holds = false;
   static constexpr bool lifts = false;
   static constexpr bool reads_gramian = true;
   static constexpr const char* name = "";
   MMFAST_HD static bool takes(int, int n_params) { return n_params == 0; }
   MMFAST_HD static int state_size(int) { return 0; }
+  MMFAST_HD static bool due(const Problem&, const double*, const double*) { return true; }
   template <class Team>
   MMFAST_HD static void solve(const Team&, Problem&) {}
 };

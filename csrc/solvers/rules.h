@@ -6,6 +6,7 @@
 #include "alignment.h"
 #include "bargaining.h"
 #include "cone.h"
+#include "hold.h"
 #include "magnitude.h"
 #include "minnorm.h"
 #include "projection.h"

@@ -197,7 +197,12 @@ MMFAST_APART bool run_chain(const Team& team, const Chain& chain, int K, const I
   for (int s = 0; s < chain.n_steps; ++s) {
     Problem p{k, K, at.row_index, at.dense, scale, params, static_cast<int>(chain.steps[2 * s + 1]), state,
               Draw{io.seed, io.counter, io.problem, static_cast<uint32_t>(s)}, w, at.map, at.scratch, at.iwork, chain.precision, 0.0};
-    bool maps = false, smooths = false;
+    bool maps = false, smooths = false, due = true;
+    if (s + 1 < chain.n_steps) {  // whether the step after this one keeps the weights of an earlier call
+      double* next_state = state;
+      if (state) with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) { next_state += decltype(rule)::state_size(K); });
+      with_rule(static_cast<int>(chain.steps[2 * s + 2]), [&](auto rule) { due = decltype(rule)::due(p, params + chain.steps[2 * s + 1], next_state); });
+    }
     for (int part = 0; part < 2; ++part) {  // a rule, and the one that smooths its weights
       if (part) {
         if (s + 1 < chain.n_steps) with_rule(static_cast<int>(chain.steps[2 * s + 2]), [&](auto rule) { smooths = decltype(rule)::smooths; });
@@ -211,8 +216,10 @@ MMFAST_APART bool run_chain(const Team& team, const Chain& chain, int K, const I
       }
       with_rule(static_cast<int>(chain.steps[2 * s]), [&](auto rule) {
         using R = decltype(rule);
-        solve_rule<R>(team, p, chain.precision > DBL_EPSILON ? lifted * k * chain.precision : 0.0, at.dense, at.diagonal);
-        maps = R::maps_rows;
+        if (part || due) {
+          solve_rule<R>(team, p, chain.precision > DBL_EPSILON ? lifted * k * chain.precision : 0.0, at.dense, at.diagonal);
+          maps = R::maps_rows;
+        }
         if (state) state += R::state_size(K);
       });
       params += chain.steps[2 * s + 1];

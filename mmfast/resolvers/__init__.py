@@ -7,8 +7,8 @@ from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.compose import CRMOGM, Compose
 from mmfast.resolvers.cone import PCD, DualProj, UPGrad
 from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
-from mmfast.resolvers.magnitude import NSGD, GradNorm
-from mmfast.resolvers.minnorm import MGDA, CAGrad
+from mmfast.resolvers.magnitude import DBMTL, NSGD, GradNorm, Unit
+from mmfast.resolvers.minnorm import MGDA, CAGrad, MMPareto
 from mmfast.resolvers.names import resolver
 from mmfast.resolvers.projection import GradVac, PCGrad
 from mmfast.resolvers.robust import Krum
@@ -16,6 +16,7 @@ from mmfast.resolvers.simple import Constant, Mean, Random, Sum
 
 __all__ = [
     "CRMOGM",
+    "DBMTL",
     "IMTLG",
     "MGDA",
     "NSGD",
@@ -31,6 +32,7 @@ __all__ = [
     "GradNorm",
     "GradVac",
     "Krum",
+    "MMPareto",
     "Mean",
     "NashMTL",
     "PCGrad",
@@ -40,6 +42,7 @@ __all__ = [
     "Sum",
     "TrimmedMean",
     "UPGrad",
+    "Unit",
     "resolver",
 ]
 

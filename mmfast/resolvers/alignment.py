@@ -1,6 +1,7 @@
 """Rules that align the gradients with one another: IMTLG, AlignedMTL, ConFIG. Mirrors csrc/solvers/alignment.h."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ SCALES = ("min", "median", "rmse")
 LENGTHS = ("projection", "min", "max", "harmonic", "arithmetic", "geometric")
 
 
-def _choice(argument: str, value: str, choices: tuple[str, ...]) -> str:
+def _choice(argument: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, choices))}")
     return value
@@ -62,8 +63,8 @@ class AlignedMTL(PreferringRule):
 
     method = 14
 
-    def __init__(self, scale: str = "min", pref: Sequence[float] | None = None) -> None:
-        super().__init__(pref)
+    def __init__(self, scale: str = "min", pref: Sequence[float] | None = None, *, every: int = 1) -> None:
+        super().__init__(pref, every=every)
         self.scale = _choice("scale", scale, SCALES)
 
     def params(self) -> list[float]:
@@ -93,17 +94,29 @@ class ConFIG(PreferringRule):
     Args:
         pref: K numbers to which the cosines are proportional; None for equal cosines.
         length: "projection" gives it the sum of the gradients' projections on it; "min", "max", "harmonic", "arithmetic" and "geometric" give it
-            that mean of the gradients' norms times the sum of the cosines.
+            that mean of the gradients' norms times the sum of the cosines; a number i the norm of gradient i in that place (where it is missing, the
+            arithmetic mean).
     """
 
     method = 15
 
-    def __init__(self, pref: Sequence[float] | None = None, length: str = "projection") -> None:
-        super().__init__(pref)
-        self.length = _choice("length", length, LENGTHS)
+    def __init__(self, pref: Sequence[float] | None = None, length: str | int = "projection", *, every: int = 1) -> None:
+        super().__init__(pref, every=every)
+        if isinstance(length, int) and not isinstance(length, bool) and length >= 0:
+            self.length: str | int = length
+        else:
+            self.length = _choice("length", length, LENGTHS)
 
     def params(self) -> list[float]:
-        return [float(LENGTHS.index(self.length)), *super().params()]
+        kind = len(LENGTHS) + self.length if isinstance(self.length, int) else LENGTHS.index(self.length)
+        return [float(kind), *super().params()]
+
+    def check(self, k: int) -> None:
+        super().check(k)
+        if isinstance(self.length, int) and self.length >= k:
+            raise ValueError(
+                f"length is {self.length}, expected the number of one of {k} gradients, or one of {', '.join(map(repr, LENGTHS))}"
+            )
 
     def rule(self, p: Problem) -> Tensor:
         norm, a, cosine, square = _multiples(p, self.preference(p, torch.ones_like(p.G[..., 0])))
@@ -117,6 +130,9 @@ class ConFIG(PreferringRule):
 
     def _tracked(self, norm: Tensor, active: Tensor) -> Tensor:
         count = active.sum(-1)
+        if isinstance(self.length, int):
+            mean = torch.where(active, norm, 0).sum(-1) / count
+            return torch.where(active[..., self.length], norm[..., self.length], mean)
         if self.length == "min":
             return torch.where(active, norm, torch.inf).amin(-1)
         if self.length == "max":

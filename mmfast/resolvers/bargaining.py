@@ -100,8 +100,8 @@ class NashMTL(Rule):
     method = 11
     lifts = True
 
-    def __init__(self, max_norm: float | None = None) -> None:
-        super().__init__()
+    def __init__(self, max_norm: float | None = None, *, every: int = 1) -> None:
+        super().__init__(every=every)
         if max_norm is not None and not (math.isfinite(max_norm) and max_norm > 0):
             raise ValueError(f"max_norm is {max_norm}, expected None or a positive number")
         self.max_norm = max_norm
@@ -137,8 +137,8 @@ class FairGrad(Rule):
     method = 12
     lifts = True
 
-    def __init__(self, alpha: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, alpha: float = 1.0, *, every: int = 1) -> None:
+        super().__init__(every=every)
         if not (math.isfinite(alpha) and (alpha == 0 or alpha >= 0.05)):
             raise ValueError(
                 f"alpha is {alpha}, expected 0 or a number from 0.05 up: w^(-1/alpha) of less has no solution that Newton's method finds"

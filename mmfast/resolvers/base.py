@@ -108,20 +108,26 @@ class Resolver(nn.Module):
 
 
 class Rule(Resolver):
-    """A built-in rule: hyper-parameters, a plain-torch form (`rule` or `rows`), and the number of its C++ solver."""
+    """A built-in rule: hyper-parameters, a plain-torch form (`rule` or `rows`), and the number of its C++ solver.
+
+    Every one takes `every=R`: it is solved at each R-th call, and its weights are kept in between (`Hold`).
+    """
 
     method: ClassVar[int]  # id of its Rule<> in csrc/solvers
     random: bool = False  # True where it draws random numbers; read once, when the rule is made
     lifts: ClassVar[bool] = False  # True where it follows the inverse of the Gramian, and must not follow its rounding (solve.py)
     needs_gram: ClassVar[bool] = True  # False where the weights do not depend on the Gramian
-    smooths: ClassVar[bool] = False  # True where it changes the weights of the step before (CRMOGM)
+    smooths: ClassVar[bool] = False  # True where it changes the weights of the step before (CRMOGM, Hold)
 
-    def __init__(self) -> None:
+    def __init__(self, *, every: int = 1) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"{type(self).__name__}: every is {every!r}, expected a number of calls, 1 or more")
         super().__init__()
         self.state: Tensor | None
         self.rng: Tensor | None
         self.register_buffer("state", None)
         self.register_buffer("rng", new_stream() if self.random else None)  # one stream per resolver
+        self.hold: Hold | None = Hold(self, every) if every > 1 else None  # the step after it, where it is not solved at every call
 
     def params(self) -> list[float]:
         """Hyper-parameters in the order in which the C++ solver reads them."""
@@ -144,12 +150,14 @@ class Rule(Resolver):
         return type(self).rows is not Rule.rows
 
     def chain(self) -> "list[Rule] | None":
-        return [self]
+        return [self] if self.hold is None else [self, self.hold]
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
         return weights_of(self, G, mask)
 
     def reset(self) -> None:
+        if self.hold is not None:
+            self.hold.reset()
         self.state = None
         if self.rng is not None:
             self.rng[1] = 0
@@ -180,14 +188,60 @@ class Rule(Resolver):
         return ""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
+        every = [] if self.hold is None else [f"every={self.hold.every}"]
+        return f"{type(self).__name__}({', '.join([self.extra_repr(), *every] if self.extra_repr() else every)})"
+
+
+class Hold(Rule):
+    """The weights of another rule between the calls that solve it: what `every` adds to it as a step of its own. Mirrors csrc/solvers/hold.h.
+
+    The rule is solved at every R-th call of a problem and whenever a row is there that was missing when it was; a row that is missing in between gets
+    weight 0. Weights of c times the gradients are c^degree times those for the gradients: c is the mean change of the norms since.
+    """
+
+    method = 23
+    smooths = True
+    needs_gram = False  # but the norms, where its rule does
+    of: Rule
+
+    def __init__(self, rule: Rule, every: int) -> None:
+        super().__init__()
+        self.__dict__["of"] = rule  # not as a submodule: it has this one for its own
+        self.every = every
+
+    def params(self) -> list[float]:
+        return [float(self.every), self.of.degree]
+
+    def state_size(self, k: int) -> int:
+        return 2 * k + 1
+
+    def due(self, p: Problem, state: Tensor) -> Tensor:
+        """Which problems are solved at this call [B, 1]."""
+        k = p.G.shape[-1]
+        norms, calls = state[..., k : 2 * k], state[..., 2 * k :]
+        return (calls == 0) | (calls >= self.every) | (p.active & (norms == 0)).any(-1, keepdim=True)
+
+    def smooth(self, p: Problem, w: Tensor) -> Tensor:
+        """The weights [B, K] of this call, for weights w of the rule."""
+        assert p.state is not None
+        kept, norms, calls = p.state.split([w.shape[-1]] * 2 + [1], -1)
+        due, norm = self.due(p, p.state), (p.G.diagonal(dim1=-2, dim2=-1) * p.scale.unsqueeze(-1)).sqrt()
+        change = torch.where(p.active, norm / torch.where(norms == 0, 1, norms), 0).sum(-1, keepdim=True) / p.count.unsqueeze(-1)
+        degree = self.params()[1]
+        now = torch.where(due, w, kept if degree == 0 else kept * change**degree)
+        kept, norms, calls = (torch.where(due, new, old) for new, old in ((w * p.active, kept), (norm * p.active, norms), (0.0, calls)))
+        p.next_state = torch.cat([kept, norms, calls + 1], -1)
+        return now
+
+    def extra_repr(self) -> str:
+        return f"every={self.every}"
 
 
 class PreferringRule(Rule):
     """A rule with a preference for each gradient, or None for equal ones."""
 
-    def __init__(self, pref: Sequence[float] | None) -> None:
-        super().__init__()
+    def __init__(self, pref: Sequence[float] | None, *, every: int = 1) -> None:
+        super().__init__(every=every)
         self.pref = None if pref is None else tuple(float(x) for x in pref)
         if self.pref is not None and not (all(math.isfinite(x) and x >= 0 for x in self.pref) and any(self.pref)):
             raise ValueError(f"pref is {contract.shortened(self.pref)}, expected K finite numbers, none negative, not all zero")

@@ -72,8 +72,8 @@ class UPGrad(PreferringRule):
     method = 8
     lifts = True
 
-    def __init__(self, pref: Sequence[float] | None = None) -> None:
-        super().__init__(pref)
+    def __init__(self, pref: Sequence[float] | None = None, *, every: int = 1) -> None:
+        super().__init__(pref, every=every)
 
     def rule(self, p: Problem) -> Tensor:
         norms, C = cosines(p.G)
@@ -95,8 +95,8 @@ class DualProj(PreferringRule):
     method = 9
     lifts = True
 
-    def __init__(self, pref: Sequence[float] | None = None) -> None:
-        super().__init__(pref)
+    def __init__(self, pref: Sequence[float] | None = None, *, every: int = 1) -> None:
+        super().__init__(pref, every=every)
 
     def rule(self, p: Problem) -> Tensor:
         norms, C = cosines(p.G)
@@ -121,8 +121,8 @@ class PCD(Rule):
     method = 10
     lifts = True
 
-    def __init__(self, tau: float = 0.02, beta: float = 0.999) -> None:
-        super().__init__()
+    def __init__(self, tau: float = 0.02, beta: float = 0.999, *, every: int = 1) -> None:
+        super().__init__(every=every)
         if not 0 <= tau <= 1:
             raise ValueError(f"tau is {tau}; it should be from 0 to 1")
         if not 0 <= beta < 1:

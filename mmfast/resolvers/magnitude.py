@@ -1,4 +1,4 @@
-"""Rules that look at the norms of the gradients alone. Mirrors csrc/solvers/magnitude.h, whose third rule, CRMOGM, is in compose.py."""
+"""Rules that look at the norms of the gradients alone. Mirrors csrc/solvers/magnitude.h, whose last rule, CRMOGM, is in compose.py."""
 
 import math
 
@@ -35,6 +35,40 @@ def _mean(x: Tensor, p: Problem) -> Tensor:
     return torch.where(p.active, x, 0).sum(-1, keepdim=True) / p.count.unsqueeze(-1)
 
 
+class Unit(Rule):
+    """Gives each gradient length 1: w_i = 1 / |g_i|. As a step before another rule, `Compose(Unit(), rule)`, the rule sees unit gradients.
+
+    The result does not depend on the gradients' lengths: a loss scale must not be divided out of it again, or the rule must be used with
+    `preserve_norm=True`, as blocks are.
+
+        >>> mf.resolve([torch.tensor([3.0, 0.0]), torch.tensor([0.0, -0.5])], mf.Unit())
+        tensor([ 1., -1.])
+    """
+
+    method = 20
+    degree = -1.0
+
+    def rule(self, p: Problem) -> Tensor:
+        return 1 / (p.G.diagonal(dim1=-2, dim2=-1) * p.scale.unsqueeze(-1)).sqrt()
+
+
+class DBMTL(Rule):
+    """Makes all gradients as long as the longest, w_i = max_j |g_j| / |g_i| (Lin et al., "Dual-balancing for multi-task learning", 2023).
+
+    This is the method's gradient-magnitude part. Its losses are logarithms: give it gradients of log(loss). Its running mean of the gradients is
+    `EMA(DBMTL(), beta=0.9)`.
+
+        >>> mf.weights(torch.tensor([[4.0, 0.0], [0.0, 25.0]]), mf.DBMTL())
+        tensor([2.5000, 1.0000], dtype=torch.float64)
+    """
+
+    method = 21
+
+    def rule(self, p: Problem) -> Tensor:
+        norm = p.G.diagonal(dim1=-2, dim2=-1).sqrt()
+        return torch.where(p.active, norm, 0).amax(-1, keepdim=True) / norm
+
+
 class GradNorm(Rule):
     """Learns weights that balance the gradient norms (Chen et al., "GradNorm", ICML 2018, as modified by Javaloy et al., ICML 2022).
 
@@ -50,11 +84,11 @@ class GradNorm(Rule):
 
     method = 16
 
-    def __init__(self, alpha: float = 0.0, lr: float = 1e-3, update_at: int = 20) -> None:
+    def __init__(self, alpha: float = 0.0, lr: float = 1e-3, update_at: int = 20, *, every: int = 1) -> None:
         for name, value in (("alpha", alpha), ("lr", lr)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"GradNorm: {name} is {value!r}, expected a finite number, 0 or more")
-        super().__init__()
+        super().__init__(every=every)
         self.alpha, self.lr, self.update_at = alpha, lr, _check_update_at("GradNorm", update_at)
 
     def params(self) -> list[float]:
@@ -99,8 +133,8 @@ class NSGD(Rule):
 
     method = 17
 
-    def __init__(self, update_at: int = 20) -> None:
-        super().__init__()
+    def __init__(self, update_at: int = 20, *, every: int = 1) -> None:
+        super().__init__(every=every)
         self.update_at = _check_update_at("NSGD", update_at)
 
     def params(self) -> list[float]:

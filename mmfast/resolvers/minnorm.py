@@ -1,4 +1,4 @@
-"""Rules that look for the shortest vector of the gradients' hull: MGDA, CAGrad.
+"""Rules that look for the shortest vector of the gradients' hull: MGDA, MMPareto, CAGrad.
 
 csrc/solvers/minnorm.h solves them by an active set; the plain-torch forms here are interior-point methods, so each checks the other.
 """
@@ -130,6 +130,12 @@ def _cosines(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return C, norm, torch.where(p.active, shortest / norm, 0)
 
 
+def _shortest(p: Problem, C: Tensor, a: Tensor) -> Tensor:
+    """Weights [B, K] on the simplex of the shortest vector of the hull of gradients of lengths 1 / a, whose cosines are C."""
+    x = a * _quadratic(C, torch.zeros_like(a), a, p.active, simplex=True)
+    return _share(p.G, x / x.sum(-1, keepdim=True))
+
+
 class MGDA(Rule):
     """Multiple-gradient descent (Sener & Koltun, "Multi-task learning as multi-objective optimization", 2018): the shortest vector of the hull.
 
@@ -156,8 +162,8 @@ class MGDA(Rule):
     lifts = True
     cap: float | None = None
 
-    def __init__(self, normalize: str = "none", cap: float | None = None) -> None:
-        super().__init__()
+    def __init__(self, normalize: str = "none", cap: float | None = None, *, every: int = 1) -> None:
+        super().__init__(every=every)
         if normalize in ("loss", "loss+"):
             raise ValueError(f'normalize is "{normalize}", but a resolver sees gradients, not losses; expected "none" or "l2"')
         if normalize not in ("none", "l2"):
@@ -175,15 +181,55 @@ class MGDA(Rule):
 
     def rule(self, p: Problem) -> Tensor:
         C, norm, a = _cosines(p)
-        if self.normalize == "l2":
-            a = p.active.double()
-        x = a * _quadratic(C, torch.zeros_like(a), a, p.active, simplex=True)
-        w = _share(p.G, x / x.sum(-1, keepdim=True))
+        w = _shortest(p, C, p.active.double() if self.normalize == "l2" else a)
         w = w if self.cap is None else w.clamp(max=self.cap)
         return w / norm / p.scale.sqrt().unsqueeze(-1) if self.normalize == "l2" else w
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}" + ("" if self.cap is None else f", cap={self.cap}")
+
+
+class MMPareto(Rule):
+    """The plain sum where no two gradients conflict, else K times the shortest vector of their hull, made at least as long as the sum; all of it times
+    gamma (Wei & Hu, "MMPareto: boosting multimodal learning with innocent unimodal assistance", ICML 2024).
+
+    The paper has two rows, for each encoder the gradients of the multimodal and of its unimodal loss; more are taken alike. Its code compares the lengths
+    one parameter at a time: call it for each, or take the gradients of all as one problem, as here. A direction that is rounding, where rows
+    are opposite, is not made longer. `preserve_norm=True`, the default of blocks, gives the length of the sum whatever gamma is.
+
+    Args:
+        gamma: a positive number.
+
+    Example:
+        >>> mf.weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), mf.MMPareto())
+        tensor([2.2045, 1.4697], dtype=torch.float64)
+    """
+
+    method = 22
+    lifts = True
+
+    def __init__(self, gamma: float = 1.5, *, every: int = 1) -> None:
+        super().__init__(every=every)
+        if not (math.isfinite(gamma) and gamma > 0):
+            raise ValueError(f"gamma is {gamma!r}, expected a positive number")
+        self.gamma = float(gamma)
+
+    def params(self) -> list[float]:
+        return [self.gamma]
+
+    def rule(self, p: Problem) -> Tensor:
+        C, norm, a = _cosines(p)
+        pair = p.active.unsqueeze(-1) & p.active.unsqueeze(-2)
+        conflict = (pair & (p.G <= 0)).any(-1).any(-1).unsqueeze(-1)
+        one, w = p.active.double(), p.count.unsqueeze(-1) * _shortest(p, C, a)
+        lift = p.lift / (1 + p.lift)  # part of the diagonal of G that no gradient has
+        sum2, ours2 = (_dot(x, times(p.G, x)) - lift * _dot(x * norm, x * norm) for x in (one, w))
+        shorter = (ours2 > p.cancelled * _dot(w, norm).square()) & (ours2 < sum2)
+        factor = torch.where(shorter, (sum2 / torch.where(shorter, ours2, 1)).sqrt(), 1)
+        return self.gamma * torch.where(conflict, factor * w, one)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}"
 
 
 class CAGrad(Rule):
@@ -200,8 +246,8 @@ class CAGrad(Rule):
     method = 7
     lifts = True
 
-    def __init__(self, c: float = 0.5, rescale: int = 0) -> None:
-        super().__init__()
+    def __init__(self, c: float = 0.5, rescale: int = 0, *, every: int = 1) -> None:
+        super().__init__(every=every)
         if not (math.isfinite(c) and c >= 0):
             raise ValueError(f"c is {c}, expected a finite number that is not negative")
         if rescale not in (0, 1, 2):

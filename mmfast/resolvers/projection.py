@@ -35,13 +35,13 @@ class PCGrad(Rule):
 
     method = 4
 
-    def __init__(self, reduction: str = "sum", order: str = "random") -> None:
+    def __init__(self, reduction: str = "sum", order: str = "random", *, every: int = 1) -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"PCGrad: reduction is {reduction!r}, expected 'sum' or 'mean'")
         if order not in ("random", "fixed"):
             raise ValueError(f"PCGrad: order is {order!r}, expected 'random' or 'fixed'")
         self.random = order == "random"  # before the base makes the stream
-        super().__init__()
+        super().__init__(every=every)
         self.reduction, self.order = reduction, order
 
     def params(self) -> list[float]:
@@ -74,10 +74,10 @@ class GradVac(Rule):
     method = 5
     random = True
 
-    def __init__(self, beta: float = 0.5) -> None:
+    def __init__(self, beta: float = 0.5, *, every: int = 1) -> None:
         if not 0 <= beta <= 1:
             raise ValueError(f"GradVac: beta is {beta!r}, expected a number from 0 to 1")
-        super().__init__()
+        super().__init__(every=every)
         self.beta = beta
 
     def params(self) -> list[float]:

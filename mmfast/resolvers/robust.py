@@ -20,13 +20,13 @@ class Krum(Rule):
 
     method = 19
 
-    def __init__(self, n_byzantine: int, n_selected: int = 1, distance: str = "squared") -> None:
+    def __init__(self, n_byzantine: int, n_selected: int = 1, distance: str = "squared", *, every: int = 1) -> None:
         for name, value, least in (("n_byzantine", n_byzantine, 0), ("n_selected", n_selected, 1)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"Krum: {name} is {value!r}, expected an integer, {least} or more")
         if distance not in ("squared", "plain"):
             raise ValueError(f"Krum: distance is {distance!r}, expected 'squared' or 'plain'")
-        super().__init__()
+        super().__init__(every=every)
         self.n_byzantine, self.n_selected, self.distance = n_byzantine, n_selected, distance
 
     def check(self, k: int) -> None:

@@ -39,8 +39,8 @@ class Constant(Rule):
     method = 2
     needs_gram = False
 
-    def __init__(self, weights: Sequence[float]) -> None:
-        super().__init__()
+    def __init__(self, weights: Sequence[float], *, every: int = 1) -> None:
+        super().__init__(every=every)
         self.weights = tuple(float(w) for w in weights)
         for i, w in enumerate(self.weights):
             if not math.isfinite(w):

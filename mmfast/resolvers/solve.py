@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfast import contract
-from mmfast.resolvers.base import EPS, Problem, Rule, cancelled
+from mmfast.resolvers.base import EPS, Hold, Problem, Rule, cancelled
 from mmfast.resolvers.norm import Norm, by_gramian, of_gramian, shifted
 from mmfast.resolvers.philox import Draw, advance
 
@@ -102,7 +102,10 @@ def row_map(
             A = torch.diag_embed(w)
         state = states[s]
         if state is not None and p.next_state is not None:
-            state = torch.where((finite & active.any(-1)).unsqueeze(-1), p.next_state, state)
+            moves = (finite & active.any(-1)).unsqueeze(-1)
+            if s + 1 < len(chain) and isinstance(hold := chain[s + 1], Hold):  # a rule that the next step holds has not been asked
+                moves = moves & hold.due(p, states[s + 1])  # type: ignore[arg-type]
+            state = torch.where(moves, p.next_state, state)
         next_states.append(state)
         if s + 1 < len(chain) and chain[s + 1].smooths:
             continue
