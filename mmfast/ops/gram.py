@@ -16,6 +16,7 @@ def gram(
     grads: Sequence[Any] | Tensor,
     per: str = "batch",
     *,
+    others: Sequence[Any] | Tensor | None = None,
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -28,12 +29,14 @@ def gram(
             a list, or a tensor in it, that is not there.
         per: "batch" takes each gradient as one vector; "sample" one Gramian per entry of the leading dimension;
             "batch_sum" the Gramian of the gradients summed over the leading dimension.
-        mask: bool [K], or [B, K] for a mask per sample; False entries count as zero and are not read.
+        others: a second list of K gradients like the first: the inner products are those of each of `grads` (rows) with each of these (columns), as
+            rules for two independent batches take them (`MoDo`, `SDMGrad`). One pass reads both, each once, up to K = 128.
+        mask: bool [K], or [B, K] for a mask per sample; False entries count as zero and are not read, in `others` neither.
         backend: "auto", "cpu" or "cuda" (compiled), "triton" (GPUs; more than 64 gradients run in plain torch), or "reference" (plain torch).
             "auto" is MMFAST_BACKEND where that is set, else "cpu" on the CPU, on a GPU what has proved itself there (`verify`), else "reference".
 
     Returns:
-        float64 [K, K], or [B, K, K] per sample, freshly allocated. Products are summed in single precision over at most 4096
+        float64 [K, K], or [B, K, K] per sample, freshly allocated; not symmetric with `others`. Products are summed in single precision over at most 4096
         elements (double for float64), then in double, in an order that depends on the number of elements alone: the same bits
         for every thread count and instruction set. No gradient flows back through it.
 
@@ -44,8 +47,13 @@ def gram(
     >>> mf.gram([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])])
     tensor([[25.,  3.],
             [ 3.,  1.]], dtype=torch.float64)
+    >>> mf.gram([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])], others=[torch.tensor([1.0, 1.0]), torch.tensor([0.0, 2.0])])
+    tensor([[7., 8.],
+            [1., 0.]], dtype=torch.float64)
     """
     contract.per_code(per)
+    if others is not None:
+        return _between(contract.as_rows(grads), contract.as_rows(others), per, mask, backend)
     grads = contract.as_rows(grads)
     k = len(grads)
     contract.check_count(k)
@@ -65,3 +73,25 @@ def _gram(grads: Sequence[Tensor], per: str, mask: Tensor | None, k: int, backen
     except (RuntimeError, TypeError):
         contract.check(grads, per, mask, k)  # says what is wrong in words for people, where it knows
         raise
+
+
+def _between(grads: Sequence[Any], others: Sequence[Any], per: str, mask: Tensor | None, backend: str) -> Tensor:
+    """Products of `grads` with `others`, [..., K, K]: blocks beside the diagonal of Gramians of both."""
+    k = len(grads)
+    contract.check_count(k)
+    if len(others) != k:
+        raise ValueError(f"others holds {len(others)} gradients, expected {k} as grads does")
+    for i, (one, other) in enumerate(zip(grads, others, strict=True)):
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape != other.shape:
+            raise ValueError(f"others[{i}] has shape {tuple(other.shape)}, expected {tuple(one.shape)} like grads[{i}]")
+    if isinstance(mask, Tensor) and mask.shape[-1:] != (k,):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(k,)}, or (batch, {k}), for {k} gradients")
+    half = contract.MAX_GRADS // 2
+    parts = [slice(i, min(i + half, k)) for i in range(0, k, half)]
+
+    def block(rows: slice, columns: slice) -> Tensor:
+        both = None if mask is None else torch.cat([mask[..., rows], mask[..., columns]], -1)
+        n = rows.stop - rows.start
+        return gram([*grads[rows], *others[columns]], per, mask=both, backend=backend)[..., :n, n:]
+
+    return torch.cat([torch.cat([block(rows, columns) for columns in parts], -1) for rows in parts], -2)

@@ -13,6 +13,7 @@ from mmfast.resolvers.names import resolver
 from mmfast.resolvers.projection import GradVac, PCGrad
 from mmfast.resolvers.robust import Krum
 from mmfast.resolvers.simple import Constant, Mean, Random, Sum
+from mmfast.resolvers.stochastic import MoDo, SDMGrad
 
 __all__ = [
     "CRMOGM",
@@ -34,11 +35,13 @@ __all__ = [
     "Krum",
     "MMPareto",
     "Mean",
+    "MoDo",
     "NashMTL",
     "PCGrad",
     "Random",
     "Resolver",
     "Rule",
+    "SDMGrad",
     "Sum",
     "TrimmedMean",
     "UPGrad",

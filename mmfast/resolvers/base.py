@@ -91,6 +91,7 @@ class Resolver(nn.Module):
         ...         return torch.nn.functional.one_hot(squares.argmin(-1), G.shape[-1]).double()
     """
 
+    keeps: ClassVar[bool] = False  # True where it goes on from its last call, though no rule of its chain says so
     degree: float = 0.0  # the weights of c times the gradients are c^degree times theirs; 0 where only ratios of the gradients matter
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
