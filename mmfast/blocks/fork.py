@@ -103,13 +103,18 @@ def _resolved(plan: Plan, mask: Tensor | None, *grads: Tensor | None) -> Tensor:
     return out
 
 
-def check_plan(k: int, resolver: ResolverLike, per: str) -> Resolver:
+def check_plan(k: int, resolver: ResolverLike, per: str, at_parameters: bool = False) -> Resolver:
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k is a {type(k).__name__}, expected an int")
     if not 1 <= k <= contract.MAX_GRADS:
         raise ValueError(f"k is {k}, expected 1 to {contract.MAX_GRADS} branches")
     contract.per_code(per)
     resolver = made_of(resolver)
+    if resolver.of_parameters and not at_parameters:
+        raise ValueError(
+            f"resolver is {type(resolver).__name__}, which keeps what it saw of every element, and here each call brings other samples; "
+            "expected one without such a state, or mf.backward(losses, resolver), which resolves the gradients of parameters"
+        )
     resolver.check(k)
     return resolver
 

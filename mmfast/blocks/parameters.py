@@ -50,7 +50,7 @@ def backward(
         (torch.Size([2]), torch.Size([3, 4]))
     """
     named = by_name(losses)
-    resolver = check_plan(len(named), instance_of(resolver, len(named)), "batch")
+    resolver = check_plan(len(named), instance_of(resolver, len(named)), "batch", at_parameters=True)
     there = {name: loss for name, loss in named.items() if loss is not None}
     if not there:
         raise ValueError(f"losses holds {len(named)} losses, all None, expected one at least")

@@ -153,6 +153,8 @@ def explain(
     chain = resolver.chain()
     if found == "reference":
         path, read, written = "Gramian, weights and sum in plain torch", None, None
+    elif resolver.of_parameters:
+        path, read, written = "what the rule keeps, element by element in plain torch; Gramian and weighted sum of that", None, None
     elif isinstance(resolver, ElementwiseRule):
         path = "element by element; rows of zeros are looked for first where the rule counts them"
     elif chain is None:

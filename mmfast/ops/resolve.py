@@ -184,6 +184,10 @@ def _elementwise(
 ) -> Tensor:
     if per != "batch":
         contract.check(grads, per, mask, k)
+    if per == "sample" and rule.of_parameters:
+        raise ValueError(
+            f"per is 'sample', but {type(rule).__name__} resolves gradients of parameters, which have no samples; expected 'batch'"
+        )
     if per == "sample":  # a sample that is all zero is missing, as it is where a Gramian tells
         found = torch.stack([(g != 0).reshape(g.shape[0], g.numel() // max(g.shape[0], 1)).any(1) for g in grads], 1)
         rows = reference.pad_missing(found, missing, k)

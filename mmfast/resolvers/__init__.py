@@ -14,10 +14,12 @@ from mmfast.resolvers.projection import GradVac, PCGrad
 from mmfast.resolvers.robust import Krum
 from mmfast.resolvers.simple import Constant, Mean, Random, Sum
 from mmfast.resolvers.stochastic import MoDo, SDMGrad
+from mmfast.resolvers.tracking import EMA, ExcessMTL, MConFIG, MoCo
 
 __all__ = [
     "CRMOGM",
     "DBMTL",
+    "EMA",
     "IMTLG",
     "MGDA",
     "NSGD",
@@ -28,13 +30,16 @@ __all__ = [
     "ConFIG",
     "Constant",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
     "GradDrop",
     "GradNorm",
     "GradVac",
     "Krum",
+    "MConFIG",
     "MMPareto",
     "Mean",
+    "MoCo",
     "MoDo",
     "NashMTL",
     "PCGrad",

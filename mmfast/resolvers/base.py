@@ -92,6 +92,7 @@ class Resolver(nn.Module):
     """
 
     keeps: ClassVar[bool] = False  # True where it goes on from its last call, though no rule of its chain says so
+    of_parameters: ClassVar[bool] = False  # True where it keeps numbers of single elements, which must be the same ones at every call
     degree: float = 0.0  # the weights of c times the gradients are c^degree times theirs; 0 where only ratios of the gradients matter
 
     def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
