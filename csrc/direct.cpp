@@ -192,16 +192,23 @@ bool read_doubles(PyObject* list, std::vector<double>& out) {
 class Problem {
  public:
   SolveArgs args{};
-  // From (rule id, [parameters], state or None, rng or None, preserve_norm); false where they are declined, or with an exception set.
+  // From (rule id, or (id, number of parameters, id, number of parameters) of two steps, [parameters], state or None, rng or None, preserve_norm); false where they are declined, or with an exception set.
   bool read(PyObject* const* a, int K, Dtype dtype) {
-    steps_[0] = PyLong_AsLongLong(a[0]);
     if (!read_doubles(a[1], params_)) return false;
-    steps_[1] = static_cast<int64_t>(params_.size());
+    const auto n_params = static_cast<int64_t>(params_.size());
+    args.n_steps = PyTuple_Check(a[0]) ? 2 : 1;
+    if (args.n_steps == 2) {
+      if (PyTuple_Size(a[0]) != 4) return PyErr_SetString(PyExc_TypeError, "two steps are (rule id, number of parameters) twice"), false;
+      for (int i = 0; i < 4; ++i) steps_[i] = PyLong_AsLongLong(PyTuple_GetItem(a[0], i));
+    } else {
+      steps_[0] = PyLong_AsLongLong(a[0]), steps_[1] = n_params;
+    }
+    if (PyErr_Occurred()) return false;
+    if (args.n_steps == 2 && steps_[1] + steps_[3] != n_params) return false;
     args.batch = 1;
     args.K = K;
     args.precision = gram_precision(dtype);
     args.steps = steps_;
-    args.n_steps = 1;
     args.params = params_.data();
     args.preserve_norm = is_true(Py_NewRef(a[4]));
     args.w_stride = args.G_stride = K + int64_t{K} * K;
@@ -231,12 +238,12 @@ class Problem {
   }
 
  private:
-  int64_t steps_[2];
+  int64_t steps_[4];
   std::vector<double> params_;
   int64_t* stream_ = nullptr;
 };
 
-// (grads, rule id, [parameters], state or None, rng or None, preserve_norm, with_gram, with_info) -> (result, info or None), or None
+// (grads, rule id or steps, [parameters], state or None, rng or None, preserve_norm, with_gram, with_info) -> (result, info or None), or None
 PyObject* resolve(PyObject* const* a, Py_ssize_t n) {
   if (n != 8) return PyErr_SetString(PyExc_TypeError, "resolve takes 8 arguments"), nullptr;
   PlainGrads in;
@@ -260,7 +267,7 @@ PyObject* resolve(PyObject* const* a, Py_ssize_t n) {
   return PyTuple_Pack(2, out.object, info.object);
 }
 
-// (delta, weight, head_of, K, rule id, [parameters], state or None, rng or None, preserve_norm) -> (what delta is to be multiplied with, info) of
+// (delta, weight, head_of, K, rule id or steps, [parameters], state or None, rng or None, preserve_norm) -> (what delta is to be multiplied with, info) of
 // linear branches without a mask and one problem for the batch, or None
 PyObject* heads(PyObject* const* a, Py_ssize_t n) {
   if (n != 9) return PyErr_SetString(PyExc_TypeError, "heads takes 9 arguments"), nullptr;

@@ -54,9 +54,9 @@ def test_aligned_of_copies(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [*LENGTHS, 0, 1])
 def test_config_length(length, backend):
-    for k in (1, 2, 7):
+    for k in (1, 2, 7) if length != 1 else (2, 7):
         J = torch.randn(k, 30, dtype=torch.float64) * torch.logspace(-2, 3, k, dtype=torch.float64).unsqueeze(1)
         d = ops.weights(J @ J.T, ConFIG(length=length), backend=backend) @ J
         norm, cosines = J.norm(dim=1), J @ d / d.norm() / J.norm(dim=1)
@@ -67,6 +67,8 @@ def test_config_length(length, backend):
             "harmonic": k / (1 / norm).sum() * cosines.sum(),
             "arithmetic": norm.mean() * cosines.sum(),
             "geometric": norm.log().mean().exp() * cosines.sum(),
+            0: norm[0] * cosines.sum(),
+            1: norm[-1 if k == 1 else 1] * cosines.sum(),
         }[length]
         torch.testing.assert_close(d.norm(), expected, rtol=1e-9, atol=0)
 
@@ -137,6 +139,8 @@ def test_bad_arguments():
         AlignedMTL("mean")
     with pytest.raises(ValueError, match="length is 'norm', expected one of 'projection'"):
         ConFIG(length="norm")
+    with pytest.raises(ValueError, match="length is 2, expected the number of one of 2 gradients"):
+        ops.weights(torch.eye(2), ConFIG(length=2))
     for pref in ([1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]):
         with pytest.raises(ValueError, match="pref is .* none negative"):
             ConFIG(pref)

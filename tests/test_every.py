@@ -8,6 +8,7 @@ from problems import gramian
 from rule_table import RULES
 
 import mmfast as mf
+from mmfast.backends import direct
 
 BACKENDS = ["auto", "reference"]
 K, CALLS = 4, 8
@@ -133,6 +134,19 @@ def test_a_checkpoint_goes_on_where_it_was(name):
     assert rule.hold.state is None
     other.hold.reset_parameters()
     assert not other.hold.state.any()
+
+
+@pytest.mark.parametrize("name", ["UPGrad", "PCGrad", "GradVac"])
+def test_past_the_dispatcher_and_through_it(name):
+    """The same bits, calls that solve and calls that do not; a rule with a state of its own goes through it."""
+    torch.manual_seed(4)
+    one, grads = MAKE[name](every=3), [list(torch.randn(K, 50)) for _ in range(7)]
+    two = copy.deepcopy(one)
+    for g in grads:
+        served = direct.resolve(g, copy.deepcopy(one), False, False) is not None
+        assert served == (one.hold.state is not None and name != "GradVac")
+        assert torch.equal(mf.resolve(g, one), mf.resolve(g, two, backend="cpu"))
+    assert torch.equal(one.hold.state, two.hold.state)
 
 
 def test_a_rule_of_rules_row_by_row():

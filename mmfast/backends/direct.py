@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfast.backends import library
-from mmfast.resolvers.base import Resolver, Rule
+from mmfast.resolvers.base import Hold, Resolver, Rule
 from mmfast.resolvers.elementwise import GradDrop, TrimmedMean
 
 # Where one of them says yes, the dispatcher must be asked: there are modes (torch.set_default_device is one), a profiler, a trace, a transformation.
@@ -64,16 +64,17 @@ def resolve(
 ) -> tuple[Tensor, Tensor | None] | None:
     """(result, info or None) of one problem, as the operators give them, bit for bit; None, with nothing done, where they must be asked.
 
-    It serves contiguous CPU tensors that are no more than that, a rule that is no chain, and calls that none of the OBSERVERS is there to see.
+    It serves contiguous CPU tensors that are no more than that, a rule that is no chain (but for `every`), and calls that none of the OBSERVERS is there to see.
     """
     if _direct is None or torch.compiler.is_compiling() or not _suits(resolver, len(grads)):
         return None
     chain, kind = resolver.chain(), type(resolver)
     if chain is not None:
-        if len(chain) != 1:
+        problem = _problem(chain)
+        if problem is None:
             return None
         with_gram = with_info or preserve_norm or chain[0].needs_gram
-        return _direct.resolve(grads, *_problem(chain[0]), preserve_norm, with_gram, with_info)
+        return _direct.resolve(grads, *problem, preserve_norm, with_gram, with_info)
     if preserve_norm or kind not in (GradDrop, TrimmedMean):
         return None
     argument = (resolver.leaks, resolver._buffers["rng"]) if kind is GradDrop else (resolver.trim, None)
@@ -86,9 +87,10 @@ def heads(delta: Tensor, weight: Tensor, head_of: Tensor, k: int, resolver: Reso
     if _direct is None or torch.compiler.is_compiling() or not _suits(resolver, k):
         return None
     chain = resolver.chain()
-    if chain is None or len(chain) != 1:
+    problem = None if chain is None else _problem(chain)
+    if problem is None:
         return None
-    found = _direct.heads(delta, weight, head_of, k, *_problem(chain[0]), preserve_norm)
+    found = _direct.heads(delta, weight, head_of, k, *problem, preserve_norm)
     return None if found is None else (delta @ found[0], found[1])
 
 
@@ -101,5 +103,14 @@ def _suits(resolver: Resolver, k: int) -> bool:
     return True
 
 
-def _problem(rule: Rule) -> tuple[int, list[float], Tensor | None, Tensor | None]:
-    return rule.method, rule.params(), rule._buffers["state"], rule._buffers["rng"]
+def _problem(chain: list[Rule]) -> tuple[int | tuple[int, ...], list[float], Tensor | None, Tensor | None] | None:
+    """Steps, parameters, state and random stream of one rule, alone or with the step that holds its weights; None where there is more to join."""
+    rule = chain[0]
+    state, rng = rule._buffers["state"], rule._buffers["rng"]
+    if len(chain) == 1:
+        return rule.method, rule.params(), state, rng
+    hold = chain[1]
+    if len(chain) > 2 or not isinstance(hold, Hold) or state is not None:
+        return None
+    params, more = rule.params(), hold.params()
+    return (rule.method, len(params), hold.method, len(more)), params + more, hold._buffers["state"], rng
