@@ -169,6 +169,69 @@ def test_branches_called_more_than_once():
     assert_same(grads(mine), grads(same))
 
 
+VIEWS = {
+    "first token": lambda y: y.unflatten(1, (1, 5))[:, 0],
+    "reshaped": lambda y: y.reshape(2, 3, 5),
+    "transposed": lambda y: y.t().unsqueeze(0).squeeze(0).transpose(0, 1),
+    "piece": lambda y: y.split(5, 1)[0],
+}
+
+
+@pytest.mark.parametrize("show", VIEWS)
+def test_each_branch_with_a_view_of_its_own_that_is_the_same(show):
+    """As where a loop over decoders writes decoder(z.reshape(...)): no two of the tensor objects are one."""
+    mine, same = model(), model()
+    with mf.attach(mine.heads, mf.UPGrad()):
+        y = mine.encoder(X)
+        loss([head(VIEWS[show](y)) for head in mine.heads]).backward()
+    view = VIEWS[show](same.encoder(X))
+    loss([h(a) for h, a in zip(same.heads, mf.fork(view, 3, mf.UPGrad()), strict=True)]).backward()
+    assert_same(grads(mine), grads(same))
+
+
+def test_views_of_several_tensors_in_turns():
+    """Decoders outside, tensors inside: the second decoder still finds what the first was called with, though nobody holds those views."""
+    mine, same, rule = model(), model(), mf.UPGrad()
+    with mf.attach(mine.heads, mf.UPGrad()):
+        ys = [mine.encoder(X), mine.encoder(X + 1)]
+        loss([head(y.view(6, 5)) + 0 * i for head in mine.heads for i, y in enumerate(ys)]).backward()
+    forks = [mf.fork(same.encoder(x).view(6, 5), 3, rule) for x in (X, X + 1)]
+    loss([head(forks[i][h]) for h, head in enumerate(same.heads) for i in range(2)]).backward()
+    assert_same(grads(mine), grads(same))
+
+
+def test_views_that_are_not_the_same():
+    """Another part, the aliases of a block before it, a tensor changed in between, one that has a hook: each keeps its own way back."""
+    inner, y = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)]), torch.randn(3, 4, requires_grad=True)
+    with mf.attach(inner, mf.UPGrad()) as block:
+        a, b = mf.fork(y * 1, 2, mf.Mean(), preserve_norm=False)
+        calls = [
+            lambda: (y[:, :2], y[:, 2:]),
+            lambda: (a[:, :2], b[:, :2]),
+            lambda: changed_between(y * 1),
+            lambda: hooked(y * 1),
+        ]
+        for i, call in enumerate(calls):
+            block._open.clear()
+            with torch.no_grad():
+                takers = len(block._met)
+            for head, x in zip(inner, call(), strict=True):
+                head(x)
+            assert [set(s) for s in list(block._met)[takers:]] == [{0}, {1}], i
+
+
+def changed_between(y):
+    yield y[:, :2]
+    y.mul_(2)
+    yield y[:, :2]
+
+
+def hooked(y):
+    one, two = y[:, :2], y[:, :2]
+    two.register_hook(lambda g: g * 2)
+    return one, two
+
+
 def test_branches_that_share_no_input_are_said():
     mine = model()
     with mf.attach(mine.heads, mf.UPGrad()):

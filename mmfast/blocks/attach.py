@@ -15,19 +15,42 @@ from mmfast.blocks.fork import Plan, present_in_lists, refuse_double_backward, r
 from mmfast.blocks.impartial import Impartial, give_up
 from mmfast.blocks.local_step import scale_outputs
 from mmfast.blocks.scaling import LocalScale
+from mmfast.ops.resolve import resolve_info
 from mmfast.resolvers.names import ResolverLike
 
 
-def _references() -> int:
-    """How many a tensor has that only a list and its own aliases hold; torch counts those of C++ or not, by its version."""
-    ys = [torch.zeros(1)]
-    alias = ys[0].view_as(ys[0])
-    count = sys.getrefcount(ys[0])
-    del alias
-    return count
+# operations that show a tensor's memory in another way: two tensors that they made of one, alike in shape and strides, are one tensor
+_VIEWS = frozenset(
+    f"{name}Backward{overload}"
+    for name in ("Alias", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "Squeeze", "T", "Transpose", "Unbind")
+    + ("Unsqueeze", "View")
+    for overload in range(4)
+)
 
 
-_OURS = _references()
+def _references() -> tuple[int, int, int]:
+    """How many references a tensor has that only a list and its own aliases hold; the same of a view, and of what it is a view of.
+
+    Whether torch counts those of C++ depends on its version.
+    """
+    ys = [torch.zeros(1), torch.zeros(1).view(1)]
+    aliases = [y.view_as(y) for y in ys]
+    counts = sys.getrefcount(ys[0]), sys.getrefcount(ys[1]), sys.getrefcount(ys[1]._base)
+    del aliases
+    return counts
+
+
+_OURS, _OUR_VIEW, _OUR_BASE = _references()
+
+
+def _origin(y: Tensor) -> tuple[Any, int]:
+    """What made the memory that a tensor shows: the operation and which of its results, or a leaf."""
+    node, result = y.grad_fn, y.output_nr
+    if node is None:
+        return y, 0
+    while node.name() in _VIEWS:
+        node, result = node.next_functions[0]
+    return getattr(node, "variable", node), result
 
 
 class Meeting:
@@ -35,20 +58,45 @@ class Meeting:
 
     def __init__(self, ys: Sequence[Tensor], handle: "Attached") -> None:
         self.ys, self.handle = list(ys), handle
+        self.versions = [y._version for y in ys]
         self.takers: list[set[int]] = [set() for _ in ys]
-        flat = mmfast_attach.apply(self, *ys)
+        flat = transforms.apply(mmfast_attach, self, *ys)
         self.aliases = [flat[i * len(ys) : (i + 1) * len(ys)] for i in range(len(handle.names))]
 
     def find(self, y: Tensor) -> int | None:
-        return next((t for t, mine in enumerate(self.ys) if mine is y), None)
+        """Which of them it is: the same object, or the same view of the same tensor (each h[:, 0] makes a new one)."""
+        for t, mine in enumerate(self.ys):
+            if mine is y:
+                return t
+        if not y._is_view() or y._backward_hooks or y.retains_grad:
+            return None
+        return next((t for t in range(len(self.ys)) if self._shows(t, y)), None)
+
+    def _shows(self, t: int, y: Tensor) -> bool:
+        mine = self.ys[t]
+        if mine._version != self.versions[t] or mine._backward_hooks or mine.dtype != y.dtype or mine.shape != y.shape:
+            return False
+        if mine.stride() != y.stride() or mine.storage_offset() != y.storage_offset():
+            return False
+        (one, i), (other, j) = _origin(mine), _origin(y)
+        return one is other and i == j
+
+    def is_only(self, y: Any) -> bool:
+        return self.ys[0] is y and len(self.ys) == 1
 
     def alias(self, branch: int, t: int) -> Tensor:
         self.takers[t].add(branch)
         return self.aliases[branch][t]
 
     def held_outside(self) -> bool:
-        """Whether another branch can still come with one of them: somebody else has them."""
-        return any(sys.getrefcount(self.ys[t]) > _OURS for t in range(len(self.ys)))
+        """Whether another branch can still come with one of them: somebody else has it, or what it is a view of."""
+        for t in range(len(self.ys)):
+            if not self.ys[t]._is_view():
+                if sys.getrefcount(self.ys[t]) > _OURS:
+                    return True
+            elif sys.getrefcount(self.ys[t]) > _OUR_VIEW or sys.getrefcount(self.ys[t]._base) > _OUR_BASE:
+                return True
+        return False
 
 
 class mmfast_attach(torch.autograd.Function):
@@ -70,6 +118,11 @@ class mmfast_attach(torch.autograd.Function):
         if all(g is None for g in flat):
             return (None,) * (1 + count)
         refuse_double_backward("an attached block")
+        if count == 1 and len(takers[0]) > 1:  # the usual case
+            notices.tell(ctx, handle.resolver, handle.per, notices.present_branches, flat)
+            resolved, info = resolve_info(flat, handle.resolver, handle.per, preserve_norm=handle.preserve_norm)
+            handle.record(info)
+            return None, resolved
         grads = [flat[i * count : (i + 1) * count] for i in range(len(handle.names))]
         shared = [t for t in range(count) if len(takers[t]) > 1]
         if not shared:
@@ -130,7 +183,12 @@ class Attached(Impartial):
         self.remove()
 
     def _entering(self, i: int, copies: bool) -> Any:
+        met = self._open
+
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            if met and len(args) == 1 and not kwargs and met[-1].is_only(args[0]) and torch.is_grad_enabled() and not transforms.active():
+                alias = met[-1].alias(i, 0)  # most often a branch comes with what the one before it came with
+                return (alias.clone() if copies else alias,), kwargs
             return self._replaced(i, copies, args, kwargs)
 
         return torch.compiler.disable(enter)  # who meets whom is seen while it runs: a compiled model's graph breaks here
@@ -143,10 +201,8 @@ class Attached(Impartial):
             raise RuntimeError(
                 "attached branches can't be called inside a transformation of torch.func; use mmfast.ImpartialityBlock there"
             )
-        if (
-            len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].requires_grad and args[0].dtype in contract.DTYPES
-        ):  # the usual call
-            alias = self._aliases(i, [args[0]])[0]
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].requires_grad and args[0].dtype in contract.DTYPES:
+            alias = self._aliases(i, [args[0]])[0]  # the usual call
             return (alias.clone() if copies else alias,), kwargs
         leaves, spec = tree_flatten((args, kwargs))
         places = [j for j, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad and x.dtype in contract.DTYPES]
@@ -172,7 +228,7 @@ class Attached(Impartial):
                 contract.check_per(self.per, y.shape)
         fresh = [y for y in ys if not any(m.find(y) is not None for m in self._open)]
         if fresh:
-            self._open = [m for m in self._open if m.held_outside()]
+            self._open[:] = [m for m in self._open if m.held_outside()]
             self._open.append(Meeting(fresh, self))
             self._met.extend(self._open[-1].takers)
         found = []
@@ -186,9 +242,12 @@ class Attached(Impartial):
     def close(self, takers: list[set[int]]) -> None:
         """Called in a backward pass: nobody comes to these tensors any more."""
         if self._met:  # the first of the meetings that this backward pass reaches
-            self._seen_apart = all(len(s) == 1 for s in self._met) and len(set().union(*self._met)) > 1
+            apart = all(len(s) == 1 for s in self._met) and len(set().union(*self._met)) > 1
+            self.__dict__["_seen_apart"] = (
+                apart  # nn.Module would look whether it is a tensor or a module, in more time than all of this takes
+            )
             self._met.clear()
-        self._open = [m for m in self._open if m.takers is not takers]
+        self._open[:] = [m for m in self._open if m.takers is not takers]
 
     def tell_apart(self) -> None:
         """Says once that branches were called with tensors that are not the same ones."""
@@ -196,7 +255,7 @@ class Attached(Impartial):
             self._told = True
             contract.tell(
                 f"the branches {', '.join(self._names)} of mmfast.attach share no input: each was called with a tensor object of its own, so nothing is resolved; "
-                "hand all of them the same tensor, not views or copies made for each (mmfast.find_blocks shows where gradients meet)"
+                "hand all of them the same tensor, not a copy made for each (mmfast.find_blocks shows where gradients meet)"
             )
 
 
@@ -216,8 +275,8 @@ def attach(
 ) -> Attached:
     """Makes modules of a model as it stands the branches of an impartiality block: no change to the model's code, its checkpoints or its results.
 
-    Wherever two or more of the branches are called with the same tensor, their gradients are resolved into one for it, as by `fork`. A branch takes its inputs
-    as it always did: positional or by keyword, in tuples, lists and dicts; all tensors that branches share at a call are one problem. A branch that is not called, or
+    Wherever two or more of the branches are called with the same tensor, or the same view of one (`h[:, 0]`, `z.reshape(...)`), their gradients are resolved into
+    one for it, as by `fork`. A branch takes its inputs as it always did: positional or by keyword, in tuples, lists and dicts; all tensors that branches share at a call are one problem. A branch that is not called, or
     sends nothing back, is a missing modality. What one branch alone is called with passes as it is. Go back once, by `sum(losses).backward()`.
     Algorithm 1 of Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022.
 
