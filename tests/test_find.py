@@ -74,6 +74,28 @@ def test_the_line_that_it_suggests_puts_a_block_there():
     assert not torch.allclose(plain.trunk[1].weight.grad, attached.trunk[1].weight.grad)
 
 
+class Layered(nn.Module):
+    """Keeps its layers in a list, which nobody calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 2), nn.Linear(2, 1)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_it_suggests_modules_that_are_called():
+    net = nn.ModuleDict({"encoder": nn.Linear(4, 3), "decoders": nn.ModuleDict({"image": Layered(), "text": Layered()})})
+    y = net["encoder"](X)
+    (block,) = mf.find_blocks({name: decoder(y).square().sum() for name, decoder in net["decoders"].items()}, net)
+    assert block.branches == ("decoders.image", "decoders.text")
+    with pytest.raises(TypeError, match=r"branches\[0\] is a ModuleList, which has no forward and is never called"):
+        mf.attach([net["decoders"]["image"].layers, net["decoders"]["text"]], mf.UPGrad())
+
+
 def test_shared_weights_and_losses_in_a_list():
     head = nn.Linear(4, 1)
     found = mf.find_blocks([head(X).sum(), head(X + 1).square().sum()], head)

@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmfast import contract
 from mmfast.blocks import notices, transforms
+from mmfast.blocks.find import has_no_forward
 from mmfast.blocks.fork import Plan, present_in_lists, refuse_double_backward, resolved_lists
 from mmfast.blocks.impartial import Impartial, give_up
 from mmfast.blocks.local_step import scale_outputs
 from mmfast.blocks.scaling import LocalScale
 from mmfast.ops.resolve import resolve_info
 from mmfast.resolvers.names import ResolverLike
-
 
 # operations that show a tensor's memory in another way: two tensors that they made of one, alike in shape and strides, are one tensor
 _VIEWS = frozenset(
@@ -45,7 +45,8 @@ _OURS, _OUR_VIEW, _OUR_BASE = _references()
 
 def _origin(y: Tensor) -> tuple[Any, int]:
     """What made the memory that a tensor shows: the operation and which of its results, or a leaf."""
-    node, result = y.grad_fn, y.output_nr
+    node: Any = y.grad_fn
+    result = y.output_nr
     if node is None:
         return y, 0
     while node.name() in _VIEWS:
@@ -312,6 +313,10 @@ def attach(
     for name, branch in named.items():
         if not isinstance(branch, nn.Module):
             raise TypeError(f"branches[{name}] is a {type(branch).__name__}, expected an nn.Module")
+        if has_no_forward(branch):
+            raise TypeError(
+                f"branches[{name}] is a {type(branch).__name__}, which has no forward and is never called; expected a module that is"
+            )
     if len({id(branch) for branch in named.values()}) < len(named):
         raise ValueError("branches holds a module twice, expected each once: all of its calls are one branch")
     return Attached(named, resolver, local, per, preserve_norm)

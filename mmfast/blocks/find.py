@@ -48,7 +48,9 @@ class FoundBlock:
         if not self.branches:
             return None
         modules = ", ".join(
-            model + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")) for name in self.branches
+            model
+            + "".join(f".{part}" if part.isidentifier() else f"[{part}]" if part.isdigit() else f"[{part!r}]" for part in name.split("."))
+            for name in self.branches
         )
         return f"mf.attach([{modules}], mf.UPGrad())"
 
@@ -186,7 +188,7 @@ def _producer(node: Node, names: Mapping[int, str]) -> str:
     return operation
 
 
-def _branches(graph: Graph, slot: Slot, names: Mapping[int, str]) -> tuple[str, ...]:
+def _branches(graph: Graph, slot: Slot, names: Mapping[int, str], model: nn.Module | None) -> tuple[str, ...]:
     """The module behind each consumer of a tensor, by the parameters on the way to the terms; empty where they overlap or are unknown."""
     consumers: dict[Node, list[Node]] = {}
     for (child, _), arrivals in graph.arrivals.items():
@@ -204,7 +206,7 @@ def _branches(graph: Graph, slot: Slot, names: Mapping[int, str]) -> tuple[str, 
             fresh = [n for n in consumers.get(node, ()) if n not in seen]
             seen.update(fresh)
             stack.extend(fresh)
-    prefixes = [_common(used) for used in by_terms.values()]
+    prefixes = [_called(_common(used), model) for used in by_terms.values()]
     apart = all(
         p and not any(q == p or f"{q}.".startswith(f"{p}.") for j, q in enumerate(prefixes) if j != i) for i, p in enumerate(prefixes)
     )
@@ -222,6 +224,18 @@ def _common(names: set[str]) -> str:
             break
         shared.append(column[0])
     return ".".join(shared)
+
+
+def _called(name: str, model: nn.Module | None) -> str:
+    """The module itself, or where it is a mere list or dict of modules, which nobody calls, the one that it belongs to."""
+    while name and model is not None and has_no_forward(model.get_submodule(name)):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def has_no_forward(module: nn.Module) -> bool:
+    """Whether it only holds others, as ModuleList and ModuleDict do."""
+    return getattr(module.forward, "__func__", None) is nn.Module.forward
 
 
 def find_blocks(losses: Mapping[str, Tensor] | Sequence[Tensor], model: nn.Module | None = None) -> FoundBlocks:
@@ -265,7 +279,7 @@ def find_blocks(losses: Mapping[str, Tensor] | Sequence[Tensor], model: nn.Modul
         norms = G.diagonal().clamp(min=0).sqrt()
         shape = tuple(next(iter(grads.values())).shape)
         found.append(
-            FoundBlock(shape, _producer(slot[0], names), tuple(grads), G / norms.outer(norms), norms, _branches(graph, slot, names))
+            FoundBlock(shape, _producer(slot[0], names), tuple(grads), G / norms.outer(norms), norms, _branches(graph, slot, names, model))
         )
     return FoundBlocks(found)
 
