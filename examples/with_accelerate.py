@@ -10,11 +10,11 @@ import mmfast as mf
 accelerator = Accelerator(cpu=True)
 for resolver in (None, mf.IMTLG()):
     model = Model()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), 5e-2)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(TensorDataset(x, targets), batch_size=256))
     if resolver is not None:
         mf.attach(accelerator.unwrap_model(model).heads, resolver)
-    for _ in range(100):
+    for _ in range(40):
         for inputs, labels in loader:
             optimizer.zero_grad()
             accelerator.backward(sum(losses(model(inputs), labels)))

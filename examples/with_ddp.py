@@ -14,8 +14,8 @@ for resolver in (None, mf.IMTLG()):
     parallel = DistributedDataParallel(model)
     if resolver is not None:
         mf.attach(model.heads, resolver, group=dist.group.WORLD)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(100):
+    optimizer = torch.optim.Adam(model.parameters(), 5e-2)
+    for _ in range(40):
         optimizer.zero_grad()
         sum(losses(parallel(x[rank::ranks]), targets[rank::ranks])).backward()
         optimizer.step()

@@ -31,8 +31,8 @@ for rep_grad in (False, True):
     heads = torch.nn.ModuleDict({"first": toy.heads[0], "second": toy.heads[1]})
     model = Both(list(heads), lambda: toy.encoder, heads, rep_grad, False, torch.device("cpu"))  # noqa: B023
     model.init_param()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(100):
+    optimizer = torch.optim.Adam(model.parameters(), 5e-2)
+    for _ in range(40):
         optimizer.zero_grad(set_to_none=False)
         model.backward(torch.stack(losses(list(model(x).values()), targets)))
         optimizer.step()

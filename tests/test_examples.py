@@ -1,0 +1,67 @@
+"""Every example whose package is installed runs as a reader would run it, and shows that it worked."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+EXAMPLES = {  # what it needs, and how Python is called
+    "accelerate": ("accelerate", ()),
+    "ddp": ("torch", TORCHRUN),
+    "fsdp2": ("torch", TORCHRUN),
+    "libmtl": ("LibMTL", ()),
+    "lightning": ("lightning", ()),
+    "multivae": ("multivae", ()),
+    "torchjd": ("torchjd", ()),
+    "trainer": ("transformers", ()),
+}
+STAND_INS = ("libmtl", "multivae")  # they import torchvision for what is not used here
+
+
+def output(name):
+    package, how = EXAMPLES[name]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    paths = [str(ROOT), *([str(ROOT / "tests" / "stand_ins")] if name in STAND_INS else []), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *how, f"examples/with_{name}.py"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("libmtl", "multivae", "torchjd")])
+def test_the_worst_task_gains(name):
+    errors = dict(re.findall(r"worst task with (.*?)(?: on 2 processes)?: ([\d.]+)", output(name)))
+    assert float(errors["None"]) > 0.5 and float(errors["IMTLG()"]) < 0.1, errors
+
+
+def test_libmtl():
+    errors = re.findall(r"worst task with rep_grad=(\w+): ([\d.]+)", output("libmtl"))
+    assert [name for name, _ in errors] == ["False", "True"] and all(float(error) < 0.1 for _, error in errors)
+
+
+def test_multivae():
+    shown = output("multivae")
+    assert shown.count("mf.attach([model.decoders.bright, model.decoders.faint], mf.UPGrad())") == 2  # a block at each latent
+    first, last = (float(loss) for loss in re.findall(r"loss (\d+)", shown))
+    assert last < first
+
+
+def test_torchjd():
+    theirs, projected, ours, back = (
+        [float(number) for number in numbers.split(",")] for numbers in re.findall(r"tensor\(\[(.*?)\]", output("torchjd"))
+    )
+    assert ours == pytest.approx(projected, abs=1e-3) and back == pytest.approx(theirs, abs=1e-3)
+
+
+def test_they_are_short_and_all_are_here():
+    files = sorted(path for path in (ROOT / "examples").glob("with_*.py"))
+    assert [path.stem.removeprefix("with_") for path in files] == sorted(EXAMPLES)
+    assert all(len(path.read_text().splitlines()) < 40 for path in files)
