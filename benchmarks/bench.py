@@ -21,7 +21,7 @@ from time import perf_counter
 import torch
 
 import mmfast as mf
-from benchmarks import compiled, naive, overhead, report, roofline, tabular
+from benchmarks import attached, compiled, naive, overhead, report, roofline, tabular
 from benchmarks.machine import Quiet, caches, data_in, environment
 from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
@@ -223,6 +223,17 @@ def heads(run: Run) -> None:
                 print(_line(list(rows.values())), flush=True)
 
 
+def attach(run: Run) -> None:
+    """A training step with `attach`, with the block built in and without one: a usual size, and small ones, where every microsecond of the host shows."""
+    for width, batch in [(512, 256)] if run.quick else [(512, 256), (64, 256), (16, 32)]:
+        calls, error, right = attached.steps(width, batch)
+        rows = {
+            p: Row("attach", "UPGrad", attached.HEADS, batch * width, p, data_in=data_in(attached.HEADS * batch * width * 4)) for p in calls
+        }
+        compare(run, rows, calls, right, error, 12)
+        print(_line(list(rows.values())), flush=True)
+
+
 def compile_step(run: Run) -> None:
     """The training step of `heads` under torch.compile, against itself in eager mode; one rule unless others are asked for."""
     if run.quick:
@@ -243,6 +254,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "latency": latency,
     "block": block,
     "heads": heads,
+    "attach": attach,
     "compile": compile_step,
     "providers": providers,
     "grid": grid,

@@ -120,6 +120,7 @@ TITLES = {
     "latency": ("Small gradients, µs per Python call", ["ours", "torchjd", "torch"]),
     "block": ("A block's forward and backward, µs", ["ours", "naive", "none"]),
     "heads": ("Training step of a tabular VAE with linear heads (N: samples of z), µs", ["ours", "fused", "loop", "naive"]),
+    "attach": ("Training step with attach, with a block built in, without one (N: batch x width), µs", ["ours", "built", "none"]),
     "compile": ("The same step with LinearHeads, loss and backward pass by torch.compile, µs", ["ours", "eager", "none"]),
     "compile block": (
         "The same step with an ImpartialityBlock over nn.Linear, loss and backward pass by torch.compile, µs",
