@@ -107,7 +107,7 @@ class mmfast_attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, meeting: Meeting, *ys: Tensor) -> tuple[Tensor, ...]:
         ctx.meeting_takers, ctx.handle = meeting.takers, meeting.handle
-        ctx.kinds = [(y.shape, y.dtype, y.device) for y in ys]
+        ctx.kinds = None if meeting.handle.ranks is None else [(y.shape, y.dtype, y.device) for y in ys]
         ctx.seen = None  # the branches of an earlier backward pass
         ctx.set_materialize_grads(False)
         return ys * len(meeting.handle.names)
