@@ -161,7 +161,7 @@ def test_the_scale_changes_no_choice_of_an_element(make):
 def test_all_rules_are_here():
     """What the table calls invariant are all but these, whose weights go with the size of the gradients, as their papers have it."""
     assert {name for name, row in RULES.items() if row.power != 0} == {
-        "NashMTL", "NashMTL(max_norm)", "FairGrad(0.5)", "FairGrad", "FairGrad(2)", "MGDA l2",
+        "NashMTL", "NashMTL(max_norm)", "NashMTL every 2", "FairGrad(0.5)", "FairGrad", "FairGrad(2)", "MGDA l2", "Unit",
     }  # fmt: skip
 
 
