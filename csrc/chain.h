@@ -50,13 +50,13 @@ inline void bind_info(SolveArgs& args, Tensor& info, std::optional<Tensor>& stat
   args.state_stride = S;
 }
 
-// weights(): what the Gramians and the mask say of the problems.
-inline void bind_gramians(SolveArgs& args, const char* op, const Tensor& gram, const std::optional<Tensor>& mask) {
+// weights(): what the Gramians and the mask say of the problems, of at most max_rows.
+inline void bind_gramians(SolveArgs& args, const char* op, const Tensor& gram, const std::optional<Tensor>& mask, int max_rows) {
   const auto sizes = gram.sizes();
   const int64_t dim = static_cast<int64_t>(sizes.size());
-  STD_TORCH_CHECK(dim >= 2 && dim < 64 && sizes[dim - 1] == sizes[dim - 2] && sizes[dim - 1] >= 1 && sizes[dim - 1] <= kMaxRows &&
+  STD_TORCH_CHECK(dim >= 2 && dim < 64 && sizes[dim - 1] == sizes[dim - 2] && sizes[dim - 1] >= 1 && sizes[dim - 1] <= max_rows &&
                       gram.is_contiguous() && dtype_of(gram) == aoti_torch_dtype_float64(),
-                  op, ": gram must be a contiguous float64 tensor [..., K, K] with K from 1 to 256");
+                  op, ": gram must be a contiguous float64 tensor [..., K, K] with K from 1 to ", max_rows);
   const int64_t K = sizes[dim - 1], batch = gram.numel() / (K * K);
   STD_TORCH_CHECK(!mask || (device_of(*mask) == device_of(gram) && mask->is_contiguous() && dtype_of(*mask) == aoti_torch_dtype_bool() &&
                             (mask->numel() == K || mask->numel() == batch * K)),

@@ -13,6 +13,7 @@ constexpr int kSubSteps = 32;      // steps of one chain of fused multiply-adds 
 constexpr int kChainRows = 128;    // rows of one chain in a product of two columns (linear branches)
 constexpr int64_t kMaxSlots = 512; // partial Gramians kept at once
 constexpr int kMaxRows = 256;
+constexpr int kMaxSolved = 4096;   // rows of a Gramian that a processor solves; more than a kernel makes in one call
 
 // Pairs (i, j), i <= j, row by row of the upper triangle.
 MMFAST_HD MMFAST_INLINE int64_t pair_count(int64_t k) { return k * (k + 1) / 2; }

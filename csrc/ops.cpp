@@ -85,7 +85,7 @@ Tensor weights_cpu(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t>
                                        std::optional<Tensor> state, std::optional<Tensor> rng, bool preserve_norm, double precision) {
   const char* op = "mmfast::weights";
   SolveArgs args{};
-  bind_gramians(args, op, gram, mask);
+  bind_gramians(args, op, gram, mask, kMaxSolved);
   Tensor w = empty(cpu(), gram.sizes().data(), gram.dim() - 1, aoti_torch_dtype_float64());
   args.preserve_norm = preserve_norm;
   args.precision = precision;

@@ -183,7 +183,7 @@ Tensor weights_cuda(Tensor gram, std::optional<Tensor> mask, std::vector<int64_t
                     std::optional<Tensor> rng, bool preserve_norm, double precision) {
   const Call call("mmfast::weights", gram);
   SolveArgs args{};
-  bind_gramians(args, call.op, gram, mask);
+  bind_gramians(args, call.op, gram, mask, kMaxRows);
   Tensor w = empty(call.device, gram.sizes().data(), gram.dim() - 1, aoti_torch_dtype_float64());
   args.preserve_norm = preserve_norm;
   args.precision = precision;

@@ -15,6 +15,7 @@ __all__ = [
     "attach",
     "backends",
     "backward",
+    "collect",
     "combine",
     "explain",
     "find_blocks",
@@ -46,6 +47,7 @@ if TYPE_CHECKING or not _is_command():
         from mmfast.backends.choice import backends
         from mmfast.blocks.attach import attach
         from mmfast.blocks.block import ImpartialityBlock
+        from mmfast.blocks.collect import collect
         from mmfast.blocks.find import find_blocks
         from mmfast.blocks.fork import fork
         from mmfast.blocks.linear_heads import LinearHeads

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-MAX_GRADS = 256
+MAX_GRADS = 256  # of one call of a kernel, and branches of a block
+MAX_TILED = 4096  # of an operator, which goes by tiles beyond MAX_GRADS (backends/tiles.py)
 PER = {"batch": 0, "sample": 1, "batch_sum": 2}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)  # taken as pairs of real numbers
@@ -35,8 +36,8 @@ def per_code(per: str) -> int:
 
 
 def check_count(k: int, name: str = "grads") -> None:
-    if not 1 <= k <= MAX_GRADS:
-        raise ValueError(f"{name} holds {k} gradients, expected 1 to {MAX_GRADS}")
+    if not 1 <= k <= MAX_TILED:
+        raise ValueError(f"{name} holds {k} gradients, expected 1 to {MAX_TILED}")
 
 
 def shortened(values: Sequence[Any]) -> str:
@@ -181,8 +182,8 @@ def check_gramian(G: Tensor) -> None:
         raise TypeError(f"G is {G.dtype}, expected a floating-point tensor")
     if G.dim() < 2 or G.shape[-1] != G.shape[-2]:
         raise ValueError(f"G has shape {tuple(G.shape)}, expected [..., K, K]")
-    if not 1 <= G.shape[-1] <= MAX_GRADS:
-        raise ValueError(f"G has shape {tuple(G.shape)}, expected K from 1 to {MAX_GRADS}")
+    if not 1 <= G.shape[-1] <= MAX_TILED:
+        raise ValueError(f"G has shape {tuple(G.shape)}, expected K from 1 to {MAX_TILED}")
 
 
 def plain(x: Tensor) -> Tensor:

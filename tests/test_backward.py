@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfast as mf
 
@@ -147,7 +149,7 @@ def test_sparse_gradients():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda net, losses: mf.backward([], mf.MGDA()), ValueError, "k is 0"),
+        (lambda net, losses: mf.backward([], mf.MGDA()), ValueError, "holds 0 losses"),
         (lambda net, losses: mf.backward([None, None], mf.MGDA()), ValueError, "all None"),
         (lambda net, losses: mf.backward([losses[0], 1.0], mf.MGDA()), TypeError, r"losses\[1\] is a float"),
         (lambda net, losses: mf.backward([losses[0].detach()], mf.MGDA()), ValueError, r"losses\[0\] has shape \(\) and no graph"),
@@ -168,3 +170,91 @@ def test_nothing_is_shared():
     one, two = nn.Linear(4, 1), nn.Linear(4, 1)
     assert mf.backward([one(X).sum(), two(X).sum()], mf.UPGrad()) is None
     torch.testing.assert_close(one.weight.grad, X.sum(0, keepdim=True))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("make", [mf.UPGrad, mf.PCGrad, mf.PCD, mf.MGDA, mf.Sum])
+def test_low_memory_gives_the_same(make, norm):
+    torch.manual_seed(0)
+    one = make()
+    two = copy.deepcopy(one)
+    net, other = model(), model()
+    for part in X.split(4):  # states and random streams go on, gradients accumulate
+        stats = mf.backward(net.losses(part), one, preserve_norm=norm, low_memory=True)
+        wanted = mf.backward(other.losses(part), two, preserve_norm=norm)
+        torch.testing.assert_close(stats.gram, wanted.gram, rtol=1e-5, atol=1e-8)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_low_memory_leaves_heads_plain_and_missing_losses_out():
+    net, other = model(), model()
+    a, _, c = net.losses()
+    stats = mf.backward({"image": a, "text": None, "sound": c}, mf.MGDA(), low_memory=True, retain_graph=True)
+    mf.backward({"image": other.losses()[0], "text": None, "sound": other.losses()[2]}, mf.MGDA())
+    assert stats.weights[1] == 0 and net.heads[1].weight.grad is None
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    (a + c).backward()  # the graph was kept
+    with pytest.raises(TypeError, match="low_memory keeps a Gramian only, and TrimmedMean"):
+        mf.backward(net.losses(), mf.TrimmedMean(1), low_memory=True)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers in memory of the parameters' sizes were alive at once."""
+
+    def __init__(self, params):
+        super().__init__()
+        self.sizes, self.most = {p.nbytes for p in params}, 0
+        self.alive = {p.untyped_storage()._cdata: None for p in params}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()).nbytes() in self.sizes:
+                self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes() // 4))
+        self.alive = {key: x for key, x in self.alive.items() if x is None or not x[0].expired()}
+        self.most = max(self.most, sum(x[1] for x in self.alive.values() if x is not None))
+        return out
+
+
+@pytest.mark.parametrize("low, copies", [(False, 9), (True, 2)])
+def test_memory(low, copies):
+    """K = 8: at most K + 1 gradients of the shared parameters, or two with low_memory."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(29, 31), nn.Tanh(), nn.Linear(31, 29)) for _ in range(8)])
+    losses = [(net(torch.randn(2, 29)) - i).square().mean() for i in range(8)]
+    n = sum(p.numel() for p in net.parameters())
+    with Largest(list(net.parameters())) as seen:
+        mf.backward(losses, mf.MGDA(), low_memory=low)
+    assert seen.most == copies * n
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_each_layer_is_a_problem_of_its_own(low):
+    net = model()
+    losses = net.losses()
+    layers = [net.trunk[0], net.trunk[2]]
+    wanted = [mf.resolve(jacobian(losses, list(layer.parameters())), mf.MGDA()) for layer in layers]
+    heads = sum(jacobian(losses, list(net.heads.parameters())))
+    unused = nn.Linear(1, 1)
+    stats = mf.backward(losses, mf.MGDA(), params=[*(layer.parameters() for layer in layers), list(unused.parameters())], low_memory=low)
+    for layer, gradient in zip(layers, wanted, strict=True):
+        torch.testing.assert_close(flat(layer.parameters()), gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(flat(net.heads.parameters()), heads)
+    assert stats.weights.shape == (3, 3) and stats.missing[2].all() and "image" not in str(stats) and unused.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    "params, rule, error, message",
+    [
+        (lambda t: [[t[0].weight], t[2].weight], mf.MGDA(), TypeError, r"params\[1\] is a Parameter, expected a list"),
+        (lambda t: [[t[0].weight], [t[2].weight, 3]], mf.MGDA(), TypeError, r"params\[1\]\[1\] is a int"),
+        (lambda t: [[t[0].weight], [t[0].weight]], mf.MGDA(), ValueError, "twice"),
+        (lambda t: [[t[0].weight], [t[2].weight]], mf.PCD(), ValueError, "PCD.* keeps state of one problem, but params holds 2"),
+    ],
+)
+def test_layers_that_do_not_fit(params, rule, error, message):
+    net = model()
+    with pytest.raises(error, match=message):
+        mf.backward(net.losses(), rule, params=params(net.trunk))

@@ -54,7 +54,7 @@ def test_a_tensor_under_transformations_and_compile():
     "grads, error, message",
     [
         (torch.tensor(1.0), ValueError, r"grads is a tensor without dimensions, expected K gradients: a tensor \[K, ...\] or a list"),
-        (torch.ones(300, 2), ValueError, "grads holds 300 gradients, expected 1 to 256"),
+        (torch.ones(4097, 2), ValueError, "grads holds 4097 gradients, expected 1 to 4096"),
         (torch.ones(0, 2), ValueError, "grads holds 0 gradients"),
         ({"a": torch.ones(2)}, TypeError, "grads is a dict, expected K gradients"),
         ((torch.ones(2) for _ in range(2)), TypeError, "grads is a generator"),

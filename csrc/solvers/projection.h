@@ -11,7 +11,9 @@ namespace projection {
 
 constexpr int kDotLanes = 8;
 
-// order[s, i] <- 256 * draw + j, ascending in s, where j is the row that row i meets in step s; in step 0 it is row i itself.
+constexpr int kMostRows = 4096;  // a key holds the number of a row below it
+
+// order[s, i] <- kMostRows * draw + j, ascending in s, where j is the row that row i meets in step s; in step 0 it is row i itself.
 // A double holds such a key exactly. The draws are those of the whole problem's rows: a missing row changes no other one's order.
 template <class Team>
 MMFAST_HD inline void draw_order(const Team& team, const Problem& p, bool fixed, double* order) {
@@ -19,15 +21,16 @@ MMFAST_HD inline void draw_order(const Team& team, const Problem& p, bool fixed,
   const int* row_index = p.row_index;
   const Draw draw = p.draw;
   const bool drawn = !fixed && k > 2;
+  const uint32_t row = p.K <= 256 ? 256u : kMostRows;  // from the place of one row's draws to the next one's
   for (int j = 0; j < k; ++j)
     each(team, k, [=](int i) {
-      const double key = drawn ? 256.0 * draw.integer(256u * static_cast<uint32_t>(row_index[i]) + static_cast<uint32_t>(row_index[j])) + j : j;
-      order[j * k + i] = i == j ? j - 256.0 : key;
+      const double key = drawn ? 1.0 * kMostRows * draw.integer(row * static_cast<uint32_t>(row_index[i]) + static_cast<uint32_t>(row_index[j])) + j : j;
+      order[j * k + i] = i == j ? j - 1.0 * kMostRows : key;
     });
   sort_columns(team, k, k, order);
 }
 
-MMFAST_HD inline int row_of(double key) { return static_cast<int>(static_cast<int64_t>(key) & 255); }
+MMFAST_HD inline int row_of(double key) { return static_cast<int>(static_cast<int64_t>(key) & (kMostRows - 1)); }
 
 MMFAST_HD inline double dot(int k, const double* x, const double* y) {
   double lane[kDotLanes] = {};

@@ -6,6 +6,7 @@ import torch
 
 from mmfast import contract
 from mmfast.backends import cpu, cuda, direct, library, proof, reference
+from mmfast.backends.tiles import Tiles
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 TRITON_ROWS = 64  # most gradients that the Triton kernels take; more run in plain torch
@@ -110,6 +111,7 @@ def _tell_slow() -> None:
         contract.tell(f"mmfast runs in plain torch on this CPU, many times slower than compiled: {library.missing_reason}")
 
 
-def functions_of(name: str) -> Any:
-    """The module of a backend that `choose` named."""
-    return triton_kernels() if name == "triton" else {"cpu": cpu, "cuda": cuda, "reference": reference}[name]
+def functions_of(name: str, k: int = 1) -> Any:
+    """The functions for k gradients of a backend that `choose` named: its module, or its tiles."""
+    module = triton_kernels() if name == "triton" else {"cpu": cpu, "cuda": cuda, "reference": reference}[name]
+    return module if k <= contract.MAX_GRADS else Tiles(module)

@@ -115,10 +115,19 @@ def combine(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None
 def lengths(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, per: str) -> tuple[Tensor, Tensor]:
     """Squared lengths of the plain sum and of sum_i w_i g_i, float64 [] (per="sample": [B]), of the elements; per="batch_sum": of their batch sums."""
     k = len(grads) + len(missing)
-    x, w = _stacked(grads, mask_of_present(mask, missing, k)), select_present(w, missing, k)
+    return squared(*sums(grads, mask_of_present(mask, missing, k), select_present(w, missing, k), per), per)
+
+
+def sums(grads: Sequence[Tensor], mask: Tensor | None, w: Tensor, per: str) -> tuple[Tensor, Tensor]:
+    """The plain sum and sum_i w_i g_i, float64 [B, M], or [1, M] for per="batch_sum"; mask and w over these gradients."""
+    x = _stacked(grads, mask)
     if per == "batch_sum":
         x = x.double().sum(1, keepdim=True)
-    plain, ours = _sums(x, w, per)
+    return _sums(x, w, per)
+
+
+def squared(plain: Tensor, ours: Tensor, per: str) -> tuple[Tensor, Tensor]:
+    """Squared lengths of `sums`, float64 [] or per sample [B]."""
     return (plain.square().sum(1), ours.square().sum(1)) if per == "sample" else (plain.square().sum(), ours.square().sum())
 
 

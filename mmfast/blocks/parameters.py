@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mmfast.blocks import notices
+from mmfast import contract
+from mmfast.blocks import notices, two_passes
 from mmfast.blocks.find import by_name, graph_of
-from mmfast.blocks.fork import check_plan
 from mmfast.ops.resolve import resolve_info
+from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike, instance_of
 from mmfast.stats import BlockStats
@@ -17,27 +18,33 @@ from mmfast.stats import BlockStats
 def backward(
     losses: Mapping[str, Tensor | None] | Sequence[Tensor | None],
     resolver: ResolverLike,
-    params: Iterable[Tensor] | None = None,
+    params: Iterable[Tensor] | Iterable[Iterable[Tensor]] | None = None,
     *,
     retain_graph: bool = False,
     preserve_norm: bool = False,
+    low_memory: bool = False,
 ) -> BlockStats | None:
     """The backward pass of K losses at once: their gradients are resolved at the parameters that they share, all of them as one problem.
 
     In place of `sum(losses).backward()`: it writes, and adds to, the `.grad` of every leaf that the losses reach. What is not shared (heads) gets the plain
     sum. A loss that is None, or reaches none of the shared parameters, is a missing modality. Each loss is differentiated once; at most K + 1
     gradients of the shared parameters are in memory at a time. `.grad` is written last: an error leaves all of them as they were. Hooks that run when a gradient has been
-    accumulated (DistributedDataParallel's) do not run; blocks on the way pass plain sums on.
+    accumulated (DistributedDataParallel's) do not run; blocks on the way pass plain sums on. Losses that come one after the other: `collect`.
 
     Args:
-        losses: K scalars with a graph, by name or in a list; scaled alike where a `GradScaler` is at work.
+        losses: K scalars with a graph, 1 to 4096, by name or in a list; scaled alike where a `GradScaler` is at work.
         resolver: the rule, or its name or class; a rule that keeps state belongs to one place, and is kept between calls.
-        params: the shared parameters; None takes those that two losses or more reach.
+        params: the shared parameters; None takes those that two losses or more reach. Lists of parameters, such as one for each layer, are problems of
+            their own, for a rule that keeps no state.
         retain_graph: keep the graph, for another backward pass.
         preserve_norm: give the shared gradient the length of the plain sum.
+        low_memory: keep no more than about two gradients of the shared parameters at a time, or K of the largest tensor where that is more: the
+            Gramian comes from some of the tensors at a time, for which the losses are differentiated again (at most 2 K + 1 times each), and the result
+            from a backward pass of the weighted sum. The same to rounding; `preserve_norm` goes by the Gramian alone.
 
     Returns:
-        Norms, cosines and weights of the losses at the shared parameters, as of a block; None for an elementwise rule, or where nothing is shared.
+        Norms, cosines and weights of the losses at the shared parameters, as of a block, with a leading dimension for lists of parameters; None for an
+        elementwise rule, or where nothing is shared.
 
     Raises:
         TypeError, ValueError: an argument is not as described; nothing was written.
@@ -50,43 +57,82 @@ def backward(
         (torch.Size([2]), torch.Size([3, 4]))
     """
     named = by_name(losses)
-    resolver = check_plan(len(named), instance_of(resolver, len(named)), "batch")
+    k = len(named)
+    if not 1 <= k <= contract.MAX_TILED:
+        raise ValueError(f"losses holds {k} losses, expected 1 to {contract.MAX_TILED}")
+    resolver = instance_of(resolver, k)
+    resolver.check(k)
     there = {name: loss for name, loss in named.items() if loss is not None}
     if not there:
-        raise ValueError(f"losses holds {len(named)} losses, all None, expected one at least")
+        raise ValueError(f"losses holds {k} losses, all None, expected one at least")
     graph = graph_of(there)
     reached = {id(node.variable): (node.variable, terms) for node, terms in graph.terms.items() if hasattr(node, "variable")}
-    shared = _shared(params, reached)
+    problems = _shared(params, reached)
+    if len(problems) > 1 and any(rule.state_size(k) for rule in resolver.chain() or ()):
+        raise ValueError(f"resolver is {resolver!r}, which keeps state of one problem, but params holds {len(problems)} of them")
+    shared = [p for problem in problems for p in problem]
     own = [(p, terms) for key, (p, terms) in reached.items() if key not in {id(p) for p in shared}]
-    rows, sums = _differentiate(there, shared, own, retain_graph)
-    table = [rows.get(name) for name in named]
-    stats: BlockStats | None = None
-    resolved: list[Tensor] = []
-    used = [t for t in range(len(shared)) if any(row is not None and row[t] is not None for row in table)]
-    if used:
-        grads = [None if row is None or all(row[t] is None for t in used) else [row[t] for t in used] for row in table]
-        resolved, info = resolve_info(grads, resolver, preserve_norm=preserve_norm)
-        stats = None if info is None or isinstance(resolver, ElementwiseRule) else BlockStats.of(tuple(named), info)
-    for t, gradient in zip(used, resolved, strict=True):
-        _add(shared[t], gradient)
-    for p, gradient in sums:
-        _add(p, gradient)
-    return stats
+    if low_memory:
+        written, infos = two_passes.backward(there, tuple(named), problems, [p for p, _ in own], resolver, preserve_norm, retain_graph)
+    else:
+        rows, written = _differentiate(there, shared, own, retain_graph)
+        infos, begin = [], 0
+        for problem in problems:
+            table = [row and row[begin : begin + len(problem)] for row in map(rows.get, named)]
+            found, info = resolved(problem, table, resolver, preserve_norm)
+            written += found
+            infos.append(info)
+            begin += len(problem)
+    for p, gradient in written:
+        add(p, gradient)
+    return stats_of(tuple(named), infos, resolver)
 
 
-def _shared(params: Iterable[Tensor] | None, reached: Mapping[int, tuple[Tensor, int]]) -> list[Tensor]:
-    """The shared parameters, in the order given, or those that two losses or more reach."""
+def resolved(
+    problem: Sequence[Tensor], table: Sequence[Sequence[Tensor | None] | None], resolver: Resolver, preserve_norm: bool
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """(each parameter of a problem that a loss reaches with its gradient, info as of `resolve_info`) from K rows of gradients at the parameters."""
+    used = [t for t in range(len(problem)) if any(row is not None and row[t] is not None for row in table)]
+    if not used:
+        return [], None
+    grads = [None if row is None or all(row[t] is None for t in used) else [row[t] for t in used] for row in table]
+    found, info = resolve_info(grads, resolver, preserve_norm=preserve_norm)
+    return [(problem[t], gradient) for t, gradient in zip(used, found, strict=True)], info
+
+
+def stats_of(names: tuple[str, ...], infos: Sequence[Tensor | None], resolver: Resolver) -> BlockStats | None:
+    """What a block would say of one problem, or of several with a leading dimension."""
+    there = [info for info in infos if info is not None]
+    if not there or isinstance(resolver, ElementwiseRule):
+        return None
+    if len(infos) == 1:
+        return BlockStats.of(names, there[0])
+    return BlockStats.of(names, torch.stack([torch.zeros_like(there[0]) if info is None else info for info in infos]))
+
+
+def _shared(params: Iterable[Tensor] | Iterable[Iterable[Tensor]] | None, reached: Mapping[int, tuple[Tensor, int]]) -> list[list[Tensor]]:
+    """The shared parameters of each problem, in the order given, or those that two losses or more reach."""
     if params is None:
-        return [p for p, terms in reached.values() if terms & (terms - 1)]
+        return [[p for p, terms in reached.values() if terms & (terms - 1)]]
     given = [params] if isinstance(params, Tensor) else list(params)
-    for i, p in enumerate(given):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"params[{i}] is a {type(p).__name__}, expected a tensor")
-        if not (p.is_leaf and p.requires_grad):
-            raise ValueError(f"params[{i}] is no leaf that asks for a gradient, expected a parameter")
-    if len({id(p) for p in given}) < len(given):
+    lists = any(isinstance(x, Iterable) and not isinstance(x, (Tensor, str)) for x in given)
+    problems = [_checked(x, f"params[{i}]") for i, x in enumerate(given)] if lists else [_checked(given, "params")]
+    if len({id(p) for problem in problems for p in problem}) < sum(map(len, problems)):
         raise ValueError("params holds a parameter twice, expected each once")
-    return given
+    return problems
+
+
+def _checked(params: object, name: str) -> list[Tensor]:
+    """The parameters of one problem."""
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(f"{name} is a {type(params).__name__}, expected a list of parameters as the others are")
+    problem = list(params)
+    for i, p in enumerate(problem):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name}[{i}] is a {type(p).__name__}, expected a tensor")
+        if not (p.is_leaf and p.requires_grad):
+            raise ValueError(f"{name}[{i}] is no leaf that asks for a gradient, expected a parameter")
+    return problem
 
 
 def _differentiate(
@@ -111,7 +157,8 @@ def _differentiate(
 
 
 @torch.no_grad()
-def _add(p: Tensor, gradient: Tensor) -> None:
+def add(p: Tensor, gradient: Tensor) -> None:
+    """Adds to the parameter's `.grad`."""
     if p.grad is None:
         p.grad = gradient.to(p.dtype).detach()
     else:

@@ -25,7 +25,8 @@ def combine(grads: Any, w: Tensor, per: str = "batch", *, backend: str = "auto")
         backend: as for `gram`.
 
     Returns:
-        A fresh contiguous tensor of the shape and dtype of one gradient, or a list of them where each gradient is one; rows are added in order, 16-bit types are rounded once.
+        A fresh contiguous tensor of the shape and dtype of one gradient, or a list of them where each gradient is one; rows are added in order, 16-bit types are rounded once
+        (beyond 256 gradients, sums of blocks).
         No gradient flows back through it.
 
     >>> import torch, mmfast as mf
@@ -47,7 +48,7 @@ def _combine(grads: Sequence[Tensor], w: Tensor, per: str, k: int, backend: str)
     contract.check_grads(grads)
     contract.check_per(per, grads[0].shape)
     w = _checked(w, grads[0], per, k)
-    return functions_of(choose(grads[0].device, backend, k)).combine(grads, [], None, w, per)
+    return functions_of(choose(grads[0].device, backend, k), k).combine(grads, [], None, w, per)
 
 
 def _checked(w: Tensor, first: Tensor, per: str, k: int) -> Tensor:

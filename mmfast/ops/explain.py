@@ -151,7 +151,9 @@ def explain(
     written: int | None = n * size
     launches: int | None = None
     chain = resolver.chain()
-    if found == "reference":
+    if k > contract.MAX_GRADS:
+        path, read, written = f"Gramian in blocks of at most {contract.MAX_GRADS} rows, weights, sums of blocks", None, None
+    elif found == "reference":
         path, read, written = "Gramian, weights and sum in plain torch", None, None
     elif isinstance(resolver, ElementwiseRule):
         path = "element by element; rows of zeros are looked for first where the rule counts them"

@@ -22,7 +22,7 @@ def gram(
     """Inner products of all pairs of gradients: the only pass that reads all data.
 
     Args:
-        grads: 1 to 256 tensors of one shape, dtype and device, or one tensor [K, ...] with a gradient in each row ([K, B, ...] where `per`
+        grads: 1 to 4096 tensors of one shape, dtype and device, or one tensor [K, ...] with a gradient in each row ([K, B, ...] where `per`
             needs a batch). float16, bfloat16, float32 or float64, any strides; sparse ones are made dense, and of complex ones each number
             counts as the pair of its real and imaginary part. Or K lists of as many tensors each, one Gramian over all of them: None stands for
             a list, or a tensor in it, that is not there.
@@ -35,7 +35,7 @@ def gram(
     Returns:
         float64 [K, K], or [B, K, K] per sample, freshly allocated. Products are summed in single precision over at most 4096
         elements (double for float64), then in double, in an order that depends on the number of elements alone: the same bits
-        for every thread count and instruction set. No gradient flows back through it.
+        for every thread count and instruction set. Beyond 256 gradients it is made in blocks. No gradient flows back through it.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
@@ -57,9 +57,16 @@ def gram(
 
 def _gram(grads: Sequence[Tensor], per: str, mask: Tensor | None, k: int, backend: str) -> Tensor:
     first, functions = grads[0], cpu
-    if backend != "auto" or not library.serves_cpu or torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cpu:
+    if (
+        backend != "auto"
+        or not library.serves_cpu
+        or torch.compiler.is_compiling()
+        or not isinstance(first, Tensor)
+        or not first.is_cpu
+        or k > contract.MAX_GRADS
+    ):
         contract.check(grads, per, mask, k)
-        functions = functions_of(choose(first.device, backend, k))
+        functions = functions_of(choose(first.device, backend, k), k)
     try:
         return functions.gram(grads, [], mask, per)
     except (RuntimeError, TypeError):

@@ -52,6 +52,8 @@ def columns_of(grads: Sequence[Sequence[Tensor | None] | None], per: str, mask: 
         if g is not None and not isinstance(g, (list, tuple)):
             raise TypeError(f"grads[{i}] is a {type(g).__name__}, expected a list of tensors as the first gradient is, or None")
     there = [g for g in grads if g is not None]
+    if not there:
+        raise ValueError(f"all {k} gradients are missing")
     size = len(there[0])
     for i, g in enumerate(grads):
         if g is not None and len(g) != size:
@@ -81,7 +83,7 @@ def columns_of(grads: Sequence[Sequence[Tensor | None] | None], per: str, mask: 
 
 def gram(columns: Sequence[Column], k: int, per: str, mask: Tensor | None, backend: str) -> Tensor:
     """Float64 [K, K], or [B, K, K] per sample: the sum over the tensors."""
-    functions = functions_of(choose(columns[0].like.device, backend, k))
+    functions = functions_of(choose(columns[0].like.device, backend, k), k)
     parts = [functions.gram(c.grads, c.missing, mask, per) for c in columns]
     total = parts[0]
     for part in parts[1:]:
@@ -91,7 +93,7 @@ def gram(columns: Sequence[Column], k: int, per: str, mask: Tensor | None, backe
 
 def combine(columns: Sequence[Column], k: int, w: Tensor, per: str, backend: str) -> list[Tensor]:
     """sum_i w_i g_i of each tensor."""
-    functions = functions_of(choose(columns[0].like.device, backend, k))
+    functions = functions_of(choose(columns[0].like.device, backend, k), k)
     return combined(columns, functions, None, w, per)
 
 
@@ -106,7 +108,7 @@ def resolve(
     """(a result for each tensor, weights | Gramian as of `resolve_info`) of one problem over all of them."""
     device = columns[0].like.device
     resolver.check(k)
-    functions = functions_of(choose(device, backend, k))
+    functions = functions_of(choose(device, backend, k), k)
     precision = max(precision_of(c.like.dtype) for c in columns)
     G = gram(columns, k, per, mask, backend)
     rows = present_rows(G, reference.problem_mask(mask, per))

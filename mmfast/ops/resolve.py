@@ -56,6 +56,7 @@ def resolve(
             gradients summed over the leading dimension).
         mask: bool [K], or [B, K]: False where a gradient (or a sample of it) is missing; what it holds is never read.
         preserve_norm: give the result the norm of the plain sum, as the impartial-optimisation code does.
+            Beyond 256 gradients it costs a further reading of them.
         backend: as for `gram`; "auto" goes past torch's dispatcher where nobody could tell, "cpu" never does.
 
     Returns:
@@ -92,6 +93,8 @@ def resolve_info(
         if found is not None:
             return found
     k = len(grads)
+    if k > contract.MAX_GRADS:
+        return _many(grads, resolver, k, per, mask, preserve_norm, backend)
     if lists.is_lists(grads):
         contract.per_code(per)
         columns = lists.columns_of(grads, per, mask)
@@ -105,6 +108,29 @@ def resolve_info(
     present = [g for g in grads if g is not None] if missing else cast(Sequence[Tensor], grads)
     arguments = (resolver, k, missing, per, mask, preserve_norm, with_info, backend)
     return contract.call_ordinary(_resolve, present, arguments, per, mask, k, _complex)
+
+
+def _many(
+    grads: Sequence[Any], resolver: Resolver, k: int, per: str, mask: Tensor | None, preserve_norm: bool, backend: str
+) -> tuple[Any, Tensor]:
+    """More gradients than a kernel takes: each as a list, which goes by tiles."""
+    contract.check_count(k)
+    contract.per_code(per)
+    elementwise = isinstance(resolver, ElementwiseRule)
+    if elementwise:
+        raise ValueError(
+            f"grads holds {k} gradients, expected 1 to {contract.MAX_GRADS} for {resolver!r}, which looks at every element of all"
+        )
+    several = lists.is_lists(grads)
+    try:
+        columns = lists.columns_of(grads if several else [None if g is None else [g] for g in grads], per, mask)
+    except (ValueError, TypeError) as error:
+        if several:
+            raise
+        raise type(error)(str(error).removeprefix("tensor 0 of the lists: ")) from None
+    with torch.no_grad():
+        out, info = lists.resolve(columns, k, resolver, per, mask, preserve_norm, backend)
+    return (out if several else out[0]), info
 
 
 def _complex(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

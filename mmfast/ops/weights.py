@@ -56,4 +56,4 @@ def solve_checked(
         w = call_resolver(resolver, G, rows, precision)
         return preserved(G, rows, w, precision) if preserve_norm else w
     bound = bind(chain, tuple(problems), k, G.device)
-    return functions_of(choose(G.device, backend, k)).weights(G, mask, bound, preserve_norm, precision)
+    return functions_of(choose(G.device, backend, k), k).weights(G, mask, bound, preserve_norm, precision)

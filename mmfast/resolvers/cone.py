@@ -13,6 +13,7 @@ from mmfast.resolvers.linalg import cosines, times
 from mmfast.resolvers.units import common_change, to_one_unit
 
 _ITERATIONS = 20  # 12 to 15 suffice on every kind of Gramian of the tests
+_MOST = 2**24  # numbers of the matrices that are factored at once
 _RIDGE = 1e-13  # keeps a flat or unbounded minimum finite
 
 
@@ -78,9 +79,18 @@ class UPGrad(PreferringRule):
     def rule(self, p: Problem) -> Tensor:
         norms, C = cosines(p.G)
         u = self.preference(p, 1 / p.count.unsqueeze(-1)) * norms
-        # K problems at once, the slacks of one in the rows of the next dimension; projecting g_i never needs more of g_i itself
-        identity = torch.eye(C.shape[-1], dtype=torch.bool, device=C.device)
-        l = _nonnegative(C.unsqueeze(-3).expand(*C.shape[:-2], C.shape[-1], *C.shape[-2:]), C, p.active.unsqueeze(-2) & ~identity)
+        # K problems at once (fewer where they would fill the memory), the slacks of one in the rows of the next dimension; projecting g_i never needs
+        # more of g_i itself
+        k = C.shape[-1]
+        free = p.active.unsqueeze(-2) & ~torch.eye(k, dtype=torch.bool, device=C.device)
+        at_once = k if k <= 256 else max(1, _MOST // k**2)
+        l = torch.cat(
+            [
+                _nonnegative(C.unsqueeze(-3).expand(*C.shape[:-2], q.shape[-2], k, k), q, part)
+                for q, part in zip(C.split(at_once, -2), free.split(at_once, -2), strict=True)
+            ],
+            -2,
+        )
         return (u + times(l.mT, u)) / norms
 
 

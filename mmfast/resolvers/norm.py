@@ -37,7 +37,7 @@ def shifted(G: Tensor, precision: float) -> Tensor:
     index = torch.arange(G.shape[-1], device=G.device)
     both = index.unsqueeze(-1) & index
     odd = torch.zeros_like(both)
-    for bit in range(8):
+    for bit in range(12):  # of up to 4096 rows
         odd = odd ^ (both >> bit & 1)
     norm = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     return G + precision * (1 - 2 * odd) * norm.unsqueeze(-1) * norm.unsqueeze(-2)

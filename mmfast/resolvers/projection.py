@@ -10,11 +10,13 @@ _NEVER = 2**62
 
 def _order(p: Problem, fixed: bool) -> tuple[Tensor, Tensor]:
     """For each row the others in the order in which it meets them [B, K, K], and which of those places are taken."""
-    index = torch.arange(p.G.shape[-1], device=p.G.device)
+    k = p.G.shape[-1]
+    index = torch.arange(k, device=p.G.device)
     key = index.expand(p.G.shape)
     if not fixed:
         assert p.draw is not None
-        key = key + 256 * p.draw.integer(256 * index.unsqueeze(1) + index)
+        row = 256 if k <= 256 else 4096  # from the place of one row's draws to the next one's
+        key = key + row * p.draw.integer(row * index.unsqueeze(1) + index)
     meets = p.active.unsqueeze(-1) & p.active.unsqueeze(-2) & (index.unsqueeze(1) != index)
     sorted_key, order = torch.where(meets, key, _NEVER).sort(-1)
     return order, sorted_key != _NEVER
