@@ -21,7 +21,7 @@ from time import perf_counter
 import torch
 
 import mmfast as mf
-from benchmarks import compiled, naive, overhead, report, roofline, tabular
+from benchmarks import compiled, naive, overhead, parameters, report, roofline, tabular
 from benchmarks.machine import Quiet, caches, data_in, environment
 from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
@@ -223,6 +223,24 @@ def heads(run: Run) -> None:
                 print(_line(list(rows.values())), flush=True)
 
 
+def parameter_lists(run: Run) -> None:
+    """Lists of tensors, one problem: the parameters of a ResNet-18, against TorchJD in both of its ways."""
+    data = parameters.Lists(list(parameters.resnet18())[: 20 if run.quick else None])
+    for name in [n for n in run.rules if n not in ELEMENTWISE]:
+        rows = {p: Row("parameters", name, data.k, data.n, p, data_in=data_in(data.k * data.n * 4)) for p in parameters.PROVIDERS}
+        calls: dict[str, Call] = {}
+        for p, provider in parameters.PROVIDERS.items():
+            try:
+                calls[p] = provider(name, data)
+            except Unavailable as reason:
+                rows[p].verdict = str(reason)
+        error, right = gate(name, data, data.resolve)
+        timings = compare(run, rows, calls, right, error, 4)
+        if right:
+            rows["ours"].gbps = (2 * data.k + 1) * data.n * 4 / timings["ours"].median / 1e3
+        print(_line(list(rows.values())), flush=True)
+
+
 def compile_step(run: Run) -> None:
     """The training step of `heads` under torch.compile, against itself in eager mode; one rule unless others are asked for."""
     if run.quick:
@@ -243,6 +261,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "latency": latency,
     "block": block,
     "heads": heads,
+    "parameters": parameter_lists,
     "compile": compile_step,
     "providers": providers,
     "grid": grid,

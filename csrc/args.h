@@ -27,6 +27,13 @@ struct Grads {
   int64_t mask_stride;  // K for a mask per sample, 0 for one mask
 };
 
+// Gradients of several tensors, each a list: those of every tensor, one problem (per batch, without a mask) over all.
+struct GradLists {
+  const Grads* tensors;
+  int64_t count;
+  int K;
+};
+
 // K x K problems: G [batch, K, K] -> w [batch, K]; state [batch, S] is updated in place.
 struct SolveArgs {
   int64_t batch;

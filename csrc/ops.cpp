@@ -144,6 +144,73 @@ std::tuple<Tensor, Tensor> heads_cpu(Tensor delta, Tensor weight, Tensor head_of
   return in.results();
 }
 
+// The gradients of several tensors: flat, tensor by tensor, counts[t] of tensor t, rows[] their places among K.
+class Lists {
+ public:
+  Lists(const char* op, const Tensors& grads, const std::vector<int64_t>& counts, const std::vector<int64_t>& rows, int64_t K) {
+    STD_TORCH_CHECK(K >= 1 && K <= kMaxRows && rows.size() == grads.size(), op, ": k must be from 1 to 256, rows a place for each gradient");
+    copies_.reserve(grads.size());
+    pointers_.reserve(grads.size());
+    row_index_.reserve(grads.size());
+    size_t next = 0;
+    for (const int64_t count : counts) {
+      STD_TORCH_CHECK(count >= 1 && count <= K && next + count <= grads.size(), op, ": counts do not fit grads");
+      const Tensor& first = grads[next];
+      const auto sizes = first.sizes();
+      for (int64_t i = 0; i < count; ++i, ++next) {
+        const Tensor& g = grads[next];
+        const auto s = g.sizes();
+        STD_TORCH_CHECK(device_of(g) == cpu() && dtype_of(g) == dtype_of(first) && s.size() == sizes.size() && std::equal(s.begin(), s.end(), sizes.begin()), op,
+                        ": all gradients of a tensor must have one shape and dtype, on the CPU");
+        STD_TORCH_CHECK(rows[next] >= 0 && rows[next] < K && (i == 0 || rows[next] > rows[next - 1]), op, ": rows must be ascending places below k");
+        copies_.push_back(g.is_contiguous() ? g : torch::stable::contiguous(g));
+        pointers_.push_back(copies_.back().const_data_ptr());
+        row_index_.push_back(static_cast<int>(rows[next]));
+      }
+      Grads tensor{};
+      tensor.dtype = dtype_or_throw(op, dtype_of(first));
+      tensor.rows = pointers_.data() + next - count;
+      tensor.k = static_cast<int>(count);
+      tensor.row_index = row_index_.data() + next - count;
+      tensor.K = static_cast<int>(K);
+      tensor.batch = 1;
+      tensor.inner = first.numel();
+      tensors_.push_back(tensor);
+    }
+    STD_TORCH_CHECK(next == grads.size(), op, ": counts do not fit grads");
+    lists = {tensors_.data(), static_cast<int64_t>(tensors_.size()), static_cast<int>(K)};
+  }
+  GradLists lists{};
+
+ private:
+  Tensors copies_;
+  std::vector<const void*> pointers_;
+  std::vector<int> row_index_;
+  std::vector<Grads> tensors_;
+};
+
+Tensor gram_lists_cpu(Tensors grads, std::vector<int64_t> counts, std::vector<int64_t> rows, int64_t K) {
+  const Lists in("mmfast::gram_lists", grads, counts, rows, K);
+  Tensor G = empty(cpu(), {K, K}, aoti_torch_dtype_float64());
+  kernels->gram_lists(torch_pool(), in.lists, static_cast<double*>(G.mutable_data_ptr()));
+  return G;
+}
+
+void combine_lists_cpu(Tensors grads, std::vector<int64_t> counts, std::vector<int64_t> rows, Tensor w, Tensors out) {
+  const char* op = "mmfast::combine_lists";
+  const Lists in(op, grads, counts, rows, w.numel());
+  STD_TORCH_CHECK(device_of(w) == cpu() && w.is_contiguous() && dtype_of(w) == aoti_torch_dtype_float64() && out.size() == counts.size(), op,
+                  ": w must be a contiguous float64 tensor [K], out a tensor for each of the counts");
+  std::vector<void*> to;
+  size_t next = 0;
+  for (size_t t = 0; t < out.size(); next += counts[t++]) {
+    STD_TORCH_CHECK(device_of(out[t]) == cpu() && out[t].is_contiguous() && dtype_of(out[t]) == dtype_of(grads[next]) && out[t].numel() == grads[next].numel(), op,
+                    ": out must be contiguous tensors like the gradients");
+    to.push_back(out[t].mutable_data_ptr());
+  }
+  kernels->combine_lists(torch_pool(), in.lists, static_cast<const double*>(w.const_data_ptr()), to.data());
+}
+
 }  // namespace
 }  // namespace mmfast
 
@@ -167,6 +234,8 @@ STABLE_TORCH_LIBRARY(mmfast, m) {
   m.def(
       "heads(Tensor delta, Tensor weight, Tensor head_of, Tensor? mask, int[] steps, float[] params, Tensor(a!)? state, Tensor(b!)? rng, "
       "int k, int per, bool preserve_norm) -> (Tensor, Tensor)");
+  m.def("gram_lists(Tensor[] grads, int[] counts, int[] rows, int k) -> Tensor");
+  m.def("combine_lists(Tensor[] grads, int[] counts, int[] rows, Tensor w, Tensor(a!)[] out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
@@ -178,4 +247,6 @@ STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
   m.impl("graddrop", TORCH_BOX(&mmfast::graddrop_cpu));
   m.impl("trimmed_mean", TORCH_BOX(&mmfast::trimmed_mean_cpu));
   m.impl("heads", TORCH_BOX(&mmfast::heads_cpu));
+  m.impl("gram_lists", TORCH_BOX(&mmfast::gram_lists_cpu));
+  m.impl("combine_lists", TORCH_BOX(&mmfast::combine_lists_cpu));
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mmfast as mf
-from benchmarks import compiled, naive, report, roofline
+from benchmarks import compiled, naive, parameters, report, roofline
 from benchmarks.machine import Quiet, environment
 from benchmarks.providers import MIN_K, PROVIDERS, RULES, TORCHJD, TWELVE, Data, error_of, gate, jacobian
 from benchmarks.rows import Row, read, write
@@ -236,3 +236,27 @@ def test_a_compiled_step_without_a_number_is_not_timed(broken, monkeypatch):
     if broken:
         torch.nn.init.constant_(next(heads.parameters()), torch.nan)
     assert compiled.steps(2, 1, heads, plain(2))[2] is not broken
+
+
+def test_the_parameters_of_a_resnet():
+    shapes = list(parameters.resnet18())
+    assert len(shapes) == 62 and sum(torch.Size(shape).numel() for shape in shapes) == 11_689_512
+
+
+@pytest.mark.parametrize("name", ["UPGrad", "AlignedMTL", "Mean"])
+def test_lists_pass_the_gate_and_agree_with_torchjd(name):
+    pytest.importorskip("torchjd")
+    data = parameters.Lists([(4, 3, 5), (7,), (2, 9)])
+    error, right = gate(name, data, data.resolve)
+    assert right, error
+    assert not gate(name, data, lambda rule: data.resolve(rule) * 1.0001)[1]
+    found = []
+    for provider in parameters.PROVIDERS.values():
+        try:
+            provider(name, data)()
+        except parameters.Unavailable:
+            continue
+        found.append(torch.cat([p.grad.flatten() for p in data.params]))
+    assert len(found) >= 2
+    for other in found[1:]:
+        assert error_of(other, found[0].double()) < PEER_TOLERANCE.get(name, 1e-4)

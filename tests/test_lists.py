@@ -1,6 +1,8 @@
 """Gradients of several tensors as one problem: what one long vector gives, for every rule, dtype and way of calling."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -164,3 +166,54 @@ def test_nothing_is_recorded():
     grads = [[x.requires_grad_() for x in g] for g in lists(2)]
     assert not any(x.requires_grad for x in mf.resolve(grads, mf.MGDA(), preserve_norm=True))
     assert not mf.gram(grads).requires_grad
+
+
+PEAK = """
+import resource
+import torch, mmfast as mf
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+mf.resolve([[torch.ones(9)] * 2] * 8, {rule})
+grads = [[torch.randn(1000, 1000) for _ in range(4)] for _ in range(8)]
+before = peak()
+found = mf.resolve(grads, {rule}, preserve_norm={norm})
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
+@pytest.mark.parametrize("rule, norm", [("mf.UPGrad()", False), ("mf.PCGrad()", True)])
+def test_no_gradient_is_copied(rule, norm):
+    """Eight gradients of 15 MB each: the memory grows by one result, not by eight of them."""
+    done = subprocess.run([sys.executable, "-c", PEAK.format(rule=rule, norm=norm)], capture_output=True, text=True, check=True)
+    assert 10 < float(done.stdout) < 24
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 5, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_pass_over_all_tensors(k, dtype):
+    """Sizes around a chunk, none, missing entries, strides, other dtypes beside: against float64, and the same bits by one thread."""
+    shapes = [(4096,), (0,), (1,), (3, 4099), (20000,), (7, 2)]
+    grads = lists(k, dtype, shapes=shapes)
+    for g in grads:
+        g[3] = g[3].T.contiguous().T
+        g[5] = g[5].float()
+    if k > 2:
+        grads[1][0] = grads[0][4] = grads[2][4] = grads[k - 1][1] = None
+        grads[k - 2] = None
+    exact = long([None if g is None else [None if x is None else x.double() for x in g] for g in grads])
+    G, wanted = mf.gram(grads), mf.gram(exact if k < 3 else [torch.zeros_like(exact[0]) if g is None else g for g in exact])
+    scale = wanted.diagonal().sqrt().clamp(min=1)
+    assert ((G - wanted) / scale.outer(scale)).abs().max() < (1e-15 if dtype == torch.float64 else 1e-6)
+    w = torch.randn(k, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    out = mf.combine(grads, w)
+    assert [x.dtype for x in out] == [dtype] * 5 + [torch.float32] and all(x.is_contiguous() for x in out)
+    total = sum(w[i] * g for i, g in enumerate(exact) if g is not None)
+    eps = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
+    assert_same(out, total, rtol=eps, atol=eps * float(w.abs().sum()))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert torch.equal(mf.gram(grads), G) and all(torch.equal(a, b) for a, b in zip(mf.combine(grads, w), out, strict=True))
+    finally:
+        torch.set_num_threads(threads)

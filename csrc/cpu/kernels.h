@@ -31,6 +31,9 @@ struct CpuKernels {
   // [outputs, inputs]; `left` is [batch, rows, outputs], or null where delta itself will do: not per sample, no mask, not float16.
   // Both are of delta's type, float for float16.
   void (*heads)(const Pool&, const Heads&, const SolveArgs& args, void* left, void* right);
+  // G is [K, K], out[t] the weighted sum of tensor t.
+  void (*gram_lists)(const Pool&, const GradLists&, double* G);
+  void (*combine_lists)(const Pool&, const GradLists&, const double* w, void* const* out);
 };
 
 // What mmfast/_direct finds in _C.so, to which it is not linked.

@@ -17,6 +17,7 @@ BUILD_LINE = "MMFAST_BUILD=cpu pip install " + (
 PATH = Path(os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "_C.so")
 ASKED = os.environ.get("MMFAST_BACKEND") or "auto"  # the backend of calls that name none
 OPERATORS = ["gram", "combine", "lengths", "weights", "resolve", "graddrop", "trimmed_mean", "heads"]
+CPU_OPERATORS = ["gram_lists", "combine_lists"]  # that no other device has
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def load(path: Path) -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path} ({facts}) does not load with torch {torch.__version__}: {error}; build it again with: {BUILD_LINE}"
-    missing = [name for name in OPERATORS if not hasattr(torch.ops.mmfast, name)]
+    missing = [name for name in OPERATORS + CPU_OPERATORS if not hasattr(torch.ops.mmfast, name)]
     if missing:
         return f"{path} ({facts}) has no operator {', '.join(missing)}; build it again with: {BUILD_LINE}"
     return None
@@ -110,3 +111,11 @@ if available:
     def _(delta, weight, head_of, mask, steps, params, state, rng, k, per, preserve_norm):
         info = delta.new_empty((*((delta.shape[0],) if per == 1 else ()), k + k * k), dtype=torch.float64)
         return delta.new_empty((*delta.shape[:-1], weight.shape[1])), info
+
+    @torch.library.register_fake("mmfast::gram_lists")
+    def _(grads, counts, rows, k):
+        return grads[0].new_empty((k, k), dtype=torch.float64)
+
+    @torch.library.register_fake("mmfast::combine_lists")
+    def _(grads, counts, rows, w, out):
+        return None

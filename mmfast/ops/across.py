@@ -87,7 +87,7 @@ def resolve(
     device = columns[0].like.device
     resolver.check(k)
     kept = _kept(resolver, k, device)
-    functions = functions_of(choose(device, "auto", k))
+    functions = functions_of(choose(device, "auto", k), k)
     measures, sums_mask = columns, mask
     if per == "batch_sum":
         sums = agree(torch.cat([_batch_sums(c, k, mask) for c in columns], -1), kept, ranks)

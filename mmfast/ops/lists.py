@@ -1,6 +1,7 @@
 """Gradients of several tensors at once: each is a list, all of them one problem with one Gramian over the whole list.
 
-Nothing is flattened or copied: the Gramian is the sum of those of the single tensors, and the weights combine each tensor by itself. Only elementwise
+Nothing is flattened or copied: the Gramian is the sum of those of the single tensors, and the weights combine each tensor by itself; on the CPU by kernels
+that pass over all tensors at once. Only elementwise
 rules, which have no Gramian, get each gradient as one tensor.
 """
 
@@ -27,6 +28,12 @@ class Column:
     grads: list[Tensor]  # dense and real
     missing: tuple[int, ...]
     complex: bool
+
+    @property
+    def rows(self) -> list[int]:
+        """The places of those that are there among K."""
+        places = range(len(self.grads) + len(self.missing))
+        return [i for i in places if i not in self.missing] if self.missing else list(places)
 
     @property
     def like(self) -> Tensor:
@@ -84,6 +91,8 @@ def columns_of(grads: Sequence[Sequence[Tensor | None] | None], per: str, mask: 
 def gram(columns: Sequence[Column], k: int, per: str, mask: Tensor | None, backend: str) -> Tensor:
     """Float64 [K, K], or [B, K, K] per sample: the sum over the tensors."""
     functions = functions_of(choose(columns[0].like.device, backend, k), k)
+    if _in_one_pass(columns, functions, per, mask):
+        return functions.gram_lists([c.grads for c in columns], [c.rows for c in columns], k)
     parts = [functions.gram(c.grads, c.missing, mask, per) for c in columns]
     total = parts[0]
     for part in parts[1:]:
@@ -99,7 +108,18 @@ def combine(columns: Sequence[Column], k: int, w: Tensor, per: str, backend: str
 
 def combined(columns: Sequence[Column], functions: Any, mask: Tensor | None, w: Tensor, per: str) -> list[Tensor]:
     """The same by the functions of a backend."""
-    return [c.result(functions.combine(c.grads, c.missing, mask, w, per)) for c in columns]
+    if _in_one_pass(columns, functions, per, mask):
+        out = functions.combine_lists([c.grads for c in columns], [c.rows for c in columns], w)
+    else:
+        out = [functions.combine(c.grads, c.missing, mask, w, per) for c in columns]
+    return [c.result(x) for c, x in zip(columns, out, strict=True)]
+
+
+def _in_one_pass(columns: Sequence[Column], functions: Any, per: str, mask: Tensor | None) -> bool:
+    """Whether the backend goes over all tensors in one call: many are small, and each call costs what thousands of elements do."""
+    one_problem = per == "batch" and mask is None and hasattr(functions, "gram_lists")
+    plain = one_problem and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return plain and all(type(g) in (Tensor, torch.nn.Parameter) for c in columns for g in c.grads)
 
 
 def resolve(
