@@ -195,9 +195,10 @@ def test_one_pass_over_all_tensors(k, dtype):
     """Sizes around a chunk, none, missing entries, strides, other dtypes beside: against float64, and the same bits by one thread."""
     shapes = [(4096,), (0,), (1,), (3, 4099), (20000,), (7, 2)]
     grads = lists(k, dtype, shapes=shapes)
+    other = torch.float64 if dtype == torch.float64 else torch.float32
     for g in grads:
         g[3] = g[3].T.contiguous().T
-        g[5] = g[5].float()
+        g[5] = g[5].to(other)
     if k > 2:
         grads[1][0] = grads[0][4] = grads[2][4] = grads[k - 1][1] = None
         grads[k - 2] = None
@@ -207,7 +208,7 @@ def test_one_pass_over_all_tensors(k, dtype):
     assert ((G - wanted) / scale.outer(scale)).abs().max() < (1e-15 if dtype == torch.float64 else 1e-6)
     w = torch.randn(k, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     out = mf.combine(grads, w)
-    assert [x.dtype for x in out] == [dtype] * 5 + [torch.float32] and all(x.is_contiguous() for x in out)
+    assert [x.dtype for x in out] == [dtype] * 5 + [other] and all(x.is_contiguous() for x in out)
     total = sum(w[i] * g for i, g in enumerate(exact) if g is not None)
     eps = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
     assert_same(out, total, rtol=eps, atol=eps * float(w.abs().sum()))

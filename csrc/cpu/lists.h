@@ -78,7 +78,8 @@ inline void combine_lists(const Pool& pool, const GradLists& lists, const double
   constexpr int64_t kPiece = 4096;
   const Units units(lists, kPiece);
   int64_t bytes = 0;
-  for (int64_t t = 0; t < lists.count; ++t) bytes += lists.tensors[t].inner * (lists.tensors[t].dtype == Dtype::f64 ? 8 : 4);
+  for (int64_t t = 0; t < lists.count; ++t)
+    with_type(lists.tensors[t].dtype, [&](auto tag) { bytes += lists.tensors[t].inner * static_cast<int64_t>(sizeof tag); });
   const bool stream = bytes >= kStreamBytes;
   auto range = [&](int64_t first, int64_t last) {
     units.each_tensor<true>(first, last, [&](int64_t t, int64_t begin, int64_t end) {

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from mmfast.resolvers.base import EPS
 
+_JACOBI_ROWS = 256  # beyond, some 5000 rounds of small calls take minutes
+
 
 def cosines(G: Tensor) -> tuple[Tensor, Tensor]:
     """(norms [B, K], cosines [B, K, K] with an exact 1 on the diagonal)."""
@@ -34,6 +36,8 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     semidefinite matrix with badly scaled rows come out as accurate as large ones, down to the rounding of the largest.
     """
     k = A.shape[-1]
+    if k > _JACOBI_ROWS:
+        return _by_lapack(A)
     n = k + k % 2
     h = n // 2
     A = torch.nn.functional.pad(A, (0, n - k, 0, n - k))
@@ -54,6 +58,20 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
         A, V = columns[..., :n, :], columns[..., n:, :]
         A = _turn(A[..., :h, :], A[..., h:, :], c.unsqueeze(-1), s.unsqueeze(-1), -2)
     return A.diagonal(dim1=-2, dim2=-1)[..., :k], V[..., :k, :k]
+
+
+def _by_lapack(A: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by torch.linalg.eigh, which waits for a GPU, and knows small eigenvalues to the rounding of the largest alone."""
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    off = A - torch.diag_embed(diagonal)
+    alone = (off == 0).all(-1)
+    least = -1 - diagonal.sum(-1, keepdim=True)  # decoupled rows come first, in their order
+    values, V = torch.linalg.eigh(off + torch.diag_embed(torch.where(alone, least, diagonal)))
+    place = alone.int().argsort(dim=-1, descending=True, stable=True)
+    values = torch.zeros_like(values).scatter(-1, place, values)
+    V = torch.zeros_like(V).scatter(-1, place.unsqueeze(-2).expand_as(V), V)
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.where(alone, diagonal, values), torch.where(alone.unsqueeze(-2), identity, V)
 
 
 def kept(values: Tensor, active: Tensor, precision: float) -> Tensor:
