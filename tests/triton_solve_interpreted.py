@@ -20,7 +20,7 @@ from mmfast.resolvers.solve import precision_of
 from mmfast.resolvers.solve import weights as plain_weights
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-NAMES = [name for name, row in RULES.items() if type(row.make(row.min_k)) in solvers.KERNELS]
+NAMES = [name for name, row in RULES.items() if solvers.has_kernel(row.make(row.min_k).chain() or (), row.min_k)]
 FORMS = ["Sum", "Mean", "Constant", "Random", "PCGrad", "PCGrad fixed", "MGDA", "MGDA l2", "MGDA capped", "CAGrad"]
 FORMS += ["UPGrad", "DualProj", "NashMTL", "FairGrad(0.5)", "IMTLG", "AlignedMTL", "ConFIG"]  # of every kernel
 EPS = torch.finfo(torch.float64).eps
@@ -209,7 +209,7 @@ def test_hyper_parameters():
         resolvers.UPGrad(pref),
         resolvers.DualProj(pref),
         resolvers.AlignedMTL(pref=pref),
-        *(resolvers.ConFIG(pref, length) for length in ("projection", "min", "max", "harmonic", "arithmetic", "geometric")),
+        *(resolvers.ConFIG(pref, length) for length in ("projection", "min", "max", "harmonic", "arithmetic", "geometric", 1)),
         resolvers.CAGrad(0.1, 1),
         resolvers.CAGrad(0.0),
         resolvers.NashMTL(0.7),

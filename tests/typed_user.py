@@ -44,4 +44,15 @@ heads.resolver.reset()
 print(mf.DimRatio([3, 4]), mf.LipschitzScale(torch.randn(8, 1), ["real"], lr=1e-3), mf.stats.norms(G), mf.__version__)
 print(mf.Krum(1, n_selected=2), mf.TrimmedMean(1), mf.GradDrop(leak=0.1), mf.Constant([1.0, 2.0]), mf.Random(), mf.Sum(), mf.Mean())
 print(mf.GradNorm(alpha=0.5, lr=1e-2, update_at=3), mf.NSGD(update_at=2), mf.PCD(tau=0.1, beta=0.9), mf.DualProj(), mf.FairGrad(alpha=2.0))
+print(
+    mf.Unit(),
+    mf.DBMTL(),
+    mf.MMPareto(gamma=2.0, every=3),
+    mf.NashMTL(every=10),
+    mf.ConFIG(length=1),
+    mf.GradDrop([0.1, 0.2]),
+    mf.SDMGrad(pref=[1.0, 2.0]),
+)
+print(mf.EMA("dbmtl", beta=0.5), mf.ExcessMTL(n_warmup_steps=2), mf.MConFIG(length="min"), mf.MoDo(), mf.MoCo(rho=0.1))
+assert_type(mf.gram(grads, others=rows), Tensor)
 print(mf.GradVac(beta=0.1), mf.AlignedMTL(scale="median"), mf.ConFIG(length="projection"), mf.PCGrad(reduction="mean", order="fixed"))

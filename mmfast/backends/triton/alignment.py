@@ -54,19 +54,20 @@ def imtlg(
 
 
 @triton.jit
-def tracked(norm, active, kind):
-    """The mean of the norms that ConFIG follows: 1 least, 2 largest, 3 harmonic, 4 arithmetic, 5 geometric."""
+def tracked(norm, active, kind, idx):
+    """The mean of the norms that ConFIG follows: 1 least, 2 largest, 3 harmonic, 4 arithmetic, 5 geometric; 6 + i norm i, or 4 where that is missing."""
     count = number(active)
     out = tl.min(tl.where(active, norm, float("inf")), axis=0)
     if kind == 2.0:
         out = tl.max(tl.where(active, norm, 0.0), axis=0)
     if kind == 3.0:
         out = count / tl.sum(tl.where(active, 1.0 / norm, 0.0), axis=0)
-    if kind == 4.0:
+    if (kind == 4.0) | (kind > 5.0):
         out = tl.sum(tl.where(active, norm, 0.0), axis=0) / count
     if kind == 5.0:
         out = tl.exp(tl.sum(tl.where(active, tl.log(norm), 0.0), axis=0) / count)
-    return out
+    own = tl.sum(tl.where(active & (idx.to(tl.float64) == kind - 6.0), norm, 0.0), axis=0)
+    return tl.where(own > 0.0, own, out)
 
 
 @kernel
@@ -85,7 +86,7 @@ def config(
     cosine = tl.where(active, cosine, 0.0)
     along = tl.sum(norm * cosine, axis=0)
     if kind != 0.0:
-        along = tracked(norm, active, kind) * tl.sum(cosine, axis=0)
+        along = tracked(norm, active, kind, idx) * tl.sum(cosine, axis=0)
     defined = square > 0.0
     w = a * (tl.where(defined, along, 0.0) / tl.where(defined, square, 1.0))
     store(w_ptr, w, G, active, rows, numbers, K, P, NORM, False)
