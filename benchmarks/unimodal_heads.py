@@ -66,16 +66,6 @@ class Model(nn.Module):
         return [head(f) for head, f in zip(self.heads, features, strict=True)]
 
 
-class MMPareto(mf.Resolver):
-    """Of two rows: their sum, or where they conflict twice the shortest vector between them, no shorter than the sum; times 1.5 (Wei and Hu, ICML 2024)."""
-
-    def forward(self, G: Tensor, mask: Tensor | None = None) -> Tensor:
-        (a, c), b = G.diagonal(), G[0, 1]
-        shortest = ((c - b) / (a + c - 2 * b)).clamp(0.001, 0.999)
-        w = torch.where(b < 0, 2 * torch.stack([shortest, 1 - shortest]), 1.0)
-        return 1.5 * ((a + 2 * b + c) / (w @ G @ w)).sqrt().clamp(min=1) * w
-
-
 class Method(NamedTuple):
     name: str
     rule: Callable[[], mf.Resolver] | None = None  # of each encoder's two rows
@@ -91,7 +81,7 @@ METHODS = [
     Method("rows: Sum", mf.Sum),
     Method("rows: PCGrad", mf.PCGrad),
     Method("rows: UPGrad", mf.UPGrad),
-    Method("rows: MMPareto(gamma=1.5)", MMPareto),
+    Method("rows: MMPareto(gamma=1.5)", mf.MMPareto),
     Method("rows: Constant([0, 1]), which is DGL", lambda: mf.Constant([0.0, 1.0])),
 ]
 

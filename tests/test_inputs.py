@@ -275,7 +275,7 @@ def test_long_lists_are_not_printed():
         lambda: mf.LinearHeads(4, sizes, "mgda"),
         lambda: mf.UPGrad(weights),
         lambda: mf.ImpartialityBlock([nn.Linear(2, 1)] * 300, "mgda"),
-        lambda: mf.resolve(torch.ones(300, 4), "mgda"),
+        lambda: mf.resolve(torch.ones(5000, 4), "mgda"),
         lambda: mf.gram([torch.ones(i) for i in sizes[:250]]),
         lambda: mf.Constant([float("nan")] * 300),
     ):
