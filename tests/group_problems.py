@@ -255,6 +255,18 @@ def case_a_rank_without_samples(rank, world):
             assert ours.shape == (0, D)
 
 
+def case_lengths_where_the_sum_cancels(rank, world):
+    """There the Gramian does not know the length of the plain sum: it is measured on the elements of all ranks."""
+    for per in ("batch", "batch_sum"):
+        data = Shards(rank, world)
+        data.whole[1] = 1e-4 * data.whole[1] - data.whole[0]
+        data.whole = data.whole[:2]
+        ours = through_fork(list(data.mine()), mf.Constant([1.0, 2.0]), per=per, group=dist.group.WORLD)
+        expected = through_fork(list(data.whole), mf.Constant([1.0, 2.0]), per=per)[data.part]
+        assert expected.norm() < 1e-3 * data.mine()[0].norm()
+        close(ours, expected, 0)
+
+
 def case_what_is_said(rank, world):
     """Without a group of its own a block warns once where one is up; with one it is silent, and refuses what can't be right."""
     with warnings.catch_warnings(record=True) as seen:
