@@ -55,7 +55,7 @@ def case_a_modality_missing_on_one_rank(rank, world):
 
 def case_elementwise_rules(rank, world):
     """Draws belong to places in the whole batch; a row that is zero on one rank is there on another; several tensors."""
-    for make in (mf.GradDrop, lambda: mf.TrimmedMean(1)):
+    for make in (lambda: mf.GradDrop(leak=[0.0, 0.2, 0.5, 0.1, 0.3]), lambda: mf.TrimmedMean(1)):
         rule, whole_rule = seeded(rank, lambda k, make=make: make())
         for step in range(3):
             data, other = Shards(rank, world, seed=step), Shards(rank, world, seed=10 + step, shape=())
@@ -253,6 +253,18 @@ def case_a_rank_without_samples(rank, world):
             close(ours, expected[part], data.whole.flatten(1).norm(dim=1).max().item())
         else:
             assert ours.shape == (0, D)
+
+
+def case_lengths_where_the_sum_cancels(rank, world):
+    """There the Gramian does not know the length of the plain sum: it is measured on the elements of all ranks."""
+    for per in ("batch", "batch_sum"):
+        data = Shards(rank, world)
+        data.whole[1] = 1e-4 * data.whole[1] - data.whole[0]
+        data.whole = data.whole[:2]
+        ours = through_fork(list(data.mine()), mf.Constant([1.0, 2.0]), per=per, group=dist.group.WORLD)
+        expected = through_fork(list(data.whole), mf.Constant([1.0, 2.0]), per=per)[data.part]
+        assert expected.norm() < 1e-3 * data.mine()[0].norm()
+        close(ours, expected, 0)
 
 
 def case_what_is_said(rank, world):

@@ -139,7 +139,7 @@ def case_fully_sharded(rank, world):
 
 def case_parameters(rank, world):
     """mf.backward: gradients of the mean of the ranks' losses, the first rank without the last loss; heads as DDP would leave them."""
-    for make, norm in ((mf.UPGrad, False), (lambda: mf.Compose(mf.GradVac(), mf.PCGrad()), True), (mf.GradDrop, False)):
+    for make, norm in ((mf.UPGrad, False), (lambda: mf.Compose(mf.GradVac(), mf.PCGrad()), True), (mf.GradDrop, False), (mf.MoCo, False)):
         torch.manual_seed(3)
         trunk, heads = nn.Sequential(nn.Linear(D, D), nn.Tanh()), nn.ModuleList([nn.Linear(D, n) for n in (1, 2, 1)])
         unused = nn.Parameter(torch.ones(2))
