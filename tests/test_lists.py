@@ -168,6 +168,19 @@ def test_nothing_is_recorded():
     assert not mf.gram(grads).requires_grad
 
 
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+def test_a_mask_for_each_sample_of_elementwise_rules(per):
+    """Each tensor by itself, for these rules look at elements."""
+    grads = [[torch.randn(3, 4), torch.randn(3, 2, 5)] for _ in range(3)]
+    mask = torch.tensor([[True, False, True], [True, True, True], [False, True, True]])
+    found = mf.resolve(grads, mf.TrimmedMean(1), per, mask)
+    for t, x in enumerate(found):
+        assert torch.equal(x, mf.resolve([g[t] for g in grads], mf.TrimmedMean(1), per, mask))
+    compiled = torch.compile(lambda g: mf.resolve(g, mf.MGDA(), per, mask), backend="eager", fullgraph=True)(grads)
+    for x, y in zip(compiled, mf.resolve(grads, mf.MGDA(), per, mask), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
 PEAK = """
 import torch, mmfast as mf
 def peak():

@@ -102,8 +102,9 @@ def resolve_info(
             if not isinstance(resolver, ElementwiseRule) and not torch.compiler.is_compiling():
                 return lists.resolve(columns, k, resolver, per, mask, preserve_norm, backend)
             # a graph has one operator for one tensor, which its compiler fills without a copy
-            out, info = resolve_info(lists.joined(columns, k, per), resolver, per, mask, preserve_norm=preserve_norm, backend=backend)
-            return lists.split(out, columns, per), info
+            shape = "sample" if mask is not None and mask.dim() == 2 else per  # which keeps the dimension that such a mask is for
+            out, info = resolve_info(lists.joined(columns, k, shape), resolver, per, mask, preserve_norm=preserve_norm, backend=backend)
+            return lists.split(out, columns, shape), info
     missing = tuple([i for i, g in enumerate(grads) if g is None])
     present = [g for g in grads if g is not None] if missing else cast(Sequence[Tensor], grads)
     arguments = (resolver, k, missing, per, mask, preserve_norm, with_info, backend)
