@@ -140,7 +140,7 @@ def every_kernel(recorder, all_sizes):
         gram.batch_sums(g, mask)
         combine.combine(g, mask, torch.zeros(k, dtype=torch.float64), False, True)
         with_norm(g, mask, "batch_sum")
-        elementwise.graddrop(g, mask, torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
+        elementwise.graddrop(g, mask, torch.zeros(1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
         elementwise.trimmed_mean(g, mask, 1)
         recorder.compile(name)
 

@@ -52,6 +52,7 @@ __global__ void graddrop_kernel(const __grid_constant__ Rows rows, int64_t n, in
   for (int64_t p = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; p < draws; p += int64_t{gridDim.x} * blockDim.x) {
     float u[4];
     uniforms(seed, counter, static_cast<uint64_t>(p), u);
+#pragma unroll  // so that u stays in registers
     for (int word = 0; word < 4; ++word) {
       const int64_t t = p / 16 * 64 + p % 16 + word * 16;
       if (t < n) store_acc(out + t, graddrop_element<T>(rows, t / inner, t, u[word], leak, leaks));
