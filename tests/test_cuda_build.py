@@ -26,8 +26,8 @@ HOT = (
     "mask_delta_kernel",
     "lengths_kernel",
 )
-# bytes of a thread: arguments of the rules' functions, and what a few of them spill; with half of the registers more
-SOLVER_STACK = {"solve_kernel": 928, "persistent_kernel": 1408}
+# bytes of a thread: arguments of the rules' functions, what a few of them spill, and whether a step is left out (every); with half of the registers more
+SOLVER_STACK = {"solve_kernel": 928, "persistent_kernel": 1424}
 # bytes of stack and of spills around the call for a problem whose lengths are measured, which few are: others pass it by
 MEASURED = {"combine_kernel": (8, 0), "lengths_kernel": (24, 104)}
 # bytes that the functions of persistent_kernel around its solver store: what registers hold for their caller, once a call
