@@ -230,6 +230,17 @@ def test_memory(low, copies):
     assert seen.most == copies * n
 
 
+def test_draws_go_to_the_parameters_of_the_last_run():
+    """The order of the parameters that losses share is the graph's, not that of addresses: it decides the order of sums, and who gets which draw."""
+    runs = []
+    for _ in range(4):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[nn.Sequential(nn.Linear(29, 31), nn.Tanh(), nn.Linear(31, 29)) for _ in range(8)])
+        mf.backward([(net(torch.randn(2, 29)) - i).square().mean() for i in range(4)], mf.GradDrop())
+        runs.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
 @pytest.mark.parametrize("low", [False, True])
 def test_each_layer_is_a_problem_of_its_own(low):
     net = model()

@@ -99,14 +99,14 @@ class Graph:
 def walk(roots: Sequence[Slot]) -> Graph:
     """Every node once, in time linear in the graph."""
     waiting: dict[Node, int] = {}
-    seen = {node for node, _ in roots}
+    seen = dict.fromkeys(node for node, _ in roots)  # in order: a set's differs from run to run, and sums over parameters with it
     stack = list(seen)
     while stack:
         for child, _ in stack.pop().next_functions:
             if child is not None:
                 waiting[child] = waiting.get(child, 0) + 1
                 if child not in seen:
-                    seen.add(child)
+                    seen[child] = None
                     stack.append(child)
     graph = Graph([], dict.fromkeys(seen, 0))
     slots_of: dict[Node, list[int]] = {}
