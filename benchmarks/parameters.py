@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import mmfast as mf
-from benchmarks.providers import RULES, TORCHJD, Data, Unavailable
+from benchmarks.providers import RULES, Data, Unavailable, aggregator_of
 from benchmarks.timing import Call
 
 K = 4
@@ -55,16 +55,11 @@ def torchjd(by_sums: bool) -> Callable[[str, Lists], Call]:
     """`jac_to_grad`, which joins the Jacobians to one matrix; or, by_sums, adds up their Gramians."""
 
     def provider(name: str, data: Lists) -> Call:
-        try:
-            import torchjd.aggregation as jd
-            from torchjd.autojac import jac_to_grad
-        except ImportError as error:
-            raise Unavailable("torchjd is not installed") from error
-        try:
-            aggregator = TORCHJD.get(name, lambda jd, k: getattr(jd, name)())(jd, data.k)
-        except ImportError as error:
-            raise Unavailable("needs torchjd[full]") from error
-        if by_sums and not isinstance(aggregator, jd.GramianWeightedAggregator):
+        aggregator = aggregator_of(name, data.k)
+        from torchjd.aggregation import GramianWeightedAggregator
+        from torchjd.autojac import jac_to_grad
+
+        if by_sums and not isinstance(aggregator, GramianWeightedAggregator):
             raise Unavailable("its aggregator needs the matrix")
 
         def call() -> None:

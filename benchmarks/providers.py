@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,17 +143,21 @@ def ours(name: str, data: Data) -> Call:
     return lambda: mf.resolve(grads, rule)
 
 
-def torchjd(name: str, data: Data) -> Call:
-    """TorchJD's aggregator on the stacked matrix: stacking is not counted."""
+def aggregator_of(name: str, k: int) -> Any:
+    """TorchJD's aggregator for a rule of k gradients."""
     try:
         import torchjd.aggregation as jd
     except ImportError as error:
         raise Unavailable("torchjd is not installed") from error
     try:
-        aggregator = TORCHJD.get(name, lambda jd, k: getattr(jd, name)())(jd, data.k)
+        return TORCHJD.get(name, lambda jd, k: getattr(jd, name)())(jd, k)
     except ImportError as error:
         raise Unavailable("needs torchjd[full]") from error
-    J = data.J
+
+
+def torchjd(name: str, data: Data) -> Call:
+    """TorchJD's aggregator on the stacked matrix: stacking is not counted."""
+    aggregator, J = aggregator_of(name, data.k), data.J
     return lambda: aggregator(J)
 
 

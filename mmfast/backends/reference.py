@@ -1,5 +1,6 @@
 """Every operator in plain torch: any device, any dtype, no host synchronisation. The tests' oracle and the fallback."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,12 +26,16 @@ def wide(x: Tensor) -> torch.dtype:
 _CHUNK = 4096  # elements whose products are summed in single precision; chunks are summed in double
 
 
-def _stacked(grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+def table(x: Tensor) -> Tensor:
+    """A gradient as [B, M]; without a sample it still has its M."""
+    batch = x.shape[0] if x.dim() else 1
+    return x.reshape(batch, math.prod(x.shape[1:]))
+
+
+def stacked(grads: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     """Gradients [K, B, M] in accumulator precision, masked entries zero; mask is [K] or [B, K] over these gradients."""
-    first = grads[0]
-    batch = first.shape[0] if first.dim() else 1
-    x = torch.stack([g.reshape(batch, first.numel() // max(batch, 1)) for g in grads])
-    x = x.to(wide(first))
+    x = torch.stack([table(g) for g in grads])
+    x = x.to(wide(grads[0]))
     if mask is None:
         return x
     return torch.where((mask.mT if mask.dim() == 2 else mask.unsqueeze(-1)).unsqueeze(-1), x, 0)
@@ -85,7 +90,7 @@ def _products(x: Tensor) -> Tensor:
 def gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
     """Gramian [K, K] (per="sample": [B, K, K]) float64, zero in the rows and columns of missing gradients; mask [K] or [B, K] over all K."""
     k = len(grads) + len(missing)
-    x = _stacked(grads, mask_of_present(mask, missing, k))
+    x = stacked(grads, mask_of_present(mask, missing, k))
     if per == "sample":
         G = _products(x.movedim(1, 0))
     else:
@@ -96,7 +101,7 @@ def gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, p
 def _presence(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
     """In place of the Gramian, for rules that do not look at it: 1 on the diagonal where a row has a non-zero element."""
     k = len(grads) + len(missing)
-    x = _stacked(grads, mask_of_present(mask, missing, k)) != 0
+    x = stacked(grads, mask_of_present(mask, missing, k)) != 0
     rows = x.any(-1).mT if per == "sample" else x.flatten(1).any(-1)
     return torch.diag_embed(pad_missing(rows.double(), missing, k))
 
@@ -104,7 +109,7 @@ def _presence(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | No
 def combine(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, per: str) -> Tensor:
     """sum_i w_i g_i; w float64 [K] (per="sample": [B, K]) over all K."""
     k = len(grads) + len(missing)
-    x, w = _stacked(grads, mask_of_present(mask, missing, k)), select_present(w, missing, k)
+    x, w = stacked(grads, mask_of_present(mask, missing, k)), select_present(w, missing, k)
     factors = (w.mT if per == "sample" else w.unsqueeze(-1)).unsqueeze(-1).to(x.dtype)
     total = factors[0] * x[0]
     for i in range(1, len(grads)):
@@ -120,7 +125,7 @@ def lengths(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None
 
 def sums(grads: Sequence[Tensor], mask: Tensor | None, w: Tensor, per: str) -> tuple[Tensor, Tensor]:
     """The plain sum and sum_i w_i g_i, float64 [B, M], or [1, M] for per="batch_sum"; mask and w over these gradients."""
-    x = _stacked(grads, mask)
+    x = stacked(grads, mask)
     if per == "batch_sum":
         x = x.double().sum(1, keepdim=True)
     return _sums(x, w, per)
@@ -181,14 +186,14 @@ def resolve(
 def combine_with_norm(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, w: Tensor, norm: Norm, per: str) -> Tensor:
     """`combine`; in double precision where the norm had to be measured, for what is left of its summands is as small as their rounding."""
     k = len(grads) + len(missing)
-    _, exact = _sums(_stacked(grads, mask_of_present(mask, missing, k)), select_present(w, missing, k), per)
+    _, exact = _sums(stacked(grads, mask_of_present(mask, missing, k)), select_present(w, missing, k), per)
     settled = norm.settled.view(-1, *[1] * (grads[0].dim() - 1)) if per == "sample" else norm.settled
     return torch.where(settled, combine(grads, missing, mask, w, per), exact.to(grads[0].dtype).view(grads[0].shape))
 
 
 def plain_sum(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None) -> Tensor:
     """Sum of the gradients [B, M] in accumulator precision."""
-    return _stacked(grads, mask_of_present(mask, missing, len(grads) + len(missing))).sum(0)
+    return stacked(grads, mask_of_present(mask, missing, len(grads) + len(missing))).sum(0)
 
 
 def with_norm(out: Tensor, grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
@@ -196,7 +201,12 @@ def with_norm(out: Tensor, grads: Sequence[Tensor], missing: Sequence[int], mask
     plain = plain_sum(grads, missing, mask).double()
     ours = out.reshape(plain.shape).double()
     wanted, have = (x.norm(dim=1, keepdim=True) if per == "sample" else x.norm() for x in (plain, ours))
-    return (ours * torch.where(have > 0, wanted / have, torch.where(have.isnan(), have, 0))).to(out.dtype).view(out.shape)
+    return (ours * norm_factor(wanted, have)).to(out.dtype).view(out.shape)
+
+
+def norm_factor(wanted: Tensor, have: Tensor) -> Tensor:
+    """What brings a length to another; nothing stays nothing, and what is not a number stays visible."""
+    return torch.where(have > 0, wanted / have, torch.where(have.isnan(), have, 0))
 
 
 _SAMPLES_AT_ONCE = 1 << 22  # elements of their products held at once

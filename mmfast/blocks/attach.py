@@ -257,9 +257,8 @@ class Attached(Impartial):
         """Called in a backward pass: nobody comes to these tensors any more."""
         if self._met:  # the first of the meetings that this backward pass reaches
             apart = all(len(s) == 1 for s in self._met) and len(set().union(*self._met)) > 1
-            self.__dict__["_seen_apart"] = (
-                apart  # nn.Module would look whether it is a tensor or a module, in more time than all of this takes
-            )
+            # nn.Module would look whether it is a tensor or a module, in more time than all of this takes
+            self.__dict__["_seen_apart"] = apart
             self._met.clear()
         self._open[:] = [m for m in self._open if m.takers is not takers]
 

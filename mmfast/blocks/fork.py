@@ -14,7 +14,7 @@ from mmfast import contract
 from mmfast.blocks import notices, transforms
 from mmfast.ops import across
 from mmfast.ops.across import Ranks
-from mmfast.ops.lists import columns_of
+from mmfast.ops.lists import columns_of, used_tensors
 from mmfast.ops.resolve import resolve, resolve_info
 from mmfast.resolvers.base import Resolver, Rule
 from mmfast.resolvers.elementwise import ElementwiseRule
@@ -195,14 +195,15 @@ class mmfast_fork_of_several(torch.autograd.Function):
     def backward(ctx: Any, *flat: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (mask,) = ctx.saved_tensors
         grads = [flat[i * ctx.count : (i + 1) * ctx.count] for i in range(ctx.plan.k)]
-        if ctx.plan.ranks is None and all(g is None for g in flat):
+        across_ranks = ctx.plan.ranks is not None and ctx.plan.per != "sample"
+        if not across_ranks and all(g is None for g in flat):
             return (None,) * (2 + ctx.count)
         refuse_double_backward("a fork")
         if notices.taken_apart:
             return (None, None, *(notices.plain_sum(column) for column in zip(*grads, strict=True)))
         if not torch.compiler.is_compiling():
             notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, present_in_lists, grads, group=ctx.plan.ranks)
-        if ctx.plan.ranks is not None and ctx.plan.per != "sample":
+        if across_ranks:
             return (None, None, *resolved_across(ctx.plan, mask, grads, ctx.kinds))
         return (None, None, *resolved_lists(ctx.plan, mask, grads))
 
@@ -215,16 +216,15 @@ def present_in_lists(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
 
 def resolved_lists(plan: Plan, mask: Tensor | None, grads: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
     """The gradient of each tensor, None where no branch sends one."""
-    reached = [t for t in range(len(grads[0])) if any(g[t] is not None for g in grads)]
-    if len(reached) == 1:  # the usual case, in one call of the operator
-        one, info = resolve_info([g[reached[0]] for g in grads], plan.resolver, plan.per, mask, preserve_norm=plan.preserve_norm)
+    used, rows = used_tensors(grads)
+    if len(used) == 1:  # the usual case, in one call of the operator
+        one, info = resolve_info([g[used[0]] for g in grads], plan.resolver, plan.per, mask, preserve_norm=plan.preserve_norm)
         out = [one]
     else:
-        rows = [[g[t] for t in reached] if any(g[t] is not None for t in reached) else None for g in grads]
         out, info = resolve_info(rows, plan.resolver, plan.per, mask, preserve_norm=plan.preserve_norm)
     if plan.recorder is not None:
         plan.recorder.record(info)
-    by_tensor = dict(zip(reached, out, strict=True))
+    by_tensor = dict(zip(used, out, strict=True))
     return [by_tensor.get(t) for t in range(len(grads[0]))]
 
 
@@ -240,11 +240,8 @@ def resolved_across(
 ) -> list[Tensor]:
     """`resolved_lists` where other ranks hold the rest of the batch, whatever this one's branches send; takers are the branches that took each tensor here."""
     assert plan.ranks is not None
-    reached = [any(g[t] is not None for g in grads) for t in range(len(kinds))]
-    zeros = [
-        None if there else torch.zeros(shape, dtype=dtype, device=device)
-        for there, (shape, dtype, device) in zip(reached, kinds, strict=True)
-    ]
+    used, _ = used_tensors(grads)
+    zeros = [None if t in used else torch.zeros(shape, dtype=dtype, device=device) for t, (shape, dtype, device) in enumerate(kinds)]
     columns = columns_of([[z if g is None else g for z, g in zip(zeros, grads[0], strict=True)], *grads[1:]], plan.per, mask)
     info: Tensor | None = None
     with torch.no_grad():

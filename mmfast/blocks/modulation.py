@@ -252,9 +252,8 @@ class AGM(GradientModulation):
         super().__init__(k)
         self.alpha = _positive(alpha, "alpha")
         self.register_buffer("mean", torch.zeros(k, dtype=torch.float64))
-        self.register_buffer(
-            "steps", torch.zeros(1, dtype=torch.float64)
-        )  # torch.compile (2.13) loses what is written to a [] of float64 on a CPU
+        # torch.compile (2.13) loses what is written to a [] of float64 on a CPU
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.float64))
 
     def factors(self, logits: Tensor, labels: Tensor) -> Tensor:
         losses = -_log_likelihoods(logits, labels).clamp(min=math.log(1e-8)).mean(1)

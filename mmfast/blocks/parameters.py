@@ -10,6 +10,7 @@ from mmfast import contract
 from mmfast.blocks import notices, rank_means, two_passes
 from mmfast.blocks.find import by_name, graph_of
 from mmfast.ops.across import Ranks
+from mmfast.ops.lists import used_tensors
 from mmfast.ops.resolve import resolve_info
 from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
@@ -77,7 +78,7 @@ def backward(
     graph = graph_of(there)
     reached = {id(node.variable): (node.variable, terms) for node, terms in graph.terms.items() if hasattr(node, "variable")}
     problems = _shared(params, reached)
-    if len(problems) > 1 and (resolver.keeps or any(rule.state_size(k) for rule in resolver.chain() or ())):
+    if len(problems) > 1 and resolver.keeps_state(k):
         raise ValueError(f"resolver is {resolver!r}, which keeps state of one problem, but params holds {len(problems)} of them")
     shared = [p for problem in problems for p in problem]
     own = [(p, terms) for key, (p, terms) in reached.items() if key not in {id(p) for p in shared}]
@@ -121,10 +122,9 @@ def resolved(
     problem: Sequence[Tensor], table: Sequence[Sequence[Tensor | None] | None], resolver: Resolver, preserve_norm: bool
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
     """(each parameter of a problem that a loss reaches with its gradient, info as of `resolve_info`) from K rows of gradients at the parameters."""
-    used = [t for t in range(len(problem)) if any(row is not None and row[t] is not None for row in table)]
+    used, grads = used_tensors(table)
     if not used:
         return [], None
-    grads = [None if row is None or all(row[t] is None for t in used) else [row[t] for t in used] for row in table]
     found, info = resolve_info(grads, resolver, preserve_norm=preserve_norm)
     return [(problem[t], gradient) for t, gradient in zip(used, found, strict=True)], info
 

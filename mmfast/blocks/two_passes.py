@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmfast.blocks import notices
 from mmfast.ops.gram import gram
+from mmfast.ops.lists import used_tensors
 from mmfast.ops.weights import solve_checked
 from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.elementwise import ElementwiseRule
@@ -50,10 +51,9 @@ def _info(
     precision = 0.0
     for part in _parts(problem, len(names)):
         rows = {name: _gradients([loss], [torch.ones_like(loss)], part, True) for name, loss in losses.items()}
-        used = [t for t in range(len(part)) if any(row[t] is not None for row in rows.values())]
+        used, grads = used_tensors([rows.get(name) for name in names])
         if not used:
             continue
-        grads = [None if (row := rows.get(name)) is None or all(row[t] is None for t in used) else [row[t] for t in used] for name in names]
         G_part = gram(grads)
         G = G_part if G is None else G + G_part
         precision = max(precision, *(precision_of(part[t].dtype) for t in used))

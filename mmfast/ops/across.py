@@ -4,7 +4,6 @@ What goes around is the Gramian; gradients stay where they are. With it goes wha
 reset or restored apart agree at every problem, and none has to remember that they did. Every rank makes the same calls, whatever its gradients hold.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -197,7 +196,7 @@ def resolve_elements(
         plain = [reference.plain_sum(c.grads, c.missing, mask) for c in columns]
         lengths = [torch.stack([x.double().square().sum() for x in tensors]).sum() for tensors in (plain, out)]
         wanted, have = ranks.total(torch.stack(lengths)).sqrt().unbind(0)
-        factor = torch.where(have > 0, wanted / have, torch.where(have.isnan(), have, 0))
+        factor = reference.norm_factor(wanted, have)
         out = [(x.double() * factor).to(x.dtype) for x in out]
     return [c.result(x) for c, x in zip(columns, out, strict=True)]
 
@@ -205,24 +204,18 @@ def resolve_elements(
 def _present(column: Column, k: int, mask: Tensor | None) -> Tensor:
     """Which gradients hold an element that is neither zero nor masked, bool [K]."""
     hidden = reference.mask_of_present(mask, column.missing, k)
-    nonzero = torch.stack([(_table(g) != 0).any(1) for g in column.grads], -1)
+    nonzero = torch.stack([(reference.table(g) != 0).any(1) for g in column.grads], -1)
     return reference.pad_missing((nonzero if hidden is None else nonzero & hidden).any(0), column.missing, k)
 
 
 def _trimmed(column: Column, k: int, rule: TrimmedMean, functions: Any, mask: Tensor | None, there: Tensor) -> Tensor:
     """TrimmedMean, with a further element in each row that says whether the row is there on any rank."""
-    like = _table(column.like)
+    like = reference.table(column.like)
     given = iter(column.grads)
-    rows = [torch.zeros_like(like) if i in column.missing else _table(next(given)) for i in range(k)]
+    rows = [torch.zeros_like(like) if i in column.missing else reference.table(next(given)) for i in range(k)]
     told = there.to(like.dtype).view(k, 1, 1).expand(k, like.shape[0], 1)
     wide = [torch.cat([row, one], 1) for row, one in zip(rows, told, strict=True)]
     return rule.through(functions, wide, (), mask)[:, :-1].reshape(column.like.shape)
-
-
-def _table(x: Tensor) -> Tensor:
-    """x as [B, M]."""
-    batch = x.shape[0] if x.dim() else 1
-    return x.reshape(batch, math.prod(x.shape[1:]))
 
 
 def _symmetric(G: Tensor) -> Tensor:
@@ -232,8 +225,5 @@ def _symmetric(G: Tensor) -> Tensor:
 
 def _batch_sums(column: Column, k: int, mask: Tensor | None) -> Tensor:
     """Each gradient summed over the leading dimension, float64 [K, M]; zero where it is missing."""
-    x = torch.stack([_table(g) for g in column.grads]).double()
-    hidden = reference.mask_of_present(mask, column.missing, k)
-    if hidden is not None:
-        x = torch.where((hidden.mT if hidden.dim() == 2 else hidden.unsqueeze(-1)).unsqueeze(-1), x, 0)
+    x = reference.stacked(column.grads, reference.mask_of_present(mask, column.missing, k)).double()
     return reference.pad_missing(x.sum(1), column.missing, k, 0)

@@ -1,8 +1,7 @@
 """Gradients of several tensors at once: each is a list, all of them one problem with one Gramian over the whole list.
 
 Nothing is flattened or copied: the Gramian is the sum of those of the single tensors, and the weights combine each tensor by itself; on the CPU by kernels
-that pass over all tensors at once. Only elementwise
-rules, which have no Gramian, get each gradient as one tensor.
+that pass over all tensors at once. Only elementwise rules, which have no Gramian, get each gradient as one tensor.
 """
 
 from collections.abc import Sequence
@@ -49,6 +48,13 @@ def is_lists(grads: Any) -> bool:
     if not isinstance(grads, (list, tuple)):
         return False
     return isinstance(next((g for g in grads if g is not None), None), (list, tuple))
+
+
+def used_tensors(table: Sequence[Sequence[Tensor | None] | None]) -> tuple[list[int], list[list[Tensor | None] | None]]:
+    """Which tensors any of K lists has, and the lists of those alone, None where one has none of them."""
+    size = max([0, *[len(row) for row in table if row is not None]])
+    used = [t for t in range(size) if any(row is not None and row[t] is not None for row in table)]
+    return used, [None if row is None or all(row[t] is None for t in used) else [row[t] for t in used] for row in table]
 
 
 def columns_of(grads: Sequence[Sequence[Tensor | None] | None], per: str, mask: Tensor | None) -> list[Column]:

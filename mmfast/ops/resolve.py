@@ -117,9 +117,8 @@ def _many(
     """More gradients than a kernel takes: each as a list, which goes by tiles."""
     contract.check_count(k)
     contract.per_code(per)
-    elementwise = isinstance(resolver, ElementwiseRule)
-    if elementwise:
-        raise ValueError(
+    if isinstance(resolver, ElementwiseRule):
+        raise ValueError(  # noqa: TRY004 it is the number that does not fit
             f"grads holds {k} gradients, expected 1 to {contract.MAX_GRADS} for {resolver!r}, which looks at every element of all"
         )
     several = lists.is_lists(grads)

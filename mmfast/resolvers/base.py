@@ -105,6 +105,10 @@ class Resolver(nn.Module):
         """The rules whose steps the compiled solver runs for this resolver, or None where only its `forward` can."""
         return None
 
+    def keeps_state(self, k: int) -> bool:
+        """Whether it goes on from its last call of k gradients."""
+        return self.keeps or any(rule.state_size(k) for rule in self.chain() or ())
+
     def reset(self) -> None:
         """Forgets what was kept from earlier calls."""
 
@@ -229,8 +233,7 @@ class Hold(Rule):
         kept, norms, calls = p.state.split([w.shape[-1]] * 2 + [1], -1)
         due, norm = self.due(p, p.state), (p.G.diagonal(dim1=-2, dim2=-1) * p.scale.unsqueeze(-1)).sqrt()
         change = torch.where(p.active, norm / torch.where(norms == 0, 1, norms), 0).sum(-1, keepdim=True) / p.count.unsqueeze(-1)
-        degree = self.params()[1]
-        now = torch.where(due, w, kept if degree == 0 else kept * change**degree)
+        now = torch.where(due, w, kept if self.of.degree == 0 else kept * change**self.of.degree)
         kept, norms, calls = (torch.where(due, new, old) for new, old in ((w * p.active, kept), (norm * p.active, norms), (0.0, calls)))
         p.next_state = torch.cat([kept, norms, calls + 1], -1)
         return now

@@ -72,7 +72,7 @@ def instance_of(rule: ResolverLike, k: int) -> Resolver:
     if isinstance(rule, Resolver):
         return rule
     made = made_of(rule)
-    if made.keeps or any(step.state_size(k) for step in made.chain() or ()):
+    if made.keeps_state(k):
         raise ValueError(
             f"resolver is {_words(rule)}, which keeps state from call to call; expected an instance made once, such as "
             f"mf.{type(made).__name__}(), or an ImpartialityBlock"
