@@ -12,11 +12,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mmfast import contract
 from mmfast.blocks import notices, transforms
 from mmfast.blocks.find import has_no_forward
-from mmfast.blocks.fork import Plan, present_in_lists, refuse_double_backward, resolved_across, resolved_lists
+from mmfast.blocks.fork import Plan, present_in_lists, refuse_double_backward, resolved, resolved_across, resolved_lists
 from mmfast.blocks.impartial import Impartial, give_up
 from mmfast.blocks.local_step import scale_outputs
 from mmfast.blocks.scaling import LocalScale
-from mmfast.ops.resolve import resolve_info
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike
 
@@ -118,29 +117,27 @@ class mmfast_attach(torch.autograd.Function):
         if notices.taken_apart:
             return (None, *(notices.plain_sum(flat[t::count]) for t in range(count)))
         handle.close(takers)
-        across = handle.ranks is not None and handle.per != "sample"
+        plan = Plan(len(handle.names), handle.resolver, handle.per, handle.preserve_norm, handle, handle.ranks)
+        across = plan.ranks is not None and plan.per != "sample"
         if not across and all(g is None for g in flat):
             return (None,) * (1 + count)
         refuse_double_backward("an attached block")
         if count == 1 and len(takers[0]) > 1 and not across:  # the usual case
-            notices.tell(ctx, handle.resolver, handle.per, notices.present_branches, flat, group=handle.ranks)
-            resolved, info = resolve_info(flat, handle.resolver, handle.per, preserve_norm=handle.preserve_norm)
-            handle.record(info)
-            return None, resolved
-        grads = [flat[i * count : (i + 1) * count] for i in range(len(handle.names))]
-        plan = Plan(len(handle.names), handle.resolver, handle.per, handle.preserve_norm, handle, handle.ranks)
+            notices.tell(ctx, plan.resolver, plan.per, notices.present_branches, flat, group=plan.ranks)
+            return None, resolved(plan, None, *flat)
+        grads = [flat[i * count : (i + 1) * count] for i in range(plan.k)]
         shared = [t for t in range(count) if len(takers[t]) > 1]
         if not shared:
             handle.tell_apart()
         if across:  # who else took them is known to all ranks together
             if any(g is not None for g in flat):
-                notices.tell(ctx, handle.resolver, handle.per, present_in_lists, grads, group=handle.ranks)
+                notices.tell(ctx, plan.resolver, plan.per, present_in_lists, grads, group=plan.ranks)
             return (None, *resolved_across(plan, None, grads, ctx.kinds, takers))
         # what one branch alone is called with is no shared tensor: its gradient passes
         out: list[Tensor | None] = [next((g[t] for g in grads if g[t] is not None), None) for t in range(count)]
         rows = [[g[t] for t in shared] for g in grads]
         if any(g is not None for row in rows for g in row):
-            notices.tell(ctx, handle.resolver, handle.per, present_in_lists, rows, group=handle.ranks)
+            notices.tell(ctx, plan.resolver, plan.per, present_in_lists, rows, group=plan.ranks)
             for t, g in zip(shared, resolved_lists(plan, None, rows), strict=True):
                 out[t] = g
         return (None, *out)
@@ -197,14 +194,17 @@ class Attached(Impartial):
 
     def _entering(self, i: int, copies: bool) -> Any:
         met = self._open
+        replaced = torch.compiler.disable(self._replaced)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            if torch.compiler.is_compiling():  # who meets whom is seen while it runs: a compiled model's graph breaks here
+                return replaced(i, copies, args, kwargs)
             if met and len(args) == 1 and not kwargs and met[-1].is_only(args[0]) and torch.is_grad_enabled() and not transforms.active():
                 alias = met[-1].alias(i, 0)  # most often a branch comes with what the one before it came with
                 return (alias.clone() if copies else alias,), kwargs
             return self._replaced(i, copies, args, kwargs)
 
-        return torch.compiler.disable(enter)  # who meets whom is seen while it runs: a compiled model's graph breaks here
+        return enter
 
     def _replaced(self, i: int, copies: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The inputs of a branch with aliases for the tensors that want a gradient; None where there is nothing to replace."""

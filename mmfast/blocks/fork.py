@@ -73,7 +73,7 @@ class mmfast_fork(torch.autograd.Function):
             return notices.plain_sum(grads), None, None
         if not torch.compiler.is_compiling():
             notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, notices.present_branches, grads)
-        return _resolved(ctx.plan, mask, *grads), None, None
+        return resolved(ctx.plan, mask, *grads), None, None
 
 
 class _TransformedFork(mmfast_fork):
@@ -88,14 +88,15 @@ class _TransformedFork(mmfast_fork):
         if all(g is None for g in grads):
             return None, None, None
         (mask,) = ctx.saved_tensors
-        return transforms.Opaque.apply(partial(_resolved, ctx.plan), "a fork", mask, *grads), None, None
+        return transforms.Opaque.apply(partial(resolved, ctx.plan), "a fork", mask, *grads), None, None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: None) -> tuple[Tensor, ...]:  # type: ignore[override]
         return tuple(transforms.Opaque.apply(torch.Tensor.view_as, "a fork", t, t) for _ in range(ctx.plan.k))
 
 
-def _resolved(plan: Plan, mask: Tensor | None, *grads: Tensor | None) -> Tensor:
+def resolved(plan: Plan, mask: Tensor | None, *grads: Tensor | None) -> Tensor:
+    """The gradient of one tensor from those that K branches send."""
     _, resolver, per, preserve_norm, recorder, _ = plan
     if recorder is None:
         return resolve(grads, resolver, per, mask, preserve_norm=preserve_norm)
