@@ -174,7 +174,7 @@ HEADS = [nn.Linear(3, 1), nn.Linear(3, 1)]
 
 
 @pytest.mark.parametrize("make", [lambda rule: mf.ImpartialityBlock(HEADS, rule), lambda rule: mf.LinearHeads(4, [1, 1], rule)])
-@pytest.mark.parametrize("rule", [mf.GradNorm(), mf.Compose(mf.NSGD(), mf.PCGrad()), mf.CRMOGM(mf.MGDA())], ids=repr)
+@pytest.mark.parametrize("rule", [mf.GradNorm(), mf.Compose(mf.NSGD(), mf.PCGrad()), mf.CRMOGM(mf.MGDA()), mf.MoDo()], ids=repr)
 def test_a_rule_with_state_serves_one_block(make, rule):
     """Said where a second block takes it; not of a copy, or of the block's successor."""
     rule = copy.deepcopy(rule)

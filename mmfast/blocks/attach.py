@@ -184,7 +184,7 @@ class Attached(Impartial):
         self._hooks.clear()
         self._open.clear()
         self._met.clear()
-        give_up(self.resolver)
+        give_up(self.resolver, len(self._names))
 
     def __enter__(self) -> "Attached":  # noqa: PYI034 typing has Self from Python 3.11 on
         return self

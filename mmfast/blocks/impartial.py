@@ -32,22 +32,28 @@ _REASONS = {
 _block_of: WeakKeyDictionary[Rule, "ref[Impartial]"] = WeakKeyDictionary()  # of rules that keep state
 
 
+def _keepers(resolver: Resolver, k: int) -> list[Rule]:
+    """Those of its rules that go on from their last call."""
+    if isinstance(resolver, Rule) and resolver.keeps:
+        return [resolver]
+    return [rule for rule in resolver.chain() or () if rule.state_size(k)]
+
+
 def _claim(block: "Impartial", resolver: Resolver, k: int) -> None:
     """Says so where a rule's state is another block's already."""
-    for rule in resolver.chain() or ():
-        if rule.state_size(k):
-            other = _block_of.get(rule)
-            if other is not None and other() is not None:
-                contract.tell(
-                    f"resolver is {rule!r}, which keeps state from call to call and is another block's already: each would go on with what the other "
-                    "left; give every block a rule of its own"
-                )
-            _block_of[rule] = ref(block)
+    for rule in _keepers(resolver, k):
+        other = _block_of.get(rule)
+        if other is not None and other() is not None:
+            contract.tell(
+                f"resolver is {rule!r}, which keeps state from call to call and is another block's already: each would go on with what the other "
+                "left; give every block a rule of its own"
+            )
+        _block_of[rule] = ref(block)
 
 
-def give_up(resolver: Resolver) -> None:
+def give_up(resolver: Resolver, k: int) -> None:
     """A block that is taken out of its model leaves the rule, with its state, to another."""
-    for rule in resolver.chain() or ():
+    for rule in _keepers(resolver, k):
         _block_of.pop(rule, None)
 
 
