@@ -21,7 +21,7 @@ from time import perf_counter
 import torch
 
 import mmfast as mf
-from benchmarks import attached, compiled, naive, overhead, parameters, report, roofline, tabular
+from benchmarks import attached, compiled, likelihoods, naive, overhead, parameters, report, roofline, tabular
 from benchmarks.machine import Quiet, caches, data_in, environment
 from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
@@ -252,6 +252,19 @@ def attach(run: Run) -> None:
         print(_line(list(rows.values())), flush=True)
 
 
+def log_probs(run: Run) -> None:
+    """Likelihoods and their gradients, the compiled operator against plain torch."""
+    for name, rows_of_x, samples in likelihoods.CASES[: 3 if run.quick else None]:
+        case = likelihoods.Case(name, rows_of_x, samples)
+        error, right = case.gate()
+        calls = {p: case.call(p) for p in ("ours", "torch", "none")}
+        rows = {
+            p: Row("likelihoods", name, len(case.joint.sizes), rows_of_x * samples, p, data_in=data_in(case.raw.numel() * 4)) for p in calls
+        }
+        compare(run, rows, calls, right, error, 4)
+        print(_line(list(rows.values())), flush=True)
+
+
 def compile_step(run: Run) -> None:
     """The training step of `heads` under torch.compile, against itself in eager mode; one rule unless others are asked for."""
     if run.quick:
@@ -274,6 +287,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "heads": heads,
     "parameters": parameter_lists,
     "attach": attach,
+    "likelihoods": log_probs,
     "compile": compile_step,
     "providers": providers,
     "grid": grid,

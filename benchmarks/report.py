@@ -122,6 +122,10 @@ TITLES = {
     "heads": ("Training step of a tabular VAE with linear heads (N: samples of z), µs", ["ours", "fused", "loop", "naive"]),
     "parameters": ("Four losses at the 62 parameters of a ResNet-18, as lists, µs", ["ours", "torchjd", "torchjd sums"]),
     "attach": ("Training step with attach, with a block built in, without one (N: batch x width), µs", ["ours", "built", "none"]),
+    "likelihoods": (
+        "Likelihoods and their gradients, and a backward pass without any (K features; N: rows), µs",
+        ["ours", "torch", "none"],
+    ),
     "compile": ("The same step with LinearHeads, loss and backward pass by torch.compile, µs", ["ours", "eager", "none"]),
     "compile block": (
         "The same step with an ImpartialityBlock over nn.Linear, loss and backward pass by torch.compile, µs",

@@ -82,6 +82,46 @@ struct Heads {
   int64_t mask_stride;
 };
 
+enum class Kind { normal, log_normal, gamma, exponential, bernoulli, categorical, ordinal, poisson };
+constexpr int kKinds = 8;
+
+// One feature's likelihood: which, and which of the outputs are its own.
+struct Feature {
+  Kind kind;
+  int64_t first, outputs;
+  double w;  // scale of the local step
+};
+
+// Log-likelihoods of features: outputs raw [rows, outputs] and values x [x_rows, features], contiguous; row r goes with row r % x_rows of x, and of seen.
+struct LogProb {
+  Dtype dtype;  // of raw, x and what is written: f32 or f64
+  const void* raw;
+  const void* x;
+  const void* seen;  // [x_rows, features], or null: of a cell that was not seen, 0, nothing is read, and 0 written
+  bool seen_is_bool;  // else of dtype
+  const Feature* features;
+  int64_t rows, x_rows, outputs, count;
+};
+
+// What comes back to log-likelihoods [rows, features]: a sum's gradient is one number for all of a row.
+struct GradOfLogProb {
+  const void* data;
+  int64_t row_stride, feature_stride;
+};
+
+// False where a tensor [..., features] is no such thing without a copy.
+inline bool rows_and_features(const void* data, const int64_t* sizes, const int64_t* strides, int64_t dim, GradOfLogProb& grad) {
+  grad = {data, 0, dim ? strides[dim - 1] : 0};
+  int64_t inner = 1;  // rows within one step of the dimension
+  for (int64_t i = dim - 2; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (inner == 1) grad.row_stride = strides[i];
+    if (strides[i] != grad.row_stride * inner) return false;
+    inner *= sizes[i];
+  }
+  return true;
+}
+
 // Counts the outputs of each branch into sizes [K], zeros before; false where head_of [outputs] does not name all of K branches in order.
 inline bool branch_sizes(const int64_t* head_of, int64_t outputs, int64_t K, int64_t* sizes) {
   int64_t head = 0;

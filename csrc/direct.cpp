@@ -2,90 +2,15 @@
 // Tensors are seen through DLPack's C exchange interface and Python through its limited one, so one binary serves every torch, and every
 // Python with a global lock.
 // What is not plain is declined with None before anything has changed; the caller then goes by way of the dispatcher.
-#define Py_LIMITED_API 0x030a0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "direct_tensors.h"
 
-#include <ATen/dlpack.h>
-
-#include <cstdlib>
-#include <cstring>
-#include <exception>
 #include <memory>
-#include <new>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "gramian.h"
+#include "features.h"
 
 namespace mmfast {
 namespace {
-
-// What bind() was given, for as long as the process lives.
-const CpuEntry* cpu;
-const DLPackExchangeAPI* exchange;
-PyObject *tensor_type, *parameter_type, *empty_like, *new_empty, *is_neg, *is_grad_enabled, *requires_grad, *observers;
-
-// A new reference that is given back.
-struct OwnedRef {
-  PyObject* object;
-  explicit OwnedRef(PyObject* o) : object(o) {}
-  OwnedRef(const OwnedRef&) = delete;
-  ~OwnedRef() { Py_XDECREF(object); }
-};
-
-// Whether the answer is yes; where asking fails too, for then the dispatcher shall say why.
-bool is_true(PyObject* answer) {
-  const OwnedRef owned(answer);
-  const int truth = answer ? PyObject_IsTrue(answer) : -1;
-  if (truth < 0) PyErr_Clear();
-  return truth != 0;
-}
-
-bool view(PyObject* tensor, DLTensor& out) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-  if (type != tensor_type && type != parameter_type) return false;
-  if (exchange->dltensor_from_py_object_no_sync(tensor, &out)) {
-    PyErr_Clear();  // sparse, or of a transformation: no memory of its own
-    return false;
-  }
-  if (out.device.device_type != kDLCPU || out.dtype.lanes != 1 || !out.data || out.byte_offset) return false;
-  int64_t stride = 1;
-  for (int i = out.ndim; i-- > 0; stride *= out.shape[i])
-    if (out.strides[i] != stride) return false;
-  return stride > 0;
-}
-
-bool has_dtype(const DLTensor& t, uint8_t code, uint8_t bits) { return t.dtype.code == code && t.dtype.bits == bits; }
-
-int64_t numel(const DLTensor& t) {
-  int64_t n = 1;
-  for (int i = 0; i < t.ndim; ++i) n *= t.shape[i];
-  return n;
-}
-
-bool dtype_of(const DLTensor& t, Dtype& dtype) {
-  if (has_dtype(t, kDLFloat, 32)) dtype = Dtype::f32;
-  else if (has_dtype(t, kDLFloat, 64)) dtype = Dtype::f64;
-  else if (has_dtype(t, kDLBfloat, 16)) dtype = Dtype::bf16;
-  else if (has_dtype(t, kDLFloat, 16)) dtype = Dtype::f16;
-  else return false;
-  return true;
-}
-
-// Whether somebody watches torch's operators, or they would not be the kernels alone.
-bool observed() {
-  for (Py_ssize_t i = 0; i < PyTuple_Size(observers); ++i)
-    if (is_true(PyObject_CallObject(PyTuple_GetItem(observers, i), nullptr))) return true;
-  return false;
-}
-
-bool recording() { return is_true(PyObject_CallObject(is_grad_enabled, nullptr)); }
-
-// Whether there is more to it than its memory says: its sign is yet to be turned, or operations on it are recorded.
-bool hides(PyObject* tensor, bool recorded) {
-  return (recorded && is_true(PyObject_GetAttr(tensor, requires_grad))) || is_true(PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr));
-}
 
 // K gradients, None where one is missing, as the kernels take them.
 class PlainGrads {
@@ -138,46 +63,11 @@ class PlainGrads {
   int row_index_[kMaxRows];
 };
 
-// Memory that is to be written, with all bits set where MMFAST_POISON asks for it (torch_api.h).
-template <class T>
-T* unwritten(void* memory, size_t bytes) {
-  static const bool poison = std::getenv("MMFAST_POISON") != nullptr;
-  if (poison) std::memset(memory, 0xff, bytes);
-  return static_cast<T*>(memory);
-}
-
-// Other Python threads go on while this lives.
-class WithoutGil {
- public:
-  WithoutGil() : thread_(PyEval_SaveThread()) {}
-  WithoutGil(const WithoutGil&) = delete;
-  ~WithoutGil() { PyEval_RestoreThread(thread_); }
-
- private:
-  PyThreadState* thread_;
-};
-
-// A function for Python whose C++ exceptions become Python's.
-template <PyObject* (*body)(PyObject* const*, Py_ssize_t)>
-PyObject* guarded(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
-  try {
-    return body(arguments, n);
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    return PyErr_SetString(PyExc_RuntimeError, error.what()), nullptr;
-  } catch (...) {
-    return PyErr_SetString(PyExc_RuntimeError, "mmfast: a kernel failed"), nullptr;
-  }
-}
-
 // Seed and counter of a random stream; null where it is not a plain one.
 int64_t* stream_of(PyObject* rng) {
   DLTensor t;
   return view(rng, t) && has_dtype(t, kDLInt, 64) && numel(t) == 2 ? static_cast<int64_t*>(t.data) : nullptr;
 }
-
-PyObject* declined() { return Py_NewRef(Py_None); }
 
 // Reads a list of numbers; false with an exception set.
 bool read_doubles(PyObject* list, std::vector<double>& out) {
@@ -341,6 +231,82 @@ PyObject* elementwise(PyObject* const* a, Py_ssize_t n) {
   return Py_NewRef(out.object);
 }
 
+// The features of a table int64 [K, 2] with w [K] or null, of outputs in all; false where they are not as they should be.
+bool read_features_of(PyObject* table, PyObject* w, int64_t outputs, std::vector<Feature>& features) {
+  DLTensor t, scales{};
+  if (!view(table, t) || !has_dtype(t, kDLInt, 64) || t.ndim != 2 || t.shape[1] != 2 || (w && (!view(w, scales) || numel(scales) != t.shape[0]))) return false;
+  const int64_t* rows = static_cast<const int64_t*>(t.data);
+  if (!w) return read_features<double>(rows, nullptr, t.shape[0], outputs, features);
+  if (has_dtype(scales, kDLFloat, 32)) return read_features(rows, static_cast<const float*>(scales.data), t.shape[0], outputs, features);
+  return has_dtype(scales, kDLFloat, 64) && read_features(rows, static_cast<const double*>(scales.data), t.shape[0], outputs, features);
+}
+
+bool f32_or_f64(const DLTensor& t, Dtype& dtype) { return dtype_of(t, dtype) && (dtype == Dtype::f32 || dtype == Dtype::f64); }
+
+// (raw, x, seen or None, features, w, slopes) -> (log-likelihoods, their derivatives or None), or None
+PyObject* log_prob(PyObject* const* a, Py_ssize_t n) {
+  if (n != 6) return PyErr_SetString(PyExc_TypeError, "log_prob takes 6 arguments"), nullptr;
+  LogProb in{};
+  DLTensor raw, x, seen;
+  std::vector<Feature> features;
+  if (observed() || !view(a[0], raw) || !view(a[1], x) || raw.ndim < 1 || raw.ndim > 8 || x.ndim != 2 || !f32_or_f64(raw, in.dtype) || !has_dtype(x, raw.dtype.code, raw.dtype.bits))
+    return declined();
+  const bool recorded = recording(), with_slopes = is_true(Py_NewRef(a[5]));
+  in.outputs = raw.shape[raw.ndim - 1], in.rows = numel(raw) / in.outputs;
+  if (hides(a[0], recorded) || hides(a[1], recorded) || hides(a[4], recorded) || !read_features_of(a[3], a[4], in.outputs, features)) return declined();
+  in.raw = raw.data, in.x = x.data;
+  in.features = features.data(), in.count = static_cast<int64_t>(features.size()), in.x_rows = x.shape[0];
+  if (x.shape[1] != in.count || in.rows % in.x_rows) return declined();
+  if (a[2] != Py_None) {
+    if (!view(a[2], seen) || seen.ndim != 2 || seen.shape[0] != in.x_rows || seen.shape[1] != in.count) return declined();
+    in.seen_is_bool = has_dtype(seen, kDLBool, 8);
+    if (!in.seen_is_bool && !has_dtype(seen, raw.dtype.code, raw.dtype.bits)) return declined();
+    in.seen = seen.data;
+  }
+  const OwnedRef shape(PyTuple_New(raw.ndim));
+  if (!shape.object) return nullptr;
+  for (int i = 0; i < raw.ndim; ++i) PyTuple_SetItem(shape.object, i, PyLong_FromLongLong(i + 1 < raw.ndim ? raw.shape[i] : in.count));
+  const OwnedRef out(PyObject_CallMethodObjArgs(a[0], new_empty_name, shape.object, nullptr));
+  const OwnedRef slopes(with_slopes ? PyObject_CallFunctionObjArgs(empty_like, a[0], nullptr) : Py_NewRef(Py_None));
+  DLTensor result, derivatives;
+  if (!out.object || !slopes.object) return nullptr;
+  if (!view(out.object, result) || (with_slopes && !view(slopes.object, derivatives))) return declined();
+  const size_t size = raw.dtype.bits / 8;
+  void* to = unwritten<void>(result.data, static_cast<size_t>(in.rows * in.count) * size);
+  void* beside = with_slopes ? unwritten<void>(derivatives.data, static_cast<size_t>(in.rows * in.outputs) * size) : nullptr;
+  int64_t wrong;
+  {
+    const WithoutGil released;
+    wrong = cpu->kernels->log_prob(cpu->pool(), in, to, beside);
+  }
+  return wrong < 0 ? PyTuple_Pack(2, out.object, slopes.object) : declined();  // the operator says what is wrong
+}
+
+// (grad, slopes, features) -> the gradient of the outputs, or None
+PyObject* log_prob_backward(PyObject* const* a, Py_ssize_t n) {
+  if (n != 3) return PyErr_SetString(PyExc_TypeError, "log_prob_backward takes 3 arguments"), nullptr;
+  LogProb in{};
+  DLTensor grad, slopes, result;
+  std::vector<Feature> features;
+  Dtype dtype;
+  if (observed() || !view_strided(a[0], grad) || !view(a[1], slopes) || slopes.ndim < 1 || grad.ndim < 1 || !f32_or_f64(slopes, in.dtype) || !dtype_of(grad, dtype) || dtype != in.dtype) return declined();
+  const bool recorded = recording();
+  in.outputs = slopes.shape[slopes.ndim - 1], in.rows = numel(slopes) / in.outputs;
+  if (hides(a[0], recorded) || hides(a[1], recorded) || !read_features_of(a[2], nullptr, in.outputs, features)) return declined();
+  in.features = features.data(), in.count = static_cast<int64_t>(features.size());
+  GradOfLogProb back;
+  if (grad.shape[grad.ndim - 1] != in.count || numel(grad) != in.rows * in.count || !rows_and_features(grad.data, grad.shape, grad.strides, grad.ndim, back)) return declined();
+  const OwnedRef out(PyObject_CallFunctionObjArgs(empty_like, a[1], nullptr));
+  if (!out.object) return nullptr;
+  if (!view(out.object, result)) return declined();
+  void* to = unwritten<void>(result.data, static_cast<size_t>(numel(slopes)) * (slopes.dtype.bits / 8));
+  {
+    const WithoutGil released;
+    cpu->kernels->log_prob_backward(cpu->pool(), in, slopes.data, back, to);
+  }
+  return Py_NewRef(out.object);
+}
+
 // bind(address of the CpuEntry, torch.Tensor, torch.nn.Parameter, torch.empty_like, new_empty of a float64 tensor, torch.is_grad_enabled,
 // observers): torch, as the functions above use it. Where one of the observers says yes, operators must be called.
 PyObject* bind(PyObject* const* a, Py_ssize_t n) {
@@ -353,6 +319,7 @@ PyObject* bind(PyObject* const* a, Py_ssize_t n) {
     return PyErr_SetString(PyExc_ImportError, "torch's DLPack exchange interface is of another version"), nullptr;
   is_neg = PyObject_GetAttrString(a[1], "is_neg");
   requires_grad = PyUnicode_InternFromString("requires_grad");
+  new_empty_name = PyUnicode_InternFromString("new_empty");
   cpu = static_cast<const CpuEntry*>(PyLong_AsVoidPtr(a[0]));
   if (!is_neg || !requires_grad || PyErr_Occurred()) return nullptr;
   tensor_type = Py_NewRef(a[1]);
@@ -373,6 +340,8 @@ PyMethodDef methods[] = {
     method<resolve>("resolve"),
     method<heads>("heads"),
     method<elementwise>("elementwise"),
+    method<log_prob>("log_prob"),
+    method<log_prob_backward>("log_prob_backward"),
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -5,18 +5,12 @@
 #include "chain.h"
 #include "inputs.h"
 #include "linear.h"
+#include "torch_pool.h"
 
 namespace mmfast {
 namespace {
 
 const CpuKernels* kernels = choose_kernels();
-
-Pool torch_pool() {
-  return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* ctx) {
-            torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, ctx); });
-          }};
-}
 
 // The (seed, counter) of a random stream, which moves on by one call.
 std::pair<uint64_t, uint32_t> draw_from(const char* op, const Tensor& rng) {

@@ -18,12 +18,12 @@ def _seed():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first: at the end one of two processes would wait for them. Of interpreted Triton kernels one case in four, of each test the first."""
+    """The longest first: at the end one of two processes would wait for them. Of interpreted Triton kernels one case in eight, of each test the first."""
     items.sort(key=lambda item: not item.path.name.startswith("test_triton"))
     if not LONG:
         before: Counter = Counter()
         for item in items[:]:
             if item.path.name.startswith("triton_"):
-                if before[item.function] % 4:
+                if before[item.function] % 8:
                     items.remove(item)
                 before[item.function] += 1

@@ -43,6 +43,14 @@ CALLS = {
     "graddrop": lambda g: (torch.ops.mmfast.graddrop.default, (g, [], None, [0.0], RNG)),
     "trimmed_mean": lambda g: (torch.ops.mmfast.trimmed_mean.default, (g, [], None, 1)),
     "heads": lambda g: (torch.ops.mmfast.heads.default, (*heads(g[0]), None, [6, 1], [0.0], None, None, 3, 0, True)),
+    "log_prob": lambda g: (
+        torch.ops.mmfast.log_prob.default,
+        (g[0][:, :6], torch.ones(2, 4), torch.ones(2, 4), torch.tensor([[0, 2], [4, 1], [5, 2], [7, 1]]), torch.ones(4), True),
+    ),
+    "log_prob_backward": lambda g: (
+        torch.ops.mmfast.log_prob_backward.default,
+        (torch.ones(4, 4), g[0][:, :6], torch.tensor([[0, 2], [4, 1], [5, 2], [7, 1]])),
+    ),
     "heads sample": lambda g: (
         torch.ops.mmfast.heads.default,
         (*heads(g[0]), torch.ones(4, 3, dtype=torch.bool), [4, 2], [0.0, 0.0], None, RNG, 3, 1, True),
@@ -119,6 +127,13 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             delta = torch.stack(grads, -1)
             info = linear_heads(delta, torch.randn(k, 9).to(dtype), torch.arange(k), mf.MGDA(), k, per, None, True)[1]
             digest.update(info.numpy().tobytes())
+from mmfast.models.likelihoods import KINDS, Categorical, Joint, Ordinal
+joint = Joint([kind(5) if kind in (Categorical, Ordinal) else kind() for kind in KINDS])
+for dtype in (torch.float32, torch.float64):
+    raw, x = torch.randn(2, 37, sum(joint.sizes)).mul(4).to(dtype).requires_grad_(), torch.randint(2, (37, len(KINDS))).to(dtype)
+    out = joint.log_prob(raw, x, torch.rand(37, len(KINDS)).to(dtype).round())
+    for found in (out, *torch.autograd.grad(out.square().sum(), raw)):
+        digest.update(found.detach().numpy().tobytes())
 print(mf.backends()["cpu"][1], digest.hexdigest())
 """
 

@@ -22,10 +22,11 @@ def run(*arguments, **environment):
 
 
 @installed
-@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_solve_interpreted.py", "triton_norm_interpreted.py"])
-def test_the_kernels_interpreted(file):
+@pytest.mark.parametrize("part", ["", "_solve", "_norm", "_likelihoods"])
+def test_the_kernels_interpreted(part):
     """Each can be run by itself, too: TRITON_INTERPRET=1 pytest tests/triton_interpreted.py."""
-    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{file}", TRITON_INTERPRET="1")
+    asked = {"MMFAST_BACKEND": "triton"} if part == "_likelihoods" else {}
+    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/triton{part}_interpreted.py", TRITON_INTERPRET="1", **asked)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 

@@ -30,7 +30,7 @@ def ask(what, folder, *sizes):
     return [json.loads(line) for line in run(folder, "-W", "error", "tests/triton_variants.py", what, *sizes)]
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"] if LONG else ["cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"] if LONG else ["cuda:90"])
 def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
     """Of the smallest and largest rows that each form takes; make test compiles a few."""
     found = ask(target, tmp_path)
@@ -44,6 +44,8 @@ def test_every_kernel_compiles_and_spills_nothing(target, tmp_path):
         "presence_kernel",
         "graddrop_kernel",
         "trimmed_kernel",
+        "log_prob_kernel",
+        "log_prob_backward_kernel",
     }
     assert names >= expected | ({"many_kernel"} if LONG and target in ("cuda:90", "hip:gfx942") else set())
     for line in found:

@@ -1,5 +1,6 @@
 """The VAE with ELBO, IWAE and DReG, its blocks, and HI-VAE, against the formulas written out."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,11 @@ from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
 import mmfast as mf
+from mmfast import data
+from mmfast.data.files import find
+from mmfast.data.prepare import prepare
+from mmfast.experiments.run import make_model
+from mmfast.experiments.settings import settings
 from mmfast.models.hivae import HIVAE
 from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
 from mmfast.models.vae import VAE
@@ -163,6 +169,55 @@ def test_each_of_the_blocks_of_dreg_has_its_own_rule():
     model.loss(x, seen).backward()
     first, second = (heads.stats().norms for heads in (model.decoder.heads, model.through.heads))
     assert not torch.allclose(first, second)
+
+
+def both_dregs(model, x, seen):
+    """The gradients through one decode and through two, from the same state of rules and of chance."""
+    found = []
+    for once in (True, False):
+        one = copy.deepcopy(model)
+        torch.manual_seed(1)
+        if not once:
+            one._decodes = one._decode_twice
+        found.append(gradients(one, one.loss(x, seen)))
+    return found
+
+
+@pytest.mark.parametrize("rule", [None, mf.Sum, mf.MGDA, mf.GradNorm, mf.PCGrad, mf.IMTLG])
+def test_dreg_through_one_decode_is_dreg_through_two(rule):
+    """Bit for bit: only the ways back differ, and they are those of two decodes."""
+    x, seen = batch()
+    once, twice = both_dregs(vae("dreg", 4, rule and [rule(), rule()]), x, seen)
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+
+
+@pytest.mark.parametrize("name", sorted(data.SETS))
+def test_dreg_through_one_decode_on_the_data(name):
+    if find(data.SETS[name].file) is None:
+        pytest.skip(f"{name} is not here; set MMFAST_DATA")
+    parts = prepare(data.load(name), 0)
+    for rule in ("none", "MGDA"):
+        model = make_model(settings("dreg", name, rule), parts)
+        x, seen = parts.train.x[:128], parts.train.seen[:128]
+        once, twice = both_dregs(model, x, seen)
+        for key, grad in once.items():
+            assert (grad - twice[key]).norm() <= 1e-5 * twice[key].norm(), key
+
+
+def test_dreg_goes_back_again_and_leaves_out_what_is_frozen():
+    x, seen = batch()
+    model = vae("dreg", 3, [mf.MGDA(), mf.MGDA()])
+    model.decoder.body[0].weight.requires_grad_(False)
+    model.decoder.heads.bias.requires_grad_(False)
+    loss = model.loss(x, seen)
+    loss.backward(retain_graph=True)
+    first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert "decoder.body.0.weight" not in first and "decoder.heads.bias" not in first and "decoder.body.0.bias" in first
+    again = gradients(model, loss)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for p in model.encoder.parameters():
+        p.requires_grad_(False)
+    gradients(model, model.loss(x, seen))
 
 
 @pytest.mark.parametrize("make", [vae, hivae])

@@ -22,7 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 import mmfast as mf
 from mmfast import contract
-from mmfast.backends.triton import combine, elementwise, gram, rows, solve
+from mmfast.backends.triton import combine, elementwise, gram, likelihoods, rows, solve
 from mmfast.backends.triton import lengths as measures
 
 TARGETS = {
@@ -143,6 +143,11 @@ def every_kernel(recorder, all_sizes):
         elementwise.graddrop(g, mask, torch.zeros(1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
         elementwise.trimmed_mean(g, mask, 1)
         recorder.compile(name)
+    for dtype in [torch.float32] + [torch.float64] * all_sizes:
+        raw, x, features = torch.zeros(300, 2, dtype=dtype), torch.zeros(300, 1, dtype=dtype), torch.tensor([[0, 2]])
+        out, slopes = likelihoods.log_prob(raw, x, x > 0, features, torch.ones(1), True)
+        likelihoods.log_prob_backward(out, slopes, features)
+        recorder.compile(str(dtype).removeprefix("torch."))
 
 
 def every_solver(recorder, sizes):

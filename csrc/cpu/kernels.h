@@ -34,6 +34,11 @@ struct CpuKernels {
   // G is [K, K], out[t] the weighted sum of tensor t.
   void (*gram_lists)(const Pool&, const GradLists&, double* G);
   void (*combine_lists)(const Pool&, const GradLists&, const double* w, void* const* out);
+  // Log-likelihoods [rows, features] and, where slopes is not null, their derivatives [rows, outputs], each by its own feature. Returns -1, or the feature
+  // of a class that does not exist; then what was written is of no use.
+  int64_t (*log_prob)(const Pool&, const LogProb&, void* out, void* slopes);
+  // The derivatives times what comes back to their features.
+  void (*log_prob_backward)(const Pool&, const LogProb&, const void* slopes, const GradOfLogProb& grad, void* out);
 };
 
 // What mmfast/_direct finds in _C.so, to which it is not linked.

@@ -94,6 +94,20 @@ def heads(delta: Tensor, weight: Tensor, head_of: Tensor, k: int, resolver: Reso
     return None if found is None else (delta @ found[0], found[1])
 
 
+def log_prob(raw: Tensor, x: Tensor, seen: Tensor | None, features: Tensor, w: Tensor, slopes: bool) -> tuple[Tensor, Tensor | None] | None:
+    """(log-likelihoods, their derivatives or None) as their operator gives them; None where it must be asked."""
+    if _direct is None or torch.compiler.is_compiling():
+        return None
+    return _direct.log_prob(raw, x, seen, features, w, slopes)
+
+
+def log_prob_backward(grad: Tensor, slopes: Tensor, features: Tensor) -> Tensor | None:
+    """The gradient of the outputs as its operator gives it; None where it must be asked."""
+    if _direct is None or torch.compiler.is_compiling():
+        return None
+    return _direct.log_prob_backward(grad, slopes, features)
+
+
 def _suits(resolver: Resolver, k: int) -> bool:
     """Whether the resolver serves k gradients; where not, something else may be wrong that is to be told first."""
     try:

@@ -17,7 +17,7 @@ BUILD_LINE = "MMFAST_BUILD=cpu pip install " + (
 PATH = Path(os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "_C.so")
 ASKED = os.environ.get("MMFAST_BACKEND") or "auto"  # the backend of calls that name none
 OPERATORS = ["gram", "combine", "lengths", "weights", "resolve", "graddrop", "trimmed_mean", "heads"]
-CPU_OPERATORS = ["gram_lists", "combine_lists"]  # that no other device has
+CPU_OPERATORS = ["gram_lists", "combine_lists", "log_prob", "log_prob_backward"]  # that no other device has
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -119,3 +119,11 @@ if available:
     @torch.library.register_fake("mmfast::combine_lists")
     def _(grads, counts, rows, w, out):
         return None
+
+    @torch.library.register_fake("mmfast::log_prob")
+    def _(raw, x, seen, features, w, slopes):
+        return raw.new_empty((*raw.shape[:-1], features.shape[0])), raw.new_empty(raw.shape if slopes else (0,))
+
+    @torch.library.register_fake("mmfast::log_prob_backward")
+    def _(grad, slopes, features):
+        return slopes.new_empty(slopes.shape)

@@ -159,6 +159,31 @@ def map_trimmed_mean(info: Any, in_dims: Any, grads: Any, missing: Any, mask: An
     return torch.stack([operators.trimmed_mean(list(g), missing, m, trim) for g, m in zip(problems, masks, strict=True)]), 0
 
 
+def map_log_prob(
+    info: Any, in_dims: Any, raw: Tensor, x: Tensor, seen: Any, features: Tensor, w: Tensor, slopes: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    size = info.batch_size
+    if in_dims[3] is not None:  # a buffer that was stacked with the others: the same for all
+        features = features.select(in_dims[3], 0)
+    raw = _front(raw, in_dims[0], size)
+    if all(dim is None for dim in (in_dims[1], in_dims[2], in_dims[4])):  # the rows of x go with those of raw in turn
+        out, beside = operators.log_prob(raw, x, seen, features, w, slopes)
+        return (out, beside if slopes else beside.expand(size, 0)), (0, 0)
+    xs, ws = _front(x, in_dims[1], size), _front(w, in_dims[4], size)
+    cells = [None] * size if seen is None else _front(seen, in_dims[2], size)
+    if not size:
+        return (raw.new_empty(*raw.shape[:-1], len(features)), raw.new_empty(raw.shape if slopes else (0, 0))), (0, 0)
+    found = [operators.log_prob(r, x, s, features, w, slopes) for r, x, s, w in zip(raw, xs, cells, ws, strict=True)]
+    return (torch.stack([out for out, _ in found]), torch.stack([beside for _, beside in found])), (0, 0)
+
+
+def map_log_prob_backward(info: Any, in_dims: Any, grad: Tensor, slopes: Tensor, features: Tensor) -> tuple[Tensor, int]:
+    if in_dims[2] is not None:
+        features = features.select(in_dims[2], 0)
+    grad, slopes = _front(grad, in_dims[0], info.batch_size), _front(slopes, in_dims[1], info.batch_size)
+    return operators.log_prob_backward(grad, slopes.contiguous(), features), 0
+
+
 def register() -> None:
-    for name in library.OPERATORS:
+    for name in [*library.OPERATORS, "log_prob", "log_prob_backward"]:
         torch.library.register_vmap(f"mmfast::{name}", globals()[f"map_{name}"])

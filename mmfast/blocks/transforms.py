@@ -26,6 +26,13 @@ def _around() -> tuple[str, ...]:
 _around._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def differentiating() -> bool:
+    """Whether torch.func, or forward mode, differentiates what is computed now."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return (torch.compiler.is_compiling() or active()) and any(level in ("Grad", "Jvp") for level in _around())
+
+
 def wants_gradient(x: Tensor) -> bool:
     """Whether a gradient may flow back to x; in a traced torch.func.grad no tensor says so that is differentiated itself."""
     return torch.is_grad_enabled() and (x.requires_grad or torch.compiler.is_compiling() and "Grad" in _around())

@@ -123,7 +123,7 @@ class HIVAE(nn.Module):
         mean, log_std = self.to_mean(hs), self.to_log_std(hs)
         noise = torch.randn_like(mean)
         z = mean + log_std.exp() * noise
-        log_x = (self.joint.log_prob(self.decode(z, s), x) * seen).sum()
+        log_x = self.joint.log_prob(self.decode(z, s), x, seen).sum()
         kl_z = (0.5 * ((z - self.prior(s)).square() - noise.square()) - log_std).sum()
         kl_s = (log_q_s.exp() * log_q_s).sum() + len(x) * math.log(self.components)  # exact: at the relaxed s it would be biased
         return kl_z + kl_s - log_x

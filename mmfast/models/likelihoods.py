@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmfast.models import fused
+
 _TINY = 1e-15  # keeps precisions away from zero where softplus underflows
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -179,6 +181,9 @@ class Poisson(Likelihood):
         return self._log_rate(raw).exp().floor()
 
 
+KINDS = (Normal, LogNormal, Gamma, Exponential, Bernoulli, Categorical, Ordinal, Poisson)  # in the order of csrc/args.h
+
+
 class Joint(nn.Module):
     """K independent features; all of one kind are evaluated in one call, categorical ones of any number of classes too.
 
@@ -191,6 +196,7 @@ class Joint(nn.Module):
     _features: Tensor
     _outputs: Tensor
     _order: Tensor
+    _kinds: Tensor
 
     def __init__(self, likelihoods: Sequence[Likelihood], w: Tensor | None = None) -> None:
         super().__init__()
@@ -215,6 +221,9 @@ class Joint(nn.Module):
         self.register_buffer("_features", features, persistent=False)
         self.register_buffer("_outputs", torch.cat([heads[i] for i in features]), persistent=False)
         self.register_buffer("_order", features.argsort(), persistent=False)  # and back
+        kinds = [KINDS.index(type(part)) if type(part) in KINDS else -1 for part in likelihoods]
+        self._known = -1 not in kinds  # to the compiled operator
+        self.register_buffer("_kinds", torch.tensor(list(zip(kinds, self.sizes, strict=True))), persistent=False)
 
     def _by_kind(self, raw: Tensor) -> Iterator[tuple[Likelihood, Tensor, Tensor]]:
         """Each kind's likelihood, its raw outputs [..., features of that kind, n_outputs], and their w."""
@@ -225,11 +234,34 @@ class Joint(nn.Module):
         for (part, n), r, w in zip(self._groups, raws, ws, strict=True):
             yield part, r.unflatten(-1, (n, part.n_outputs)), w
 
-    def log_prob(self, raw: Tensor, x: Tensor) -> Tensor:
-        """Log-likelihood of each feature, [..., K], from all heads' outputs side by side, raw [..., sum(sizes)], and x [..., K]."""
-        xs = x.index_select(-1, self._features).split([n for _, n in self._groups], -1)
+    def log_prob(self, raw: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Log-likelihood of each feature, [..., K], of the dtype of raw and x together.
+
+        On a CPU one compiled pass gives values and derivatives, of float32 and float64, computed in double precision; elsewhere, for other dtypes and for
+        derivatives of torch.func it is plain torch.
+
+        Args:
+            raw: [..., sum(sizes)], all heads' outputs side by side.
+            x: [..., K], or [B, K] for raw [..., B, sum(sizes)].
+            seen: [B, K] like x, or None; where it is 0 the likelihood is 0, whatever x is there.
+
+        Raises:
+            RuntimeError, IndexError: x has a value that is no class of its feature.
+        """
+        if self._known and x.dim() > 1 and x.shape[:-1] == raw.shape[-x.dim() : -1]:
+            found = fused.log_prob(raw, x, seen, self._kinds, self.w, self.in_torch)
+            if found is not None:
+                return found
+        return self.in_torch(raw, x, seen)
+
+    def in_torch(self, raw: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """`log_prob` in plain torch."""
+        if seen is not None:
+            x = torch.where(seen != 0, x, 0)  # a value of every kind
+        xs = x.expand(*raw.shape[:-1], -1).index_select(-1, self._features).split([n for _, n in self._groups], -1)
         parts = [part.log_prob(r, x_part, w) for (part, r, w), x_part in zip(self._by_kind(raw), xs, strict=True)]
-        return torch.cat(parts, -1).index_select(-1, self._order)
+        out = torch.cat(parts, -1).index_select(-1, self._order)
+        return out if seen is None else torch.where(seen != 0, out, 0)
 
     def predict(self, raw: Tensor) -> Tensor:
         """Point predictions [..., K], in original units."""

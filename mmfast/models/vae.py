@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from mmfast.blocks import transforms
 from mmfast.blocks.linear_heads import LinearHeads
+from mmfast.models.dreg import decode_once
 from mmfast.models.likelihoods import Joint
 from mmfast.resolvers.names import ResolverLike
 
@@ -61,8 +63,8 @@ def _log_normal(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class VAE(nn.Module):
     """The variational autoencoder of the tabular experiments of Javaloy et al. (ICML 2022), section 1.4 of whose code it follows.
 
-    Standard normal prior; three layers on either side; the impartiality block where the decoder meets its heads. DReG decodes twice, once to train the
-    decoder and once to train the encoder: two blocks, each with a resolver of its own.
+    Standard normal prior; three layers on either side; the impartiality block where the decoder meets its heads. DReG goes back twice through its decoder, once
+    to train it and once to train the encoder: two blocks, each with a resolver of its own.
 
     Args:
         joint: the likelihoods of the K features.
@@ -129,16 +131,26 @@ class VAE(nn.Module):
             log_x = self._log_likelihood(self.decoder(z), x, seen)
             log_w = log_x + _log_prior(z) - _log_normal(z, mean, std)
             return -log_w.logsumexp(0).sum()  # of one sample: itself; log S is a constant
-        log_x = self._log_likelihood(self.decoder(z.detach()), x, seen)
-        frozen = {name: p.detach() for name, p in self.through.named_parameters()}
-        log_x_through = self._log_likelihood(functional_call(self.through, frozen, (z,)), x, seen)
+        log_x, log_x_through = self._decodes(z, x, seen)
         log_w = log_x_through + _log_prior(z) - _log_normal(z, mean.detach(), std.detach())
         weight = log_w.detach().softmax(0)
         return -(weight * log_x + weight.square() * log_w).sum()
 
+    def _decodes(self, z: Tensor, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """DReG's log p(x | z), whose gradient goes to the decoder alone, and the same whose gradient goes to z alone."""
+        if torch.compiler.is_compiling() or transforms.active():  # no transformation sees a backward pass inside of a backward pass
+            return self._decode_twice(z, x, seen)
+        heads = self.decoder.heads, self.through.heads
+        return decode_once(self.decoder.body, heads, apply_heads, lambda raw: self._log_likelihood(raw, x, seen), z)
+
+    def _decode_twice(self, z: Tensor, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        frozen = {name: p.detach() for name, p in self.through.named_parameters()}
+        raws = self.decoder(z.detach()), functional_call(self.through, frozen, (z,))
+        return self._log_likelihood(raws[0], x, seen), self._log_likelihood(raws[1], x, seen)
+
     def _log_likelihood(self, raw: Tensor, x: Tensor, seen: Tensor) -> Tensor:
         """Of the observed cells of each row, [samples, rows]."""
-        return (self.joint.log_prob(raw, x.expand(*raw.shape[:-1], -1)) * seen).sum(-1)
+        return self.joint.log_prob(raw, x, seen).sum(-1)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
