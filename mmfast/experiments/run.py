@@ -38,6 +38,7 @@ class State:
     optimizer: torch.optim.Optimizer
     epoch: int = 0  # done
     kept: dict[str, Any] = field(default_factory=dict)  # the numbers of the best epoch, as in a Result
+    best: dict[str, Tensor] = field(default_factory=dict)  # its weights
 
     def step(self, x: Tensor, seen: Tensor) -> None:
         """One step of training on a batch."""
@@ -66,6 +67,7 @@ class State:
             "random": torch.get_rng_state(),
             "epoch": self.epoch,
             "kept": self.kept,
+            "best": self.best,
         }
 
     def load(self, path: Path, settings: Settings) -> None:
@@ -81,6 +83,7 @@ class State:
             if saved["settings"] != vars(settings):
                 return
             self.model.load_state_dict(saved["model"])
+            self.best = saved["best"]
         except Exception as error:  # a file that is not a checkpoint fails in many ways
             reason = str(error).partition("\n")[0]
             raise SettingsError(f"{path} cannot be taken up ({reason}); delete it to start this run over") from error
@@ -150,14 +153,16 @@ def _train(settings: Settings, checkpoint: Path | None, tick: Tick, table: Table
         _epoch(state, parts.train, settings.batch)
         _validate(state, parts)
         diverged = any(bool(p.isnan().any()) for p in model.parameters())
-        error = state.kept.get("test_error")
-        tick(state.epoch, "" if error is None else f"test error {error:.3f}")
+        error = state.kept.get("validation_error")
+        tick(state.epoch, "" if error is None else f"validation error {error:.3f}")
         if checkpoint is not None and (time.monotonic() - saved > SAVE_SECONDS or state.epoch == settings.epochs):
             state.save(checkpoint, settings)
             saved = time.monotonic()
         if diverged:  # what was kept before stands
             break
     kept = dict.fromkeys(("best_epoch", "validation_log_likelihood", "validation_error", "test_error")) | {"test_errors": {}} | state.kept
+    if state.best:
+        kept |= _test(model, state.best, parts)
     own, plain = _step_times(settings, parts)
     versions = {"mmfast": mmfast.__version__, "torch": torch.__version__}
     return Result(settings, state.epoch, **kept, step_us=own, plain_step_us=plain, versions=versions)  # type: ignore[arg-type]
@@ -197,20 +202,28 @@ def _epoch(state: State, part: Part, batch: int) -> None:
 
 
 def _validate(state: State, parts: Prepared) -> None:
-    """Keeps the numbers of this epoch if none had a better likelihood on the validation rows."""
+    """Keeps the numbers and the weights of this epoch if none had a better likelihood on the validation rows."""
     part = parts.validation
     predicted, log_prob = state.model.reconstruct(part.x, part.seen)  # type: ignore[operator]
     cells = part.seen.sum(0)
     score = ((log_prob * part.seen).sum(0) / cells)[cells > 0].mean().item()
     if not (math.isfinite(score) and score > state.kept.get("validation_log_likelihood", -math.inf)):
         return
-    test, _ = state.model.reconstruct(parts.test.x, parts.test.seen)  # type: ignore[operator]
-    test_errors = errors(test, parts.test, parts.columns)
-    names = [column.name for column in parts.columns]
     state.kept = {
         "best_epoch": state.epoch,
         "validation_log_likelihood": score,
         "validation_error": _number(errors(predicted, part, parts.columns).nanmean().item()),
+    }
+    state.best = {name: x.clone() for name, x in state.model.state_dict().items()}
+
+
+def _test(model: nn.Module, weights: dict[str, Tensor], parts: Prepared) -> dict[str, object]:
+    """The errors of the best epoch's weights on the test rows."""
+    model.load_state_dict(weights)
+    predicted, _ = model.reconstruct(parts.test.x, parts.test.seen)  # type: ignore[operator]
+    test_errors = errors(predicted, parts.test, parts.columns)
+    names = [column.name for column in parts.columns]
+    return {
         "test_error": _number(test_errors.nanmean().item()),
         "test_errors": {name: _number(error) for name, error in zip(names, test_errors.tolist(), strict=True)},
     }
