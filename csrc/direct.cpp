@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "features.h"
+#include "feature_table.h"
 
 namespace mmfast {
 namespace {

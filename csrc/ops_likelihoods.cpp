@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "cpu/kernels.h"
-#include "features.h"
+#include "feature_table.h"
 #include "torch_pool.h"
 
 namespace mmfast {
