@@ -21,7 +21,7 @@ from time import perf_counter
 import torch
 
 import mmfast as mf
-from benchmarks import attached, compiled, likelihoods, naive, overhead, parameters, report, roofline, tabular
+from benchmarks import attached, compiled, likelihoods, naive, overhead, parameters, report, roofline, tabular, together
 from benchmarks.machine import Quiet, caches, data_in, environment
 from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
@@ -265,6 +265,15 @@ def log_probs(run: Run) -> None:
         print(_line(list(rows.values())), flush=True)
 
 
+def many_models(run: Run) -> None:
+    """A training step of several models together against one of a single model."""
+    for objective, samples, count in together.CASES[: 2 if run.quick else None]:
+        calls, error, right = together.steps(objective, samples, count)
+        rows = {p: Row("together", objective, count, samples, p) for p in calls}
+        compare(run, rows, calls, right, error, 8)
+        print(_line(list(rows.values())), flush=True)
+
+
 def compile_step(run: Run) -> None:
     """The training step of `heads` under torch.compile, against itself in eager mode; one rule unless others are asked for."""
     if run.quick:
@@ -288,6 +297,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "parameters": parameter_lists,
     "attach": attach,
     "likelihoods": log_probs,
+    "together": many_models,
     "compile": compile_step,
     "providers": providers,
     "grid": grid,

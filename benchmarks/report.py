@@ -126,6 +126,7 @@ TITLES = {
         "Likelihoods and their gradients, and a backward pass without any (K features; N: rows), µs",
         ["ours", "torch", "none"],
     ),
+    "together": ("Training step of K tabular VAEs together, and of one by itself (N: samples of z), µs", ["ours", "single"]),
     "compile": ("The same step with LinearHeads, loss and backward pass by torch.compile, µs", ["ours", "eager", "none"]),
     "compile block": (
         "The same step with an ImpartialityBlock over nn.Linear, loss and backward pass by torch.compile, µs",

@@ -110,6 +110,16 @@ def _likelihoods(rows: list[Row]) -> tuple[float, str] | None:
     return min(gains, default=None)
 
 
+def _together(objective: str, models: int) -> Callable[[list[Row]], tuple[float, str] | None]:
+    """The time of one of several models that are trained together, by that of a single one."""
+
+    def measure(rows: list[Row]) -> tuple[float, str] | None:
+        found = [r for r in rows if r.section == "together" and r.provider == "single" and r.rule == objective and r.k == models]
+        return (1 / (models * found[0].ratio_to_ours), "GradNorm, Wine") if found and found[0].ratio_to_ours else None
+
+    return measure
+
+
 GRID_MEAN = Target("resolve against TorchJD, geometric mean", "grid", 10, 25, "x", _grid_mean)
 GRID_WORST = Target("resolve against TorchJD, worst case", "grid", 1.3, 2, "x", _grid_worst)
 GRAM_FEW = Target("gram, K <= 4, data in memory: share of the stream-read rate", "gram", 85, 95, "%", _gram(True))
@@ -127,5 +137,26 @@ PARAMETERS = Target("resolve of a ResNet-18's 62 parameters, K = 4, against Torc
 
 ATTACH = Target("training step with attach / with a block built in", "attach", 1.02, 1.01, "x", _attach, True)
 LIKELIHOODS = Target("likelihoods and gradients of Wine, Credit and Adult against plain torch", "likelihoods", 6, 10, "x", _likelihoods)
+TOGETHER = [
+    Target(f"training step of {what}, per model / of one by itself", "together", must, aim, "x", _together(objective, models), True)
+    for what, objective, models, must, aim in [
+        ("5 VAEs", "elbo", 5, 0.4, 0.33),
+        ("8 VAEs", "elbo", 8, 0.35, 0.25),
+        ("5 VAEs with IWAE, S = 20", "iwae", 5, 0.6, 0.5),
+    ]
+]
 
-TARGETS = [GRID_MEAN, GRID_WORST, GRAM_FEW, GRAM_MANY, LATENCY, HEADS_FUSED, HEADS_LOOP, HEADS_NAIVE, PARAMETERS, ATTACH, LIKELIHOODS]
+TARGETS = [
+    GRID_MEAN,
+    GRID_WORST,
+    GRAM_FEW,
+    GRAM_MANY,
+    LATENCY,
+    HEADS_FUSED,
+    HEADS_LOOP,
+    HEADS_NAIVE,
+    PARAMETERS,
+    ATTACH,
+    LIKELIHOODS,
+    *TOGETHER,
+]

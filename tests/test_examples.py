@@ -42,6 +42,19 @@ def test_the_worst_task_gains(name):
     assert float(errors["None"]) > 0.5 and float(errors["IMTLG()"]) < 0.1, errors
 
 
+def test_many_models():
+    run = subprocess.run(
+        [sys.executable, "examples/many_models.py"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    errors = re.findall(r"\d[\d.e-]+", run.stdout)
+    assert len(errors) == 8 and all(float(error) < 0.05 for error in errors)
+
+
 def test_libmtl():
     errors = re.findall(r"worst task with rep_grad=(\w+): ([\d.]+)", output("libmtl"))
     assert [name for name, _ in errors] == ["False", "True"] and all(float(error) < 0.1 for _, error in errors)

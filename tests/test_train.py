@@ -146,7 +146,7 @@ def test_a_full_disk_loses_no_run(tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (60, limit[1]))
     try:
         with pytest.raises(OSError, match="only 60 of 100 bytes"):
-            grid._record(tmp_path, replace(result(), settings=SHORT))
+            grid._record(tmp_path, [replace(result(), settings=SHORT)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)

@@ -1,4 +1,4 @@
-"""Many runs, several at once: those that are done are never repeated, those that were cut off go on."""
+"""Many runs, several at once, those that differ in their seed alone in one process: those that are done are never repeated, those that were cut off go on."""
 
 import contextlib
 import multiprocessing as mp
@@ -17,6 +17,7 @@ from mmfast.experiments import results
 from mmfast.experiments.results import Result
 from mmfast.experiments.run import part_of, train
 from mmfast.experiments.settings import Settings, SettingsError, settings
+from mmfast.experiments.together import groups, train_together
 
 RECORD = "runs.jsonl"  # in the folder of a grid, beside its checkpoints
 
@@ -25,29 +26,31 @@ Progress = Callable[[Settings, int, str], None]  # run, epochs done, a remark
 
 @dataclass
 class _Worker:
-    """A process with one run."""
+    """A process with one run, or several that are trained together."""
 
-    run: Settings
+    runs: tuple[Settings, ...]
     process: BaseProcess
     pipe: Connection
 
 
 def table1(models: Sequence[str], data_sets: Sequence[str], rules: Sequence[str], seeds: int, epochs: int | None = None) -> list[Settings]:
-    """The runs of Table 1 of Javaloy et al. (ICML 2022), seed by seed, so that a grid that is stopped early has whole columns."""
+    """The runs of Table 1 of Javaloy et al. (ICML 2022), seed by seed; what can't be trained together is trained in this order, so that a grid that is stopped
+    early has whole columns."""
     runs = [settings(model, name, rule, seed, epochs) for seed in range(seeds) for name in data_sets for model in models for rule in rules]
     return list(dict.fromkeys(runs))  # a rule may have been named in two ways
 
 
-def checkpoint_of(folder: Path, run: Settings) -> Path:
-    """Where a run of a grid keeps its state."""
-    return folder / "checkpoints" / f"{run.name}.pt"
+def checkpoint_of(folder: Path, *runs: Settings) -> Path:
+    """Where a run of a grid, or several that are trained together, keep their state."""
+    seeds = "-".join(str(run.seed) for run in runs[1:])
+    return folder / "checkpoints" / f"{runs[0].name}{f'-with-{seeds}' if seeds else ''}.pt"
 
 
 def one(run: Settings, folder: Path, tick: Callable[[int, str], None]) -> Result:
     """A run of the folder's grid, in this process: taken from the record if it is there, else trained and recorded."""
     with _alone(folder):
         done = {found.settings: found for found in results.read(folder / RECORD)}
-        return done[run] if run in done else _record(folder, train(run, checkpoint_of(folder, run), tick))
+        return done[run] if run in done else _record(folder, [train(run, checkpoint_of(folder, run), tick)])[0]
 
 
 def many(
@@ -62,7 +65,7 @@ def many(
     """
     with _alone(folder):
         done = {found.settings: found for found in results.read(folder / RECORD)}
-        waiting = [run for run in dict.fromkeys(runs) if run not in done]
+        waiting = groups([run for run in dict.fromkeys(runs) if run not in done])
         workers: dict[Connection, _Worker] = {}
         try:
             while waiting or workers:
@@ -73,27 +76,29 @@ def many(
                     worker = workers[pipe]  # type: ignore[index]
                     message = _receive(worker)
                     if isinstance(message, tuple):
-                        progress(worker.run, *message)
+                        for run in worker.runs:
+                            progress(run, *message)
                         continue
                     worker.process.join()
                     del workers[worker.pipe]
-                    if isinstance(message, Result):
-                        done[worker.run] = _record(folder, message)
+                    if isinstance(message, list):
+                        done |= {found.settings: found for found in _record(folder, message)}
                     else:
-                        failed(worker.run, message)
+                        for run in worker.runs:
+                            failed(run, message)
         finally:
             for worker in workers.values():
                 worker.process.terminate()
                 worker.process.join()
-                part_of(checkpoint_of(folder, worker.run)).unlink(missing_ok=True)  # it may have been writing
+                part_of(checkpoint_of(folder, *worker.runs)).unlink(missing_ok=True)  # it may have been writing
         return [done[run] for run in runs if run in done]
 
 
-def _record(folder: Path, result: Result) -> Result:
-    """Writes a result down; only then the run's state may go."""
-    results.append(folder / RECORD, result)
-    checkpoint_of(folder, result.settings).unlink(missing_ok=True)
-    return result
+def _record(folder: Path, found: list[Result]) -> list[Result]:
+    """Writes results down; only then the runs' state may go."""
+    results.append(folder / RECORD, *found)
+    checkpoint_of(folder, *[result.settings for result in found]).unlink(missing_ok=True)
+    return found
 
 
 @contextlib.contextmanager
@@ -115,16 +120,16 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _start(run: Settings, folder: Path) -> _Worker:
+def _start(runs: tuple[Settings, ...], folder: Path) -> _Worker:
     context = mp.get_context("spawn")  # torch's threads do not survive a fork
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(run, folder, theirs, os.getpid()), daemon=True)
+    process = context.Process(target=_work, args=(runs, folder, theirs, os.getpid()), daemon=True)
     if sys.platform != "win32":
         resource_tracker.ensure_running()  # where the first process starts it, that lets Ctrl-C through again
     with _without_interrupts():
         process.start()
     theirs.close()  # so that its death is seen as the end of the pipe
-    return _Worker(run, process, ours)
+    return _Worker(runs, process, ours)
 
 
 @contextlib.contextmanager
@@ -140,17 +145,17 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _receive(worker: _Worker) -> tuple[int, str] | Result | str:
+def _receive(worker: _Worker) -> tuple[int, str] | list[Result] | str:
     try:
-        message: tuple[int, str] | Result | str = worker.pipe.recv()
+        message: tuple[int, str] | list[Result] | str = worker.pipe.recv()
     except EOFError:
         worker.process.join()
         return f"its process ended with code {worker.process.exitcode}"
     return message
 
 
-def _work(run: Settings, folder: Path, pipe: Connection, parent: int) -> None:
-    """The life of a process: one run."""
+def _work(runs: tuple[Settings, ...], folder: Path, pipe: Connection, parent: int) -> None:
+    """The life of a process: one run, or several together."""
 
     def tick(epoch: int, remark: str) -> None:
         if os.getppid() != parent:  # who is left alone must not write into a folder that another grid may hold by now
@@ -158,6 +163,7 @@ def _work(run: Settings, folder: Path, pipe: Connection, parent: int) -> None:
         pipe.send((epoch, remark))
 
     try:
-        pipe.send(train(run, checkpoint_of(folder, run), tick))
+        checkpoint = checkpoint_of(folder, *runs)
+        pipe.send([train(*runs, checkpoint, tick)] if len(runs) == 1 else train_together(runs, checkpoint, tick))
     except Exception:  # noqa: BLE001 - whatever it is, the grid reports it and goes on
         pipe.send(traceback.format_exc())

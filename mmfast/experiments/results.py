@@ -31,18 +31,18 @@ class Result:
         return json.dumps(values, allow_nan=False) + "\n"
 
 
-def append(path: Path, result: Result) -> None:
-    """Adds a run to the record: in one write, on a line of its own even where an earlier writer was cut off."""
+def append(path: Path, *results: Result) -> None:
+    """Adds runs to the record: in one write, on lines of their own even where an earlier writer was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as f:
         f.seek(0, os.SEEK_END)
         if f.tell():
             f.seek(-1, os.SEEK_END)
         torn = bool(last := f.read(1)) and last != b"\n"
-        line = (b"\n" if torn else b"") + result.line().encode()
-        written = f.write(line)
-        if written != len(line):
-            raise OSError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+        lines = (b"\n" if torn else b"") + "".join(result.line() for result in results).encode()
+        written = f.write(lines)
+        if written != len(lines):
+            raise OSError(f"{path}: only {written} of {len(lines)} bytes could be written; is the disk full?")
         os.fsync(f.fileno())
 
 

@@ -35,35 +35,27 @@ class State:
     """All that a run needs to go on."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None = None  # None where it is trained with others (together.py)
     epoch: int = 0  # done
     kept: dict[str, Any] = field(default_factory=dict)  # the numbers of the best epoch, as in a Result
     best: dict[str, Tensor] = field(default_factory=dict)  # its weights
 
     def step(self, x: Tensor, seen: Tensor) -> None:
         """One step of training on a batch."""
+        assert self.optimizer is not None
         self.optimizer.zero_grad()
         self.model.loss(x, seen).backward()  # type: ignore[operator]
         self.optimizer.step()
 
     def save(self, path: Path, settings: Settings) -> None:
-        """Replaces the checkpoint in one move: a kill leaves the old one or the new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = part_of(path)
-        try:
-            with part.open("wb") as f:
-                torch.save(self._state(settings), f)
-                f.flush()
-                os.fsync(f.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)  # what Ctrl-C or a full disk left
+        """Keeps it in a file."""
+        write_checkpoint(path, self._state(settings))
 
     def _state(self, settings: Settings) -> dict[str, object]:
         return {
             "settings": vars(settings),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer and self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "epoch": self.epoch,
             "kept": self.kept,
@@ -87,9 +79,24 @@ class State:
         except Exception as error:  # a file that is not a checkpoint fails in many ways
             reason = str(error).partition("\n")[0]
             raise SettingsError(f"{path} cannot be taken up ({reason}); delete it to start this run over") from error
+        assert self.optimizer is not None
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["random"])
         self.epoch, self.kept = saved["epoch"], saved["kept"]
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Replaces a checkpoint in one move: a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_of(path)
+    try:
+        with part.open("wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # what Ctrl-C or a full disk left
 
 
 def part_of(checkpoint: Path) -> Path:
@@ -151,18 +158,27 @@ def _train(settings: Settings, checkpoint: Path | None, tick: Tick, table: Table
     saved = time.monotonic()
     while state.epoch < settings.epochs:
         _epoch(state, parts.train, settings.batch)
-        _validate(state, parts)
-        diverged = any(bool(p.isnan().any()) for p in model.parameters())
+        validate(state, parts, state.epoch)
         error = state.kept.get("validation_error")
         tick(state.epoch, "" if error is None else f"validation error {error:.3f}")
         if checkpoint is not None and (time.monotonic() - saved > SAVE_SECONDS or state.epoch == settings.epochs):
             state.save(checkpoint, settings)
             saved = time.monotonic()
-        if diverged:  # what was kept before stands
+        if diverged(model):  # what was kept before stands
             break
+    return finished(settings, state, parts)
+
+
+def diverged(model: nn.Module) -> bool:
+    """Whether parameters are NaN."""
+    return any(bool(p.isnan().any()) for p in model.parameters())
+
+
+def finished(settings: Settings, state: State, parts: Prepared) -> Result:
+    """What a run came to: the best epoch on the test rows, and what a step costs."""
     kept = dict.fromkeys(("best_epoch", "validation_log_likelihood", "validation_error", "test_error")) | {"test_errors": {}} | state.kept
     if state.best:
-        kept |= _test(model, state.best, parts)
+        kept |= _test(state.model, state.best, parts)
     own, plain = _step_times(settings, parts)
     versions = {"mmfast": mmfast.__version__, "torch": torch.__version__}
     return Result(settings, state.epoch, **kept, step_us=own, plain_step_us=plain, versions=versions)  # type: ignore[arg-type]
@@ -201,7 +217,7 @@ def _epoch(state: State, part: Part, batch: int) -> None:
     state.epoch += 1
 
 
-def _validate(state: State, parts: Prepared) -> None:
+def validate(state: State, parts: Prepared, epoch: int) -> None:
     """Keeps the numbers and the weights of this epoch if none had a better likelihood on the validation rows."""
     part = parts.validation
     predicted, log_prob = state.model.reconstruct(part.x, part.seen)  # type: ignore[operator]
@@ -210,7 +226,7 @@ def _validate(state: State, parts: Prepared) -> None:
     if not (math.isfinite(score) and score > state.kept.get("validation_log_likelihood", -math.inf)):
         return
     state.kept = {
-        "best_epoch": state.epoch,
+        "best_epoch": epoch,
         "validation_log_likelihood": score,
         "validation_error": _number(errors(predicted, part, parts.columns).nanmean().item()),
     }

@@ -1,0 +1,104 @@
+"""Training runs that differ in their seed alone, in one process and in one go; each ends with the numbers that it would have by itself, to rounding."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfast import data
+from mmfast.data.prepare import prepare
+from mmfast.data.table import Table
+from mmfast.experiments.results import Result
+from mmfast.experiments.run import LEARNING_RATE, SAVE_SECONDS, State, Tick, diverged, finished, make_model, validate, write_checkpoint
+from mmfast.experiments.settings import Settings, SettingsError, make_resolver
+from mmfast.models.together import Together
+
+
+def groups(runs: Sequence[Settings]) -> list[tuple[Settings, ...]]:
+    """The runs in the groups that can be trained together, in the order in which each group's first comes: those of one cell and rule, whatever the seed."""
+    found: dict[object, list[Settings]] = {}
+    for run in runs:
+        cell: object = (run.model, run.data, run.rule, run.epochs, run.batch, run.samples) if _suits(run) else run
+        found.setdefault(cell, []).append(run)
+    return [tuple(members) for members in found.values()]
+
+
+def _suits(run: Settings) -> bool:
+    rule = make_resolver(run.rule)
+    return run.model in ("elbo", "iwae") and (rule is None or not any(step.random for step in rule.chain() or ()))
+
+
+def train_together(runs: Sequence[Settings], checkpoint: Path | None = None, tick: Tick = lambda epoch, remark: None) -> list[Result]:
+    """Trains the runs of a group to their ends and returns their results, as `run.train` does one.
+
+    Args:
+        runs: of one group, see `groups`.
+        checkpoint: the file where they keep their state together, and are taken up if it is there already.
+        tick: called after each epoch.
+
+    Raises:
+        DataError: the data set is not here.
+        SettingsError: the checkpoint cannot be taken up.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _train(runs, checkpoint, tick, data.load(runs[0].data))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(runs: Sequence[Settings], checkpoint: Path | None, tick: Tick, table: Table) -> list[Result]:
+    parts = [prepare(table, run.seed) for run in runs]
+    states = [State(make_model(run, part)) for run, part in zip(runs, parts, strict=True)]
+    together = Together([state.model for state in states], [run.seed + 1 for run in runs], LEARNING_RATE)  # type: ignore[misc]
+    epoch = 0 if checkpoint is None else _load(checkpoint, runs, states, together)
+    x, seen = (torch.stack([getattr(part.train, name) for part in parts]) for name in ("x", "seen"))
+    which = torch.arange(len(runs)).unsqueeze(1)
+    saved = time.monotonic()
+    going = [e for e, state in enumerate(states) if not diverged(state.model)]
+    while epoch < runs[0].epochs and going:
+        for places in together.batches(x.shape[1], min(runs[0].batch, x.shape[1])):
+            together.step(x[which, places], seen[which, places])
+        epoch += 1
+        for e in going:
+            validate(states[e], parts[e], epoch)
+            states[e].epoch = epoch
+        going = [e for e in going if not diverged(states[e].model)]  # what the others have kept before stands
+        tick(epoch, f"{len(runs)} seeds")
+        if checkpoint is not None and (time.monotonic() - saved > SAVE_SECONDS or epoch == runs[0].epochs):
+            _save(checkpoint, runs, states, together, epoch)
+            saved = time.monotonic()
+    return [finished(run, state, part) for run, state, part in zip(runs, states, parts, strict=True)]
+
+
+def _save(path: Path, runs: Sequence[Settings], states: Sequence[State], together: Together, epoch: int) -> None:
+    write_checkpoint(
+        path,
+        {
+            "settings": [vars(run) for run in runs],
+            "epoch": epoch,
+            "together": together.state_dict(),
+            "runs": [(state.model.state_dict(), state.epoch, state.kept, state.best) for state in states],
+        },
+    )
+
+
+def _load(path: Path, runs: Sequence[Settings], states: Sequence[State], together: Together) -> int:
+    """Takes up a checkpoint, if there is one of these very runs; returns the epochs that are done."""
+    if not path.exists():
+        return 0
+    try:
+        saved: dict[str, Any] = torch.load(path)
+        if saved["settings"] != [vars(run) for run in runs]:
+            return 0
+        for state, (weights, epoch, kept, best) in zip(states, saved["runs"], strict=True):
+            state.model.load_state_dict(weights)
+            state.epoch, state.kept, state.best = epoch, kept, best
+        together.load_state_dict(saved["together"])
+    except Exception as error:  # a file that is not a checkpoint fails in many ways
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"{path} cannot be taken up ({reason}); delete it to start these runs over") from error
+    return saved["epoch"]

@@ -1,0 +1,242 @@
+"""Many VAEs of one shape in one process: every layer is one batched product, every block one call of the solver for the problems of all of them."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmfast.blocks.linear_heads import LinearHeads
+from mmfast.models.likelihoods import Joint, LogNormal, Normal
+from mmfast.models.vae import VAE
+from mmfast.ops.weights import solve_checked
+from mmfast.resolvers.base import Resolver
+from mmfast.resolvers.solve import precision_of
+
+
+class _Block:
+    """The rule of some of the models, which are neighbours: one instance that keeps the state of each."""
+
+    def __init__(self, heads: Sequence[LinearHeads], first: int) -> None:
+        self.models = slice(first, first + len(heads))
+        self.rule: Resolver = copy.deepcopy(heads[0].resolver)
+        self.preserve_norm = heads[0].preserve_norm
+        if any(rule.random for rule in self.rule.chain() or ()):
+            raise ValueError(
+                f"resolver is {self.rule!r}, which draws random numbers; each model draws its own, so train such ones one by one"
+            )
+        self.heads = heads
+        self.gather()
+
+    def gather(self) -> None:
+        """Takes up what the models' rules keep; they see their own parts of it from now on."""
+        for i, rule in enumerate(self.rule.chain() or ()):
+            own = [(of.resolver.chain() or ())[i] for of in self.heads]
+            states = [r.state for r in own if r.state is not None]
+            if states:
+                rule.state = torch.stack(states)
+                for e, r in enumerate(own):
+                    r.state = rule.state[e]
+
+    def resolved(self, delta: Tensor, weight: Tensor, of_heads: Tensor, head_of: Tensor) -> Tensor:
+        """The gradients [E, N, H] of the heads' inputs from those of their outputs [E, N, O] and their weights [E, O, H]."""
+        products = ((delta.mT @ delta) * (weight @ weight.mT)).double()
+        G = (of_heads.mT @ products @ of_heads).contiguous()
+        w = solve_checked(G, self.rule, None, self.preserve_norm, precision_of(delta.dtype))
+        return (delta * w.to(delta.dtype).index_select(-1, head_of).unsqueeze(1)) @ weight
+
+
+class _Layer(torch.autograd.Function):
+    """relu(x W' + b) of each model. What comes back to it belongs to nobody else, so it is masked in place: many samples of many models fill no cache."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        h = torch.baddbmm(bias.unsqueeze(1), x, weight.mT).relu_()
+        ctx.save_for_backward(x, weight, h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        x, weight, h = ctx.saved_tensors
+        torch.ops.aten.threshold_backward.grad_input(grad, h, 0, grad_input=grad)
+        return grad @ weight, grad.mT @ x, grad.sum(1)
+
+
+class _Heads(torch.autograd.Function):
+    """K linear heads of each model; their inputs get the gradient that the model's block resolves."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, together: "Together") -> Tensor:  # type: ignore[override]
+        ctx.together = together
+        ctx.save_for_backward(y, weight)
+        return torch.baddbmm(bias.unsqueeze(1), y, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        y, weight = ctx.saved_tensors
+        t: Together = ctx.together
+        parts = []
+        for models, block in t.blocks:
+            d, w = delta[models], weight[models]
+            parts.append(d @ w if block is None else block.resolved(d, w, t.of_heads, t.head_of))
+        back = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return back, delta.mT @ y, delta.sum(1), None
+
+
+class Together:
+    """E VAEs of one shape that train in one process, each as it would by itself; their rules, seeds, data and learning rates may differ.
+
+    The models stay what they are: their parameters, running means and rules' states become views of what is trained here, so that one may be evaluated
+    or saved at any time. The numbers are those of single runs with `torch.optim.Adam` up to the rounding of other matrix products.
+    Only the ELBO and IWAE; rules that draw random numbers are refused.
+
+    Args:
+        models: `VAE`s with equal features, sizes, objective and samples, on the CPU; neighbours with equal rules share one call of the solver.
+        seeds: one for each; with `torch.manual_seed(seed)` before it, a single run has the same batches and noise.
+        lr: Adam's learning rate, one for all or one for each.
+
+    Raises:
+        ValueError: the models differ in what must be equal, a rule draws random numbers, or there are not as many seeds as models.
+
+    Example:
+        >>> from mmfast.models.likelihoods import Joint, Normal
+        >>> models = [VAE(Joint([Normal(), Normal()]), 8, 1, [mf.MGDA()]) for _ in range(3)]
+        >>> together = Together(models, seeds=[0, 1, 2])
+        >>> losses = together.step(torch.randn(3, 16, 2), torch.ones(3, 16, 2))
+        >>> losses.shape
+        torch.Size([3])
+    """
+
+    def __init__(self, models: Sequence[VAE], seeds: Sequence[int], lr: float | Sequence[float] = 1e-3) -> None:
+        first = models[0]
+        if len(seeds) != len(models):
+            raise ValueError(f"seeds has {len(seeds)} numbers, expected one for each of {len(models)} models")
+        if first.objective == "dreg":
+            raise ValueError("models are of objective 'dreg', which goes back twice; expected 'elbo' or 'iwae'")
+        for e, model in enumerate(models):
+            shapes = {name: p.shape for name, p in model.named_parameters()}
+            same = model.joint.likelihoods == first.joint.likelihoods and shapes == {name: p.shape for name, p in first.named_parameters()}
+            if not same or (model.objective, model.samples) != (first.objective, first.samples):
+                raise ValueError(f"models[{e}] is of another shape, objective or number of samples than models[0]")
+        self.models, self.samples = list(models), first.samples
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.lr = torch.tensor(lr, dtype=torch.float32).expand(len(models)).unsqueeze(1)
+        self._share()
+        k = len(first.joint.sizes)
+        self.head_of = torch.arange(k).repeat_interleave(torch.tensor(first.joint.sizes))
+        self.of_heads = F.one_hot(self.head_of, k).double()
+        self.blocks = list(self._blocks())
+        self.joint = Joint(first.joint.likelihoods)  # of features that are scaled beforehand
+        self._scale = torch.stack([model.joint.w for model in models]).unsqueeze(1)
+        self._real = torch.tensor([isinstance(part, Normal) for part in first.joint.likelihoods])
+        self._positive = torch.tensor([isinstance(part, LogNormal) for part in first.joint.likelihoods])
+
+    def _share(self) -> None:
+        """One tensor [E, all numbers of a model] for the parameters, of which those of the models are views; Adam's means beside it."""
+        rows = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in self.models]
+        self.flat = torch.stack(rows)
+        self.mean, self.square, self.steps = torch.zeros_like(self.flat), torch.zeros_like(self.flat), 0
+        self.parameters: dict[str, Tensor] = {}
+        begin = 0
+        for name, p in self.models[0].named_parameters():
+            part = self.flat[:, begin : begin + p.numel()].unflatten(1, p.shape)
+            self.parameters[name] = part.detach().requires_grad_()
+            for e, model in enumerate(self.models):
+                model.get_parameter(name).data = part[e]
+            begin += p.numel()
+        norms = [model.encoder[1] for model in self.models]
+        self.batches_tracked = torch.tensor([int(norm.num_batches_tracked) for norm in norms])  # type: ignore[arg-type]
+        for norm, count in zip(norms, self.batches_tracked, strict=True):
+            norm.num_batches_tracked = count
+        self.running = [torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var")]
+        for name, running in zip(("running_mean", "running_var"), self.running, strict=True):
+            for norm, part in zip(norms, running.chunk(len(norms)), strict=True):
+                setattr(norm, name, part)
+
+    def _blocks(self) -> Any:
+        """(which models, their block or None)"""
+        heads = [model.decoder.heads for model in self.models]
+        begin = 0
+        for end in range(1, len(heads) + 1):
+            if end < len(heads) and _rule(heads[end]) == _rule(heads[begin]):
+                continue
+            members = heads[begin:end]
+            yield slice(begin, end), _Block(members, begin) if isinstance(heads[begin], LinearHeads) else None  # type: ignore[arg-type]
+            begin = end
+
+    def batches(self, rows: int, batch: int) -> Tensor:
+        """Places of rows [batches, E, batch] of one epoch, drawn as `torch.randperm` draws them for each model; rows that are left over are left out."""
+        orders = torch.stack([torch.randperm(rows, generator=g) for g in self.generators])
+        return orders[:, : rows // batch * batch].view(len(self.models), -1, batch).movedim(1, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the models' own `state_dict` do not have: Adam's means and the random streams."""
+        return {"mean": self.mean, "square": self.square, "steps": self.steps, "random": [g.get_state() for g in self.generators]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave, and what the models' rules have loaded."""
+        for _, block in self.blocks:
+            if block is not None:
+                block.gather()
+        self.mean.copy_(state["mean"])
+        self.square.copy_(state["square"])
+        self.steps = state["steps"]
+        for g, random in zip(self.generators, state["random"], strict=True):
+            g.set_state(random)
+
+    def step(self, x: Tensor, seen: Tensor) -> Tensor:
+        """One step of training on x and seen [E, rows, K]; returns the losses [E] from before it."""
+        losses = self._losses(x, seen)
+        grads = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
+        flat = torch.cat([g.flatten(1) for g in grads], 1)
+        self.steps += 1
+        self.batches_tracked += 1
+        b1, b2 = 0.9, 0.999
+        self.mean.lerp_(flat, 1 - b1)
+        self.square.mul_(b2).addcmul_(flat, flat, value=1 - b2)
+        spread = (self.square / (1 - b2**self.steps)).sqrt_().add_(1e-8)
+        self.flat.sub_(self.lr / (1 - b1**self.steps) * self.mean / spread)
+        return losses.detach()
+
+    def _losses(self, x: Tensor, seen: Tensor) -> Tensor:
+        mean, std = self._posterior(x, seen)
+        n, rows, latent = mean.shape
+        noise = torch.stack([torch.randn(self.samples, rows, latent, generator=g) for g in self.generators])
+        mean, std = mean.unsqueeze(1), std.unsqueeze(1)
+        z = mean + std * noise
+        h = z.view(n, -1, latent)
+        for layer in (0, 2, 4):
+            h = _Layer.apply(h, self.parameters[f"decoder.body.{layer}.weight"], self.parameters[f"decoder.body.{layer}.bias"])
+        raw = _Heads.apply(h, self.parameters["decoder.heads.weight"], self.parameters["decoder.heads.bias"], self)
+        raw = raw.view(n, self.samples, rows, -1)
+        scaled = torch.where(self._real, self._scale * x, torch.where(self._positive, x**self._scale, x)).unsqueeze(1)
+        log_x = self.joint.log_prob(raw, scaled.expand(*raw.shape[:-1], -1), seen.unsqueeze(1).expand(*raw.shape[:-1], -1)).sum(-1)
+        # log N(z; 0, I) - log N(z; mean, std), where (z - mean) / std is the noise
+        log_w = log_x + 0.5 * (noise.square().sum(-1) - z.square().sum(-1)) + std.log().sum(-1)
+        return -log_w.logsumexp(1).sum(-1)
+
+    def _posterior(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        n, rows, k = x.shape
+        dropout, norm = self.models[0].encoder[0], self.models[0].encoder[1]
+        assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.BatchNorm1d) and norm.momentum is not None
+        h = x * seen
+        if dropout.p > 0:
+            kept = [torch.empty(rows, k).bernoulli_(1 - dropout.p, generator=g) for g in self.generators]
+            h = h * torch.stack(kept).div_(1 - dropout.p)
+        side_by_side = h.movedim(0, 1).reshape(rows, n * k)  # a batch norm of each model's features is one of all
+        weight, bias = (self.parameters[f"encoder.1.{name}"].flatten() for name in ("weight", "bias"))
+        mean, variance = self.running
+        h = F.batch_norm(side_by_side, mean, variance, weight, bias, True, norm.momentum, norm.eps).view(rows, n, k).movedim(1, 0)
+        for layer in (2, 4, 6):
+            h = self._linear(f"encoder.{layer}", h).tanh()
+        return self._linear("mean", h), F.softplus(self._linear("std", h)) + 1e-6
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.parameters[f"{name}.bias"].unsqueeze(1), x, self.parameters[f"{name}.weight"].mT)
+
+
+def _rule(heads: nn.Module) -> str | None:
+    """What must be equal for heads of several models to be one batch of problems."""
+    return f"{heads.resolver!r} {heads.preserve_norm} {heads.per}" if isinstance(heads, LinearHeads) else None

@@ -1,0 +1,83 @@
+"""Many models trained together against each by itself."""
+
+import copy
+
+import pytest
+import torch
+
+import mmfast as mf
+from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
+from mmfast.models.together import Together
+from mmfast.models.vae import VAE
+
+FEATURES = [Normal(), LogNormal(), Categorical(3), Poisson(), Bernoulli(), Normal()]
+ROWS, BATCH = 200, 32
+
+
+def models(rules, objective="elbo", samples=1, hidden=16):
+    made = []
+    for seed, rule in enumerate(rules):
+        torch.manual_seed(seed)
+        joint = Joint(FEATURES, torch.rand(len(FEATURES)) + 0.5)
+        made.append(VAE(joint, hidden, 3, None if rule is None else [copy.deepcopy(rule)], objective, samples))
+    return made
+
+
+def data(n):
+    """x and seen [E, rows, K]"""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(n, ROWS, len(FEATURES), generator=g)
+    x[..., 1] = x[..., 1].exp()
+    for column, classes in ((2, 3), (3, 5), (4, 2)):
+        x[..., column] = torch.randint(classes, (n, ROWS), generator=g).float()
+    return x, (torch.rand(n, ROWS, len(FEATURES), generator=g) > 0.1).float()
+
+
+def alone(model, seed, x, seen, steps, lr):
+    """The losses of a model that is trained by itself."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    losses = []
+    while len(losses) < steps:
+        for places in torch.randperm(ROWS)[: ROWS // BATCH * BATCH].view(-1, BATCH):
+            optimizer.zero_grad()
+            loss = model.loss(x[places], seen[places])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    return torch.stack(losses[:steps])
+
+
+def train(together, x, seen, steps):
+    losses = []
+    while len(losses) < steps:
+        for places in together.batches(ROWS, BATCH):
+            which = torch.arange(len(x)).unsqueeze(1)
+            losses.append(together.step(x[which, places], seen[which, places]))
+    return torch.stack(losses[:steps], 1)
+
+
+@pytest.mark.parametrize("objective, samples", [("elbo", 1), ("iwae", 5)])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [None] * 3,
+        [mf.MGDA()] * 3,
+        [mf.GradNorm(alpha=0.0)] * 2 + [mf.Compose(mf.GradNorm(), mf.PCGrad(order="fixed"))] + [None, mf.IMTLG(), mf.UPGrad()],
+        [mf.NSGD(every=3)] * 2,
+    ],
+    ids=["none", "MGDA", "many", "state"],
+)
+def test_each_is_what_it_is_by_itself(rules, objective, samples):
+    """100 steps: losses, parameters, running means and what rules keep, to 1e-5 of what they are."""
+    made = models(rules, objective, samples)
+    single = copy.deepcopy(made)
+    x, seen = data(len(rules))
+    rates = [1e-3 * (1 + i) for i in range(len(rules))]
+    together = Together(made, range(10, 10 + len(rules)), rates)
+    losses = train(together, x, seen, 100)
+    for e, model in enumerate(single):
+        torch.testing.assert_close(losses[e], alone(model, 10 + e, x[e], seen[e], 100, rates[e]), rtol=1e-5, atol=1e-3)
+        for (name, mine), right in zip(made[e].state_dict().items(), model.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                assert (mine - right).norm() <= 2e-5 * right.norm() + 1e-6, (name, e)
