@@ -103,6 +103,15 @@ def test_derivatives_at_the_clamps(kind, raws):
     assert ((mine == 0) == (theirs == 0)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_no_count_is_what_torch_makes_of_it(dtype):
+    """Negative numbers, halves and infinity under a Poisson likelihood: log Gamma has poles and signs there."""
+    joint = Joint([Poisson()])
+    x = torch.tensor([-1.0, -0.5, -2.0, -3.25, 0.5, torch.inf, torch.nan, 3.0], dtype=dtype).unsqueeze(1)
+    raw = torch.linspace(-1, 1, len(x), dtype=dtype).unsqueeze(1)
+    torch.testing.assert_close(joint.log_prob(raw, x), joint.in_torch(raw, x), equal_nan=True)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("samples", [(), (3,), (2, 2)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 64, 1000])

@@ -97,7 +97,7 @@ def test_autocast_does_not_reach_a_compiled_backward_pass_in_plain_torch(kind, i
     torch._dynamo.reset()
     monkeypatch.setattr(library, "available", False)
     monkeypatch.setattr(direct, "_direct", None)
-    eager, x = Model(kind, mf.UPGrad()), torch.randn(B, IN)
+    eager, x = Model(kind, mf.ConFIG()), torch.randn(B, IN)
     model = copy.deepcopy(eager)
     expected = gradients(eager, x, torch.bfloat16)
     step = torch.compile(lambda x: loss_of(model(x)), fullgraph=True, backend="aot_eager")

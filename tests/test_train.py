@@ -297,7 +297,7 @@ def test_a_killed_grid_goes_on(tmp_path):
         "--seeds",
         "1",
     ]
-    command += ["--epochs", "400", "--processes", "1", "--out", str(tmp_path)]
+    command += ["--epochs", "120", "--processes", "1", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     limit = time.monotonic() + 120
     while not list(tmp_path.glob("checkpoints/*.pt")) and time.monotonic() < limit:
@@ -305,10 +305,10 @@ def test_a_killed_grid_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(tmp_path.glob("checkpoints/*.pt")) and not (tmp_path / "runs.jsonl").exists()
-    (one,) = grid.table1(["hivae"], ["Wine"], ["none"], 1, epochs=400)
+    (one,) = grid.table1(["hivae"], ["Wine"], ["none"], 1, epochs=120)
     epochs: list[int] = []
     (found,) = grid.many([one], tmp_path, 1, lambda r, done, remark: epochs.append(done), pytest.fail)
-    assert epochs[0] > 1 and epochs[-1] == 400
+    assert epochs[0] > 1 and epochs[-1] == 120
     assert numbers(found) == numbers(run.train(one))
 
 

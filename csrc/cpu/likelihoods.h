@@ -36,8 +36,8 @@ MMFAST_INLINE Doubles normal(Column c, Doubles x) {
 
 template <class T>
 MMFAST_INLINE Doubles log_gamma(Doubles x) {
-  if constexpr (std::is_same_v<T, float>) return lgamma(x);
-  double lanes[kRows];  // near 1 and 2, where it is 0, the C library has more digits
+  if (std::is_same_v<T, float> && all_bits(less(all(0.0), x) & less(x, all(1e300)))) return lgamma(x);
+  double lanes[kRows];  // near 1 and 2, where it is 0, the C library has more digits; and it knows numbers below 0 and infinity
   VecD::store(lanes, x);
   for (double& lane : lanes) {
     int sign;
