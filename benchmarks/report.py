@@ -119,7 +119,10 @@ TITLES = {
     "providers": ("Every way to do it, µs", ["ours", "torchjd", "torch", "compile", "naive"]),
     "latency": ("Small gradients, µs per Python call", ["ours", "torchjd", "torch"]),
     "block": ("A block's forward and backward, µs", ["ours", "naive", "none"]),
-    "heads": ("Training step of a tabular VAE with linear heads (N: samples of z), µs", ["ours", "fused", "loop", "naive"]),
+    "heads": (
+        "Training step of a tabular VAE with linear heads (N: samples of z), µs",
+        ["ours", "fused", "parts", "split", "loop", "naive"],
+    ),
     "parameters": ("Four losses at the 62 parameters of a ResNet-18, as lists, µs", ["ours", "torchjd", "torchjd sums"]),
     "attach": ("Training step with attach, with a block built in, without one (N: batch x width), µs", ["ours", "built", "none"]),
     "likelihoods": (

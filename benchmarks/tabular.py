@@ -44,6 +44,18 @@ class Loop(nn.Module):
         return torch.stack(terms).sum(0)
 
 
+class Parts(nn.Module):
+    """The heads of one layer, taken apart: each part has its own likelihood, as where the modalities differ in kind."""
+
+    def __init__(self, layer: nn.Module, k: int) -> None:
+        super().__init__()
+        self.layer, self.k = layer, k
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        parts = self.layer(y) if isinstance(self.layer, mf.LinearHeads) else self.layer(y).split([2] * self.k, -1)
+        return torch.stack([Normal().log_prob(part, x[:, d]) for d, part in enumerate(parts)]).sum(0)
+
+
 class Step:
     """One training step of the model with the given heads."""
 
@@ -80,6 +92,8 @@ def steps(k: int, samples: int, resolver: Callable[[int], mf.Resolver], rule: st
     found: dict[str, Call] = {
         "ours": Step(k, samples, Fused(mf.LinearHeads(HIDDEN, [2] * k, resolver(k)), k)),
         "fused": Step(k, samples, Fused(nn.Linear(HIDDEN, 2 * k), k)),
+        "parts": Step(k, samples, Parts(mf.LinearHeads(HIDDEN, [2] * k, resolver(k)), k)),
+        "split": Step(k, samples, Parts(nn.Linear(HIDDEN, 2 * k), k)),
         "loop": Step(k, samples, Loop(k, lambda y: [y] * k)),
     }
     if rule in naive.RULES:
