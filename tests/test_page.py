@@ -144,6 +144,8 @@ def test_errors_out_of_range_are_told_with_what_they_hide():
     assert "1 error of features is above the range of the column" in text and "400 ranges: VAE on Wine, none, seed 1, b." in text
     assert re.search(r"Cutting changes the verdict of MGDA in VAE on Wine, from no difference \(p \.5\d\) to better \(p < \.01\)\.", text)
     assert "with errors cut at their column's range it is better." in text
+    worse = grid({"none": [0.2, 0.21, 0.22], "MGDA": [1.4, 1.41, 1.43]})
+    assert "3 errors of features are above the range" in page.page(worse) and "Cutting changes no verdict." in page.page(worse)
     assert "No feature of a run has an error above" in page.page(grid({"none": [0.3], "MGDA": [0.2]}))
 
 
