@@ -151,12 +151,24 @@ def report_what(context: typer.Context, out: Out = OUT) -> None:
 
 
 @report.command("table1")
-def report_table1(out: Out = OUT) -> None:
-    """Prints Table 1 of the paper with the recorded runs beside it, as markdown."""
+def report_table1(
+    out: Out = OUT,
+    page: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file to write in: what stands between <!-- mmfast report table1: page --> (or: table) and <!-- end of mmfast report table1 -->. Repeatable."
+        ),
+    ] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="Says instead which runs the record lacks, and what they would cost.")] = False,
+) -> None:
+    """Prints Table 1 of the paper with the recorded runs beside it, as markdown, or writes what it says into files."""
     need("the report", "train", EXTRAS)
     from mmfast.experiments import grid, results
-    from mmfast.experiments.report import cells, markdown
+    from mmfast.experiments.missing import table as lacking
+    from mmfast.experiments.page import write
+    from mmfast.experiments.report import cells
     from mmfast.experiments.settings import SettingsError
+    from mmfast.experiments.tables import markdown
 
     record = out / grid.RECORD
     if not record.is_file():
@@ -164,15 +176,23 @@ def report_table1(out: Out = OUT) -> None:
             f"there are no results in {out}: there is no {record}; {shlex.join(['mmfast', 'train', 'table1', '--out', str(out)])} makes it"
         )
     try:
-        table = cells(results.read(record))
+        found = results.read(record)
+        if missing:
+            print(lacking(found))
+            return
+        table = cells(found)
+        if not table:
+            fail(
+                f"{record} has no model and data set with a run without a block and one with a rule; "
+                f"{shlex.join(['mmfast', 'train', '--rule', 'none', '--out', str(out)])} adds one without (and --model, --data, --seed as in the others)"
+            )
+        for path in page or []:
+            write(path, found)
+            print(f"written into {path}")
     except SettingsError as error:
         fail(str(error))
-    if not table:
-        fail(
-            f"{record} has no model and data set with a run without a block and one with a rule; "
-            f"{shlex.join(['mmfast', 'train', '--rule', 'none', '--out', str(out)])} adds one without (and --model, --data, --seed as in the others)"
-        )
-    print(markdown(table))
+    if not page:
+        print(markdown(table))
 
 
 def _here() -> Sequence[str]:

@@ -17,10 +17,12 @@ _ROWS = {
     ),
     "hivae": (
         (0.127, 0.107, 0.126, 0.114, 0.141, 0.079, 0.105, 0.044, 0.100, 0.098, 0.062, 0.039),
-        # Diamonds and El Nino are ten times better than the row above: the source they were read from may have lost a digit
         (0.081, 0.060, 0.117, 0.011, 0.095, 0.049, 0.109, 0.024, 0.069, 0.015, 0.033, 0.038),
     ),
 }
+
+# ten times better than without a block: the source they were read from may have lost a digit
+DOUBTFUL = {("hivae", "Diamonds"), ("hivae", "ElNino")}
 
 # (model, data set) -> (without block, with the block and the rule that was best on validation)
 TABLE1 = {(model, name): (plain, ours) for model, rows in _ROWS.items() for name, plain, ours in zip(DATA_SETS, *rows, strict=True)}

@@ -1,43 +1,155 @@
-"""What a grid of runs came to, beside the numbers of the paper."""
+"""What a grid of runs came to: every rule against no block, on the same seeds, and the rule that validation chooses."""
 
+import itertools
 import math
+import random
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from scipy import stats
 
 from mmfast.experiments.published import DATA_SETS, TABLE1
 from mmfast.experiments.results import Result
-from mmfast.experiments.settings import MODELS, NONE, Settings
+from mmfast.experiments.settings import MODELS, NONE, Settings, settings
 
 TEST_OVER_TRAIN = 2 / 7  # rows of the two parts
 ALPHA = 0.1
+LEVEL = 0.9  # of the intervals
+RESAMPLES = 5000  # of the bootstrap, where not all of them are taken
+RANGE = 1.0  # the error of a numeric feature that no prediction inside its column's range exceeds; a share of wrong classes doesn't either
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A rule against no block, in one cell, run by run on the seeds that both have."""
+
+    plain_runs: tuple[Result, ...]
+    runs: tuple[Result, ...]
+
+    @property
+    def rule(self) -> str:
+        return self.runs[0].settings.rule
+
+    @property
+    def seeds(self) -> int:
+        return len(self.runs)
+
+    @property
+    def before(self) -> list[float]:
+        """Test errors without a block; infinite for a run that diverged."""
+        return [_finite(r.test_error) for r in self.plain_runs]
+
+    @property
+    def after(self) -> list[float]:
+        """Test errors with the rule."""
+        return [_finite(r.test_error) for r in self.runs]
+
+    @property
+    def plain(self) -> float:
+        """Median test error without a block; infinite where most runs diverged."""
+        return statistics.median(self.before)
+
+    @property
+    def ours(self) -> float:
+        """Median test error with the rule."""
+        return statistics.median(self.after)
+
+    @property
+    def change(self) -> float:
+        """Of the median, as a share of the one without a block; NaN where that diverged."""
+        return self.ours / self.plain - 1
+
+    @property
+    def gain(self) -> float:
+        """Mean over seeds of what the rule takes off the test error; NaN where a run diverged."""
+        return statistics.mean(self.before) - statistics.mean(self.after) if self._all_finite else math.nan
+
+    @cached_property
+    def p(self) -> float | None:
+        """Of there being no gain, by the corrected paired t-test; None for fewer than two seeds, or where a run diverged."""
+        return corrected_t_test(self.after, self.before) if self._all_finite else None
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, diverged where that befell more runs than without a block, or nothing where the test sees no difference."""
+        if self.after.count(math.inf) > self.before.count(math.inf):
+            return "diverged"
+        if self.p is None or not self.p < ALPHA:
+            return ""
+        return "better" if self.gain > 0 else "worse"
+
+    @property
+    def lost(self) -> bool:
+        """Whether it did harm."""
+        return self.verdict in ("worse", "diverged")
+
+    @cached_property
+    def features(self) -> dict[str, tuple[float, float]]:
+        """Median test error of each feature without a block and with the rule."""
+        names = [name for name, error in self.plain_runs[0].test_errors.items() if error is not None]
+        pairs = {name: [_median(r.test_errors.get(name) for r in runs) for runs in (self.plain_runs, self.runs)] for name in names}
+        return {name: (before, after) for name, (before, after) in pairs.items()}
+
+    @property
+    def features_worse(self) -> int:
+        """Features whose median test error is larger with the rule."""
+        return sum(after > before for before, after in self.features.values())
+
+    @property
+    def plain_us(self) -> float:
+        """A training step without a block, median of microseconds."""
+        return statistics.median(r.plain_step_us for r in timed(self.runs))
+
+    @property
+    def step_ratio(self) -> float:
+        """Of a step with the rule to one without, timed in turn; median."""
+        return statistics.median(r.step_us / r.plain_step_us for r in timed(self.runs))
+
+    @property
+    def wall(self) -> bool:
+        """Whether its times are those of the wall clock."""
+        return timed(self.runs)[0].revision < 2
+
+    @property
+    def outlying(self) -> bool:
+        """Whether a feature of one of its runs, or of those without a block, has an error above its column's range."""
+        return any(outliers(self.plain_runs)) or any(outliers(self.runs))
+
+    def capped(self) -> "Outcome":
+        """The same with every feature's error cut at its column's range, and the test errors made from those."""
+        return Outcome(tuple(map(_capped, self.plain_runs)), tuple(map(_capped, self.runs)))
+
+    @property
+    def _all_finite(self) -> bool:
+        return all(map(math.isfinite, self.before + self.after))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model on one data set: the paper's two numbers and ours, all of ours over the same seeds."""
+    """One model on one data set: the paper's two numbers, and every rule that has a seed in common with the runs without a block."""
 
     run: Settings  # rule and seed left open
-    seeds: int
-    paper_plain: float | None
-    paper_ours: float | None
-    plain: float  # median test error without a block; infinite where most runs diverged
-    ours: float  # the same with the chosen rule
+    paper_plain: float
+    paper_ours: float
+    outcomes: dict[str, Outcome]
     rule: str  # chosen by the median validation error
-    gain: float  # mean over seeds of what the block takes off the test error
-    p: float | None  # of there being no gain, by the corrected paired t-test; None for fewer than two seeds
-    plain_us: float  # a training step without a block, median
-    step_ratio: float  # of a step with the chosen rule to one without, timed in turn; median
-    by_rule: dict[str, float]  # median test error of every rule that ran on these seeds
+    plain_validation: float  # median validation error without a block, and with the chosen rule, on the seeds that the choice looked at
+    validation: float
 
     @property
-    def verdict(self) -> str:
-        """better, worse, or nothing where the test sees no difference."""
-        if self.p is None or not self.p < ALPHA:
-            return ""
-        return "better" if self.gain > 0 else "worse"
+    def name(self) -> str:
+        return f"{MODELS[self.run.model]} on {self.run.data}"
+
+    @property
+    def of_paper(self) -> bool:
+        """Whether its epochs, batches and samples are the paper's."""
+        return self.run == replace(settings(self.run.model, self.run.data), rule="")
+
+    @property
+    def chosen(self) -> Outcome:
+        return self.outcomes[self.rule]
 
 
 def corrected_t_test(a: Sequence[float], b: Sequence[float], test_over_train: float = TEST_OVER_TRAIN) -> float | None:
@@ -55,8 +167,35 @@ def corrected_t_test(a: Sequence[float], b: Sequence[float], test_over_train: fl
     return float(2 * stats.t.sf(abs(t), len(differences) - 1))
 
 
+def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
+    """Bootstrap interval of the median, by percentiles; None for fewer than two values.
+
+    All resamples of up to five values are taken, of more 5000 that are drawn with a fixed seed: the same values give the same interval.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    generator = random.Random(0)
+    drawn = ([int(generator.random() * n) for _ in range(n)] for _ in range(RESAMPLES))
+    resamples: Iterable[Sequence[int]] = itertools.product(range(n), repeat=n) if n <= 5 else drawn
+    medians = sorted(statistics.median(values[i] for i in resample) for resample in resamples)
+    outside = math.floor((1 - level) / 2 * len(medians))
+    return medians[outside], medians[-1 - outside]
+
+
+def outliers(runs: Iterable[Result]) -> list[tuple[Result, str, float]]:
+    """(run, feature, error) where an error is above its column's range."""
+    return [(r, name, error) for r in runs for name, error in r.test_errors.items() if error is not None and error > RANGE]
+
+
+def _capped(result: Result) -> Result:
+    errors = {name: None if error is None else min(error, RANGE) for name, error in result.test_errors.items()}
+    known = [error for error in errors.values() if error is not None]
+    return replace(result, test_errors=errors, test_error=statistics.mean(known) if known else result.test_error)
+
+
 def cells(found: Sequence[Result]) -> list[Cell]:
-    """All cells that have a run without a block and one with, in the order of the paper's table."""
+    """All cells that have a run without a block and one with on the same seed, in the order of the paper's table."""
     groups: dict[Settings, dict[str, dict[int, Result]]] = {}
     for result in found:
         run = result.settings
@@ -68,34 +207,26 @@ def cells(found: Sequence[Result]) -> list[Cell]:
 
 def _cell(run: Settings, by_rule: dict[str, dict[int, Result]]) -> Cell | None:
     """The rule is chosen by its median validation error among those that ran on as many seeds as any, or on one fewer: a grid that was stopped lacks
-    the last seed of its last rules. Only seeds that all of them and the run without a block share count.
+    the last seed of its last rules. Only seeds that all of them and the run without a block share count in the choice.
     """
     plain = by_rule.get(NONE, {})
-    counts = {rule: len(runs.keys() & plain.keys()) for rule, runs in by_rule.items() if rule != NONE}
-    most = max(counts.values(), default=0)
-    candidates = [rule for rule, count in counts.items() if count >= max(1, most - 1)]
-    seeds = sorted(plain.keys() & set.intersection(*(set(by_rule[rule]) for rule in candidates))) if candidates else []
+    shared = {rule: sorted(runs.keys() & plain.keys()) for rule, runs in by_rule.items() if rule != NONE}
+    most = max(map(len, shared.values()), default=0)
+    candidates = [rule for rule, seeds in shared.items() if len(seeds) >= max(1, most - 1)]
+    seeds = set.intersection(*(set(shared[rule]) for rule in candidates)) if candidates else set()
     if not seeds:
         return None
-    whole = {rule: [runs[s] for s in seeds] for rule, runs in by_rule.items() if runs.keys() >= set(seeds)}
-    rule = min(candidates, key=lambda rule: _median(r.validation_error for r in whole[rule]))
-    before, after = ([_finite(r.test_error) for r in whole[name]] for name in (NONE, rule))
-    finite = all(map(math.isfinite, before + after))
-    paper = TABLE1.get((run.model, run.data), (None, None))
-    return Cell(
-        run,
-        len(seeds),
-        paper[0],
-        paper[1],
-        statistics.median(before),
-        statistics.median(after),
-        rule,
-        statistics.mean(before) - statistics.mean(after) if finite else math.nan,
-        corrected_t_test(after, before) if finite else None,
-        statistics.median(r.plain_step_us for r in whole[rule]),
-        statistics.median(r.step_us / r.plain_step_us for r in whole[rule]),
-        {name: _median(r.test_error for r in runs) for name, runs in whole.items()},
-    )
+    validation = {rule: _median(by_rule[rule][s].validation_error for s in seeds) for rule in (NONE, *candidates)}
+    outcomes = {
+        rule: Outcome(tuple(plain[s] for s in seeds), tuple(by_rule[rule][s] for s in seeds)) for rule, seeds in shared.items() if seeds
+    }
+    rule = min(candidates, key=validation.__getitem__)
+    return Cell(run, *TABLE1[run.model, run.data], outcomes, rule, validation[NONE], validation[rule])
+
+
+def timed(runs: Sequence[Result]) -> Sequence[Result]:
+    """The runs whose times are of the processor, or all where none has them."""
+    return [r for r in runs if r.revision >= 2] or runs
 
 
 def _finite(error: float | None) -> float:
@@ -105,36 +236,3 @@ def _finite(error: float | None) -> float:
 
 def _median(errors: Iterable[float | None]) -> float:
     return statistics.median(map(_finite, errors))
-
-
-def markdown(table: Sequence[Cell]) -> str:
-    """The table, a line per cell, and every rule's error below it."""
-    lines = [
-        "| model | data | epochs, batch, S | seeds | paper: plain | paper: impartial | ours: plain | ours: impartial | rule | p | | step, plain | step, impartial |",
-        "|---|---|--:|--:|--:|--:|--:|--:|---|--:|---|--:|--:|",
-    ]
-    for c in table:
-        sizes = f"{c.run.epochs}, {c.run.batch}, {c.run.samples}"
-        values = [
-            MODELS[c.run.model],
-            c.run.data,
-            sizes,
-            str(c.seeds),
-            *map(_error, (c.paper_plain, c.paper_ours, c.plain, c.ours)),
-            c.rule,
-        ]
-        values += [_p(c.p), c.verdict, f"{c.plain_us / 1e3:.2f} ms", f"{c.step_ratio:.2f}x"]
-        lines.append(f"| {' | '.join(values)} |")
-    rules = sorted({rule for c in table for rule in c.by_rule}, key=lambda rule: (rule != NONE, rule))
-    lines += ["", f"| model | data | {' | '.join(rules)} |", f"|---|---|{'--:|' * len(rules)}"]
-    lines += [f"| {MODELS[c.run.model]} | {c.run.data} | {' | '.join(_error(c.by_rule.get(rule)) for rule in rules)} |" for c in table]
-    return "\n".join(lines)
-
-
-def _p(p: float | None) -> str:
-    """With two digits and without the zero before the point; what would round to .00 is said to be below .01."""
-    return "" if p is None else "< .01" if p < 0.01 else f"{p:.2f}".removeprefix("0")
-
-
-def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if math.isfinite(value) else "diverged"

@@ -16,7 +16,7 @@ import mmfast
 from mmfast import data
 from mmfast.data.prepare import Part, Prepared, errors, prepare
 from mmfast.data.table import Table
-from mmfast.experiments.results import Result
+from mmfast.experiments.results import REVISION, Result
 from mmfast.experiments.settings import NONE, Settings, SettingsError, make_resolver
 from mmfast.models.hivae import HIVAE
 from mmfast.models.likelihoods import Joint
@@ -180,7 +180,7 @@ def finished(settings: Settings, state: State, parts: Prepared) -> Result:
     if state.best:
         kept |= _test(state.model, state.best, parts)
     own, plain = _step_times(settings, parts)
-    versions = {"mmfast": mmfast.__version__, "torch": torch.__version__}
+    versions = {"mmfast": mmfast.__version__, "torch": torch.__version__, "revision": str(REVISION)}
     return Result(settings, state.epoch, **kept, step_us=own, plain_step_us=plain, versions=versions)  # type: ignore[arg-type]
 
 
