@@ -191,6 +191,21 @@ def test_what_the_operator_does_not_take():
 
 
 @pytest.mark.parametrize("way", ["direct", "operator", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_that_are_no_numbers(kind, dtype):
+    """NaN and infinity come out as from torch, on their rows alone (make sanitize: no sum of their bits overflows)."""
+    torch.manual_seed(2)
+    joint, raw, x, _ = problem([KINDS[kind]], rows=41, dtype=dtype)
+    with torch.no_grad():
+        raw[3] = torch.nan
+        raw[7, -1] = -torch.nan
+        raw[11] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    found = joint.log_prob(raw, x)
+    torch.testing.assert_close(found, joint.in_torch(raw, x), equal_nan=True)
+    assert found.isnan().sum() == 3
+
+
 @pytest.mark.parametrize("kind, value", [("categorical", 5.0), ("categorical", -1.0), ("ordinal", torch.nan), ("categorical", torch.inf)])
 def test_a_class_that_does_not_exist(kind, value, way, monkeypatch):
     joint, raw, x, _ = problem([Normal(), KINDS[kind]])

@@ -65,7 +65,7 @@ MMFAST_INLINE Power power(Doubles x) {
   const Doubles r = VecD::fma(n, all(-kLn2Low), VecD::fma(n, all(-kLn2High), x));
   static constexpr double kInverseFactorials[] = {1.0 / 2,         1.0 / 6,           1.0 / 24,           1.0 / 120,         1.0 / 720,         1.0 / 5040,
                                                   1.0 / 40320,     1.0 / 362880,      1.0 / 3628800,      1.0 / 39916800,    1.0 / 479001600.0, 1.0 / 6227020800.0};
-  const Longs bits = ((Longs)t << 52) + (Longs)all(1.0);
+  const Unsigned bits = ((Unsigned)t << 52) + (Unsigned)all(1.0);  // unsigned: what is not a number may wrap around
   return {(Doubles)bits, VecD::fma(r * r, polynomial(r, kInverseFactorials), r)};
 }
 MMFAST_INLINE Doubles exp(Doubles x) {
@@ -79,10 +79,10 @@ MMFAST_INLINE Doubles expm1(Doubles x) {
 
 // Of a normal number above zero; infinity and what is not a number stay.
 MMFAST_INLINE Doubles log(Doubles x) {
-  constexpr int64_t kBias = int64_t{1023} << 52;
-  const Unsigned shifted = (Unsigned)((Longs)x - (Longs)all(0.70710678118654752) + kBias);
+  constexpr uint64_t kBias = uint64_t{1023} << 52;
+  const Unsigned shifted = (Unsigned)x - (Unsigned)all(0.70710678118654752) + kBias;
   const Longs n = (Longs)(shifted >> 52) - 1023;  // x = m 2^n, m from sqrt(1/2) to sqrt(2)
-  const Doubles m = (Doubles)((Longs)x - (n << 52)), e = (Doubles)(n + (Longs)all(kRound)) - all(kRound);
+  const Doubles m = (Doubles)((Unsigned)x - ((Unsigned)n << 52)), e = (Doubles)(n + (Longs)all(kRound)) - all(kRound);
   const Doubles f = m - all(1.0), s = f / (f + all(2.0)), z = s * s, half = all(0.5) * f * f;
   static constexpr double kOdd[] = {2.0 / 3, 2.0 / 5, 2.0 / 7, 2.0 / 9, 2.0 / 11, 2.0 / 13, 2.0 / 15, 2.0 / 17, 2.0 / 19, 2.0 / 21};
   const Doubles series = z * polynomial(z, kOdd);  // log(1 + f) = f - half + s (half + series)
