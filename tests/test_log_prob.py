@@ -198,7 +198,7 @@ def test_outputs_that_are_no_numbers(kind, dtype):
     joint, raw, x, _ = problem([KINDS[kind]], rows=41, dtype=dtype)
     with torch.no_grad():
         raw[3] = torch.nan
-        raw[7, -1] = -torch.nan
+        raw[7] = -torch.nan
         raw[11] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     found = joint.log_prob(raw, x)
     torch.testing.assert_close(found, joint.in_torch(raw, x), equal_nan=True)
