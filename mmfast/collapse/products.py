@@ -64,10 +64,11 @@ class Products:
         return self.total
 
     def _multiply(self, block: Tensor) -> None:
-        _, exponent = torch.frexp(block.abs().amax())
-        exponent = exponent.clamp(-120, 120)  # powers of two that float32 has
-        block = block * torch.ldexp(block.new_ones(()), -exponent)
-        self._accumulate(block, block, torch.ldexp(block.new_ones((), dtype=torch.float64), 2 * exponent))
+        assert self.buffer is not None
+        low, high = block.aminmax()
+        exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(-120, 120)  # powers of two that float32 has
+        scaled = torch.mul(block, torch.ldexp(block.new_ones(()), -exponent), out=self.buffer[: len(block)])  # maybe in place
+        self._accumulate(scaled, scaled, torch.ldexp(block.new_ones((), dtype=torch.float64), 2 * exponent))
 
     def _accumulate(self, x: Tensor, y: Tensor, scale: Tensor) -> None:
         """Adds scale x'y, which is symmetric."""
