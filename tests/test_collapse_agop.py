@@ -28,8 +28,9 @@ def test_linear_layer(inside, out, C):
     assert repr(agop) == "Agop(Pass, probes=None, samples=30)"
 
 
-def test_many_rows_and_changed_weights():
-    """Beyond a block of rows, with a weight that changes: behind many rows, behind few, and back to an earlier one."""
+@pytest.mark.parametrize("look", [False, True])
+def test_many_rows_and_changed_weights(look):
+    """Beyond a block of rows, with a weight that changes in place: behind many rows, behind few, and back to an earlier one; whether or not the matrix was looked at."""
     model = mlp(6, 5, 1)
     states = [copy.deepcopy(mlp(6, 5, 1).state_dict()) for _ in range(3)]
     total, n, agop = 0, 0, mf.collapse.Agop(model[2])
@@ -41,7 +42,17 @@ def test_many_rows_and_changed_weights():
         h = wide[:2](x.double()).detach().requires_grad_()
         (J,) = torch.autograd.grad(wide[2:](h).sum(), h)
         total, n = total + J.T @ J, n + rows
-        assert_close(agop.matrix, (total / n).detach())
+        if look:
+            assert_close(agop.matrix, total / n)
+    assert_close(agop.matrix, total / n)
+
+
+def test_a_wide_output_is_multiplied_out():
+    """No matrix of the output's width is made where the input is narrower by far."""
+    model = mlp(4, 50, 1)
+    with mf.collapse.Agop(model[2]) as agop:
+        agop.add(model(torch.randn(3, 5)))
+    assert agop._outputs.buffer is None and agop._inputs.buffer.shape[1] == 4
 
 
 def test_wide_layer_at_full_size():
@@ -107,7 +118,14 @@ def test_what_goes_round_the_layer_does_not_count(own):
     assert_close(agop.matrix, J.T @ J / 8)
 
 
-@pytest.mark.parametrize("kind", ["in place", "by keyword", "sequence", "layer norm", "float64", "checkpoint"])
+class Doubled(nn.Linear):
+    """Its output is not its input times its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["in place", "by keyword", "sequence", "layer norm", "subclass", "hook before", "float64", "checkpoint"])
 def test_other_places(kind):
     x, tolerance = torch.randn(10, 5), 1e-5
     model = mlp(6, 6, 2)
@@ -119,6 +137,10 @@ def test_other_places(kind):
         model = nn.Sequential(*model[:2], where, model[4])
     if kind == "layer norm":
         where = model[3] = nn.LayerNorm(6)
+    if kind == "subclass":
+        where = model[2] = Doubled(6, 6)
+    if kind == "hook before":
+        where.register_forward_hook(lambda module, args, output: 2 * output)
     if kind == "float64":
         model, x, tolerance = model.double(), x.double(), 1e-12
     call = model
@@ -202,7 +224,7 @@ def test_products(scale):
     rows = torch.randn(2 * ROWS + 321, 300) * torch.logspace(-3, 0, 300) * scale
     expected = rows.double().T @ rows.double()
     found = []
-    for size in (ROWS, len(rows), 1000, 7 * 97):
+    for size in (ROWS, len(rows), 1000, [100, len(rows) - 100]):
         products = Products()
         for part in rows.split(size):
             products.add(part)

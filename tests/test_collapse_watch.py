@@ -79,7 +79,7 @@ def test_a_copy_of_the_model_is_not_watched():
     fusion = nn.Linear(8, 6)
     with mf.collapse.watch(fusion, MODALITIES, every=1) as watch:
         copy.deepcopy(fusion)(torch.randn(4, 8)).sum().backward()
-    assert not watch.records and watch._features is None
+        assert not watch.records and watch._features is None
 
 
 def test_a_convolution_in_low_precision():

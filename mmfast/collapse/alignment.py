@@ -41,7 +41,7 @@ def similarity(
     named = _named(features, "features")
     _check(named, measure)
     there = _present(present, named)
-    xs = [torch.where(t.unsqueeze(-1), x.detach().double(), 0.0) for x, t in zip(named.values(), there, strict=True)]
+    xs = [x.detach().double() for x in named.values()]
     out = xs[0].new_empty(len(xs), len(xs))
     for i, (x, seen) in enumerate(zip(xs, there, strict=True)):
         for j in range(i + 1):

@@ -114,8 +114,7 @@ def _seen(watch: Watch, module: nn.Module, args: tuple[Any, ...], output: Tensor
 def _stepped(watch: Watch, grad: Tensor) -> None:
     """Called in a backward pass with the gradient of the weight: the end of a step."""
     if watch._features is not None:
-        with torch.autocast(grad.device.type, enabled=False):
-            watch.records.append(watch._look(*watch._features, grad))
+        watch.records.append(watch._look(*watch._features, grad))
         watch._features = None
     watch._steps += 1
 
