@@ -27,6 +27,9 @@ def test_ranks_are_found(planted):
         assert mf.collapse.numerical_rank(x) == planted.rank[name]
         assert float(mf.collapse.effective_rank(x)) == pytest.approx(planted.effective_rank[name], rel=0.02)
     assert mf.collapse.numerical_rank(inputs["image"], tol=0.7) == 9  # the noise alone, twice as loud
+    alike = Planted({name: Source(5, 0, 1, loudness=0.2) for name in "abc"}, common=2)  # features in triplicate are as loud as three
+    x = torch.cat(list(alike.draw(4000, seed=1)[0].values()), 1)
+    assert float(mf.collapse.effective_rank(x)) == pytest.approx(alike.effective_rank["fused"], rel=0.02)
     weak = Planted({"a": Source(8, 3, 2, loudness=1e-4)}).draw(500, seed=0)[0]["a"]
     assert mf.collapse.numerical_rank(weak) == 3 and mf.collapse.numerical_rank(weak, 1e-5) == 5
 

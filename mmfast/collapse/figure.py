@@ -32,5 +32,5 @@ def draw(watched: Watch, path: str | Path) -> None:
     right.set_ylim(bottom=0)
     right.set_title("effective rank of features and of the weight's gradient", fontsize=9, loc="left")
     if watched.records:
-        right.legend(fontsize=8)
+        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(str(path), dpi=120)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+TOL = 1e-3
 _EXACT = 1e-6  # singular values below that share of the largest take the singular value decomposition itself to tell
 
 
@@ -25,13 +26,10 @@ def effective_rank(x: Tensor) -> Tensor:
         >>> mf.collapse.effective_rank(torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0])))
         tensor(3.0000, dtype=torch.float64)
     """
-    p = singular_values(x)
-    p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    rank = torch.special.entr(p).sum(-1).exp()
-    return torch.where((p == 0).all(-1), 0.0, rank)
+    return effective(singular_values(x))
 
 
-def numerical_rank(x: Tensor, tol: float = 1e-3) -> Tensor:
+def numerical_rank(x: Tensor, tol: float = TOL) -> Tensor:
     """Number of singular values above `tol` times the largest.
 
     Args:
@@ -50,7 +48,17 @@ def numerical_rank(x: Tensor, tol: float = 1e-3) -> Tensor:
     """
     if not 0 <= tol < 1:
         raise ValueError(f"tol is {tol}, expected a number in [0, 1)")
-    sigma = singular_values(x, tol)
+    return numerical(singular_values(x, tol), tol)
+
+
+def effective(sigma: Tensor) -> Tensor:
+    """`effective_rank`, of singular values."""
+    p = sigma / sigma.sum(-1, keepdim=True).clamp(min=torch.finfo(sigma.dtype).tiny)
+    return torch.where((p == 0).all(-1), 0.0, torch.special.entr(p).sum(-1).exp())
+
+
+def numerical(sigma: Tensor, tol: float) -> Tensor:
+    """`numerical_rank`, of singular values."""
     largest = sigma.amax(-1, keepdim=True) if sigma.shape[-1] else sigma
     count = (sigma > tol * largest).sum(-1).double()
     return torch.where(sigma.isnan().any(-1), torch.nan, count)

@@ -14,7 +14,7 @@ from mmfast.collapse.alignment import similarity
 from mmfast.collapse.collisions import collision_bound, energy_shares, participation, widths
 from mmfast.collapse.figure import draw
 from mmfast.collapse.layers import checked, multiplies, rows_of
-from mmfast.collapse.rank import effective_rank, numerical_rank
+from mmfast.collapse.rank import TOL, effective, numerical, singular_values
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Watch:
 
     def _look(self, x: Tensor, y: Tensor, grad: Tensor) -> Record:
         parts = dict(zip(self.modalities, x.split(list(self.modalities.values()), 1), strict=True))
-        matrices = {**parts, "fused": y, "gradient": grad.flatten(1)}
+        sigmas = {name: singular_values(matrix) for name, matrix in {**parts, "fused": y, "gradient": grad.flatten(1)}.items()}
         weight: Any = self.layer.weight
         return Record(
             self._steps,
             participation(weight, list(self.modalities.values())).cpu(),
-            {name: float(effective_rank(matrix)) for name, matrix in matrices.items()},
-            {name: float(numerical_rank(matrix)) for name, matrix in matrices.items()},
+            {name: float(effective(sigma)) for name, sigma in sigmas.items()},
+            {name: float(numerical(sigma, TOL)) for name, sigma in sigmas.items()},
             similarity(parts).cpu(),
         )
 
