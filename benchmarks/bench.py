@@ -21,7 +21,7 @@ from time import perf_counter
 import torch
 
 import mmfast as mf
-from benchmarks import attached, compiled, likelihoods, naive, overhead, parameters, report, roofline, tabular, together
+from benchmarks import attached, collapse, compiled, likelihoods, naive, overhead, parameters, report, roofline, tabular, together
 from benchmarks.machine import Quiet, caches, data_in, environment
 from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
@@ -274,6 +274,17 @@ def many_models(run: Run) -> None:
         print(_line(list(rows.values())), flush=True)
 
 
+def gradient_outer_products(run: Run) -> None:
+    """Agop against one backward pass: one output, and ten by a random probe."""
+    for place, outputs, probes in collapse.CASES[: 2 if run.quick else None]:
+        case = collapse.Case(place, outputs, probes)
+        error, right = case.gate()
+        calls = case.calls()
+        rows = {p: Row("collapse", place, outputs, collapse.SAMPLES, p, data_in=data_in(case.x.nbytes)) for p in calls}
+        compare(run, rows, calls, right, error, 24)
+        print(_line(list(rows.values())), flush=True)
+
+
 def compile_step(run: Run) -> None:
     """The training step of `heads` under torch.compile, against itself in eager mode; one rule unless others are asked for."""
     if run.quick:
@@ -298,6 +309,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "attach": attach,
     "likelihoods": log_probs,
     "together": many_models,
+    "collapse": gradient_outer_products,
     "compile": compile_step,
     "providers": providers,
     "grid": grid,

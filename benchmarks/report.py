@@ -130,6 +130,10 @@ TITLES = {
         ["ours", "torch", "none"],
     ),
     "together": ("Training step of K tabular VAEs together, and of one by itself (N: samples of z), µs", ["ours", "single"]),
+    "collapse": (
+        "Average gradient outer product of a layer of 1,024, first or behind another one, and one backward pass (K outputs; N samples), µs",
+        ["ours", "backward"],
+    ),
     "compile": ("The same step with LinearHeads, loss and backward pass by torch.compile, µs", ["ours", "eager", "none"]),
     "compile block": (
         "The same step with an ImpartialityBlock over nn.Linear, loss and backward pass by torch.compile, µs",

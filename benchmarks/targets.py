@@ -132,6 +132,12 @@ def _together(objective: str, models: int) -> Callable[[list[Row]], tuple[float,
     return measure
 
 
+def _agop(rows: list[Row]) -> tuple[float, str] | None:
+    found = [r for r in rows if r.section == "collapse" and r.provider == "backward" and r.ratio_to_ours]
+    worst = min(found, key=lambda r: r.ratio_to_ours or 0, default=None)
+    return None if worst is None else (1 / (worst.ratio_to_ours or 1), f"{worst.rule}, {worst.k} outputs")
+
+
 GRID_MEAN = Target("resolve against TorchJD, geometric mean", "grid", 10, 25, "x", _grid_mean)
 GRID_WORST = Target("resolve against TorchJD, worst case", "grid", 1.3, 2, "x", _grid_worst)
 GRAM_FEW = Target("gram, K <= 4, data in memory: share of the stream-read rate", "gram", 85, 95, "%", _gram(True))
@@ -150,6 +156,7 @@ PARAMETERS = Target("resolve of a ResNet-18's 62 parameters, K = 4, against Torc
 
 ATTACH = Target("training step with attach / with a block built in", "attach", 1.02, 1.01, "x", _attach, True)
 LIKELIHOODS = Target("likelihoods and gradients of Wine, Credit and Adult against plain torch", "likelihoods", 6, 10, "x", _likelihoods)
+AGOP = Target("gradient outer product of a layer / one backward pass", "collapse", 1.5, 1.0, "x", _agop, True)
 TOGETHER = [
     Target(f"training step of {what}, per model / of one by itself", "together", must, aim, "x", _together(objective, models), True)
     for what, objective, models, must, aim in [
@@ -173,4 +180,5 @@ TARGETS = [
     ATTACH,
     LIKELIHOODS,
     *TOGETHER,
+    AGOP,
 ]

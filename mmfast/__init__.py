@@ -18,6 +18,7 @@ __all__ = [
     "attach",
     "backends",
     "backward",
+    "collapse",
     "collect",
     "combine",
     "explain",
@@ -46,7 +47,7 @@ if TYPE_CHECKING or not _is_command():
         with warnings.catch_warnings():  # torch says so where NumPy is not installed; nothing here needs it
             warnings.filterwarnings("ignore", "Failed to initialize NumPy")
             import torch as _torch  # noqa: F401
-        from mmfast import losses, resolvers, stats
+        from mmfast import collapse, losses, resolvers, stats
         from mmfast.backends.choice import backends
         from mmfast.blocks.attach import attach
         from mmfast.blocks.block import ImpartialityBlock

@@ -13,7 +13,7 @@ FLOORS = [
     {"backends"},
     {"ops"},
     {"blocks"},
-    {"models"},
+    {"models", "collapse"},
     {"data"},
     {"experiments", "demo"},
     {"doctor"},

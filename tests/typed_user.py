@@ -56,3 +56,14 @@ print(
 print(mf.EMA("dbmtl", beta=0.5), mf.ExcessMTL(n_warmup_steps=2), mf.MConFIG(length="min"), mf.MoDo(), mf.MoCo(rho=0.1))
 assert_type(mf.gram(grads, others=rows), Tensor)
 print(mf.GradVac(beta=0.1), mf.AlignedMTL(scale="median"), mf.ConFIG(length="projection"), mf.PCGrad(reduction="mean", order="fixed"))
+
+assert_type(mf.collapse.collision_bound([3, 4]), float)
+assert_type(mf.collapse.participation(rows[0], [6, 4]), Tensor)
+print(mf.collapse.numerical_rank(rows[0], tol=1e-2), mf.collapse.similarity({"a": grads[0], "b": grads[1]}, measure="cosine"))
+fusion = nn.Linear(10, 2)
+with mf.collapse.Agop(fusion, probes=1) as agop, mf.collapse.watch(fusion, {"a": 6, "b": 4}, every=1) as watch:
+    outputs = fusion(rows[0])
+    agop.add(outputs)
+    outputs.sum().backward()
+assert_type(agop.distance(), Tensor)
+print(watch, watch.records[0].effective_rank["a"], watch.shares())
