@@ -221,7 +221,9 @@ def test_distance():
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e25])
 def test_products(scale):
     """Any split gives the same bits; error against float64 relative to the diagonal; numbers whose squares float32 does not have."""
-    rows = torch.randn(2 * ROWS + 321, 300) * torch.logspace(-3, 0, 300) * scale
+    rows = (
+        (torch.randn(2 * ROWS + 321, 300) + (scale < 1)) * torch.logspace(-3, 0, 300) * scale
+    )  # also rows of one sign, whose rounding adds up
     expected = rows.double().T @ rows.double()
     found = []
     for size in (ROWS, len(rows), 1000, [100, len(rows) - 100]):
@@ -231,7 +233,7 @@ def test_products(scale):
         found.append(products.matrix())
         assert products.filled == 0
     assert all(torch.equal(found[0], other) for other in found)
-    assert_close(found[0], expected, 1e-6)
+    assert_close(found[0], expected, 2e-6)
 
 
 def test_gradients_that_are_not_finite():

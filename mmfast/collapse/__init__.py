@@ -1,7 +1,7 @@
 """Representation collapse measured: whether the modalities of a fused representation share neurons that cannot hold them all.
 
-After Chaudhuri, Dutta, Bui, Georgescu, "A closer look at multimodal representation collapse", ICML 2025. Where the paper names a quantity and not how to measure it,
-the docstring says what is measured here. docs/collapse.md: what each number means, what it costs, when to look.
+After Chaudhuri, Dutta, Bui, Georgescu, "A closer look at multimodal representation collapse", ICML 2025. Where the paper names a quantity and not how
+to measure it, the docstring says what is measured here. docs/collapse.md: what each number means, what it costs, when to look.
 """
 
 from mmfast.collapse.agop import Agop

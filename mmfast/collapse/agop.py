@@ -18,19 +18,24 @@ from mmfast.collapse.products import Products
 class Agop:
     """Average gradient outer product of a layer: the mean over samples of J'J, J the derivative of a sample's outputs by the layer's input.
 
-    What a layer's weights are said to become, up to a factor: W'W (Radhakrishnan et al., "Mechanism for feature learning in neural networks", Science 2024); Theorem 2 of Chaudhuri et al., "A closer look at
-    multimodal representation collapse", ICML 2025, bounds how far the weights that modalities share are from it. Call `add(outputs)` after each forward pass, before `loss.backward()`, then look at `matrix`.
+    What a layer's weights are said to become, up to a factor: W'W (Radhakrishnan et al., "Mechanism for feature learning in neural networks", Science
+    2024); Theorem 2 of Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025, bounds how far the weights that modalities
+    share are from it. Call `add(outputs)` after each forward pass, before `loss.backward()`, then look at `matrix`.
 
-    J is taken through the layer alone: what goes round it, as in a residual connection, does not count. Where a layer is applied at several positions, as to each token, or several times in a pass, J'J is
-    the sum over them. For a linear layer or a convolution (its columns are those of its patches) everything comes from the gradient at its output, of any other module from that at its first argument, whose last
-    dimension is then the features. The model's results, gradients, random numbers and checkpoints stay as they are, and blocks of mmfast pass plain gradients on; only a
-    tensor on the way that was told to retain_grad(), and hooks of your own, see the passes of `add`. Memory is that of one batch's gradients, and of 2,048 of its rows. Products of float32 gradients are in float32, as torch is
-    set (TF32), their totals in float64: against per-sample Jacobians in float64 within 1e-6 of M's norm and 1e-5 sqrt(M_ii M_jj) an element, at 1,024 columns behind a ReLU. A model in float64 is exact to float64.
+    J is taken through the layer alone: what goes round it, as in a residual connection, does not count. Where a layer is applied at several
+    positions, as to each token, or several times in a pass, J'J is the sum over them. For a linear layer or a convolution (its columns are those of
+    its patches) everything comes from the gradient at its output, for any other module from that at its first argument, whose last dimension is then
+    the features. The model's results, gradients, random numbers and
+    checkpoints stay as they are, and blocks of mmfast pass plain gradients on; only a tensor on the way that was told to retain_grad(), and hooks of
+    your own, see the passes of `add`. Memory is that of one batch's gradients, and of 2,048 of its rows. Products of float32 gradients are in
+    float32, as torch is set (TF32), their totals in float64: against per-sample Jacobians in float64 within 1e-6 of M's norm and 1e-5 sqrt(M_ii M_jj)
+    an element, at 1,024 columns behind a ReLU. A model in float64 is exact to float64.
 
     Args:
         layer: a module of the model; a compiled model is to be compiled after this.
-        probes: None differentiates each output, one backward pass each, which is exact; a number takes that many passes whatever the number of outputs, each with an independent random sign per sample
-            and output, drawn by a generator of its own that starts alike each time: unbiased, and exact for one output.
+        probes: None differentiates each output, one backward pass each, which is exact; a number takes that many passes whatever the number of
+            outputs, each with an independent random sign per sample and output, drawn by a generator of its own that starts alike each time:
+            unbiased, and exact for one output.
 
     Attributes:
         layer, probes: as given.
@@ -86,11 +91,12 @@ class Agop:
         """Adds a batch, by backward passes from its outputs to the layer, which keep the graph.
 
         Args:
-            outputs: [B, C], one row a sample, made by the forward pass just gone, in training or eval mode; [B] has one output a sample, and further dimensions are outputs too. Not changed. A
-                batch norm in training mode on the way mixes the samples, which a warning says.
+            outputs: [B, C], one row a sample, made by the forward pass just gone, in training or eval mode; [B] has one output a sample, and further
+                dimensions are outputs too. Not changed. A batch norm in training mode on the way mixes the samples, which a warning says.
 
         Raises:
-            TypeError, ValueError: outputs is not as described, or does not depend on a call of the layer while the hook was there. RuntimeError: its graph is gone, as after `loss.backward()`.
+            TypeError, ValueError: outputs is not as described, or does not depend on a call of the layer while the hook was there. RuntimeError: its
+            graph is gone, as after `loss.backward()`.
         """
         calls = self._calls(outputs)
         self._kind = outputs.device.type

@@ -12,20 +12,21 @@ def similarity(
 ) -> Tensor:
     """Similarity of each two modalities' representations of the same samples.
 
-    "cka" is linear centred kernel alignment (Kornblith et al., "Similarity of neural network representations revisited", ICML 2019) in the unbiased form of Song et
-    al. (JMLR 2012): about 0 for representations that have nothing to do with each other, however few samples there are, 1 where one is a rotated and scaled copy
-    of the other; their widths may differ. "cosine" is the mean cosine of the two representations of a sample, for modalities in one shared space: what
-    explicit basis reallocation ranks substitutes by (Chaudhuri et al., ICML 2025). The paper does not say which it plots.
+    "cka" is linear centred kernel alignment (Kornblith et al., "Similarity of neural network representations revisited", ICML 2019) in the unbiased
+    form of Song et al. (JMLR 2012): about 0 for representations that have nothing to do with each other, however few samples there are, 1 where one
+    is a rotated and scaled copy of the other; their widths may differ. "cosine" is the mean cosine of the two representations of a sample, for
+    modalities in one shared space: what explicit basis reallocation ranks substitutes by (Chaudhuri et al., ICML 2025). The paper does not say which
+    it plots.
 
     Args:
         features: m tensors [N, d_i], by name or in a list, any floating-point dtype; for "cosine" all of one width.
-        present: where modalities are missing, m bool tensors [N], likewise; names that are left out are there throughout. A pair is compared on the samples that have
-            both; what stands in the others is never read.
+        present: where modalities are missing, m bool tensors [N], likewise; names that are left out are there throughout. A pair is compared on the
+            samples that have both; what stands in the others is never read.
         measure: "cka" or "cosine".
 
     Returns:
-        float64 [m, m], symmetric, on the device of the features, with no gradient. NaN for a pair with fewer than four samples ("cosine": none) or, "cka", where a
-        representation is the same for all. A representation that is zero has cosine 0 with any.
+        float64 [m, m], symmetric, on the device of the features, with no gradient. NaN for a pair with fewer than four samples ("cosine": none) or,
+        "cka", where a representation is the same for all. A representation that is zero has cosine 0 with any.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -72,7 +73,8 @@ def _centred(x: Tensor, rows: Tensor, n: Tensor) -> Tensor:
 def _hsic(x: Tensor, y: Tensor, n: Tensor) -> Tensor:
     """Unbiased estimate of the Hilbert-Schmidt independence criterion with linear kernels, up to the factor n (n - 3); rows of zeros are no samples.
 
-    With K = X X' and L = Y Y' without their diagonals: tr K L + (1'K 1)(1'L 1) / (n - 1)(n - 2) - 2 (1'K L 1) / (n - 2), none of which needs an n x n matrix.
+    With K = X X' and L = Y Y' without their diagonals: tr K L + (1'K 1)(1'L 1) / (n - 1)(n - 2) - 2 (1'K L 1) / (n - 2), none of which needs an n x n
+    matrix.
     """
     a, b = x.square().sum(1), y.square().sum(1)
     trace = (x.mT @ y).square().sum() - (a * b).sum()

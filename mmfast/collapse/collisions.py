@@ -10,7 +10,7 @@ from torch import Tensor
 def collision_bound(dims: Sequence[int]) -> float:
     """Lower bound m (m - 1) (min_i d_i / sum_i d_i)^2 of the probability that two features meeting in a neuron are of different modalities.
 
-    Lemma 1 of Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025: with m modalities of like size it goes to 1 as 1 - 1/m.
+    Lemma 1 of Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025: with m modalities of like size it is 1 - 1/m.
 
     Args:
         dims: numbers of features of the m modalities, each at least 1.
@@ -55,8 +55,8 @@ def collision_probability(dims: Sequence[int]) -> float:
 def participation(weight: Tensor, sizes: Sequence[int]) -> Tensor:
     """Over how many modalities the weights of each neuron spread: (sum_m e_m)^2 / sum_m e_m^2, e_m the energy (sum of squares) of its weights on modality m.
 
-    1 for a neuron that reads one modality, m for one that reads all alike: its degree of polysemanticity across modalities (gamma in Theorem 2 of Chaudhuri et al.,
-    ICML 2025, who do not say how to measure it). `sizes=[1] * in` counts features in place of modalities.
+    1 for a neuron that reads one modality, m for one that reads all alike: its degree of polysemanticity across modalities (gamma in Theorem 2 of
+    Chaudhuri et al., ICML 2025, who do not say how to measure it). `sizes=[1] * in` counts features in place of modalities.
 
     Args:
         weight: [out, in], or of a convolution [out, in, ...]; any floating-point dtype, not changed.

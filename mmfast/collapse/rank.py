@@ -17,7 +17,8 @@ def effective_rank(x: Tensor) -> Tensor:
 
     Returns:
         float64 [...] in [1, min(N, D)] on the device of x, with no gradient; 0 for a matrix of zeros, NaN for one with a number that is not finite.
-        For float32 and below it is known to 1e-4 of itself, from the Gramian in float64 of the shorter side, in 2 N D min(N, D) operations; float64 is decomposed.
+        For float32 and below it is known to 1e-4 of itself, from the Gramian in float64 of the shorter side, in 2 N D min(N, D) operations; float64
+        is decomposed.
 
     Raises:
         TypeError, ValueError: x is not as described.
@@ -76,7 +77,7 @@ def singular_values(x: Tensor, tol: float = 1.0) -> Tensor:
     if exact:
         sigma = torch.linalg.svdvals(wide)
     else:
-        # float32 knows its numbers to 6e-8, a Gramian in float64 its singular values to 1.5e-8 of the largest, in a fifth of the time
+        # float32 knows its numbers to 6e-8, a Gramian in float64 its singular values to 1.5e-8 of the largest, in half to a fifth of the time
         gram = wide.mT @ wide if x.shape[-2] >= x.shape[-1] else wide @ wide.mT
         sigma = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     return torch.where(finite.squeeze(-1), sigma, torch.nan)

@@ -24,8 +24,8 @@ class Record:
     Attributes:
         step: how many steps came before it.
         participation: [out] float64 on the CPU, over how many modalities each neuron's weights spread, see `mf.collapse.participation`.
-        effective_rank, numerical_rank: of the features of each modality, of "fused", the layer's output, and of "gradient", that of its weight in this step. Features are those of the
-            step's batch, so no rank is above the number of its rows. NaN for what is not finite.
+        effective_rank, numerical_rank: of the features of each modality, of "fused", the layer's output, and of "gradient", that of its weight in
+            this step. Features are those of the step's batch, so no rank is above the number of its rows. NaN for what is not finite.
         similarity: [m, m] float64 on the CPU, of the modalities' features, see `mf.collapse.similarity`.
     """
 
@@ -122,10 +122,12 @@ def _stepped(watch: Watch, grad: Tensor) -> None:
 def watch(fusion_layer: nn.Module, modalities: Mapping[str, int], every: int = 100) -> Watch:
     """Watches a fusion layer of any model while it trains: ranks, participation and similarity at every so many steps.
 
-    The layer takes the modalities' features side by side. A step is a backward pass that brings its weight a gradient; each `every`-th is looked at, in training mode: the features are those of the layer's last
-    call, the gradient is the whole step's (in a process group, this rank's part of both). Nothing else in the model changes, the loss scale of mixed precision and gradient accumulation included. A look takes
-    some eigenvalue problems of the sizes of batch, features and weight (docs/collapse.md has the times) and waits for a GPU; all other steps take a few microseconds.
-    The quantities are those of Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025; its gradient outer product is `mf.collapse.Agop`.
+    The layer takes the modalities' features side by side. A step is a backward pass that brings its weight a gradient; each `every`-th is looked at,
+    in training mode: the features are those of the layer's last call, the gradient is the whole step's (in a process group, this rank's part of
+    both). Nothing else in the model changes, the loss scale of mixed precision and gradient accumulation included. A look takes some eigenvalue
+    problems of the sizes of batch, features and weight (docs/collapse.md has the times) and waits for a GPU; all other steps take a few microseconds.
+    The quantities are those of Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025; its gradient outer product is
+    `mf.collapse.Agop`.
 
     Args:
         fusion_layer: an nn.Linear on concatenated features, or a convolution on concatenated channels, whose weight is trained.
@@ -133,7 +135,8 @@ def watch(fusion_layer: nn.Module, modalities: Mapping[str, int], every: int = 1
         every: steps from one look to the next.
 
     Returns:
-        A handle: `records` is a list of `Record`, `print` shows the last one, `shares()` are the weights by modality, `plot(path)` draws; `remove()` takes the hooks out, which leaving a `with`
+        A handle: `records` is a list of `Record`, `print` shows the last one, `shares()` are the weights by modality, `plot(path)` draws; `remove()`
+        takes the hooks out, which leaving a `with`
         does too.
 
     Raises:

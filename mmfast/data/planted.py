@@ -41,9 +41,10 @@ class Neurons:
 class Planted:
     """Modalities x_i = [c, s_i, loudness n_i] Q_i of independent standard normal latent features, and classes drawn from softmax(A [c, s_1, ..., s_m]).
 
-    c are common to all modalities: what they hold in duplicate. s_i are the predictive features of modality i, n_i its noise. Q_i has orthonormal rows, and the columns of A are orthonormal up to
-    `sharpness` and strength where there are as many classes. So every diagnostic of `mf.collapse` has a value that is known beforehand; the setting is that of Chaudhuri et al., "A closer look at multimodal
-    representation collapse", ICML 2025, who give no data set of this kind.
+    c are common to all modalities: what they hold in duplicate. s_i are the predictive features of modality i, n_i its noise. Q_i has orthonormal
+        rows, and the columns of A are orthonormal up to
+    `sharpness` and strength where there are as many classes. So every diagnostic of `mf.collapse` has a value that is known beforehand; the setting
+    is that of Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025, who give no data set of this kind.
 
     Args:
         sources: the modalities, by name.
@@ -57,8 +58,10 @@ class Planted:
         rank: dict of numerical ranks of the modalities' inputs, and "fused" for all of them side by side.
         effective_rank: dict of their effective ranks, in the limit of many rows.
         similarity: float64 [m, m], linear centred kernel alignment in that limit.
-        predictive, noise: dicts of float64 [., d]: directions of a modality's input, orthonormal, that hold what predicts the label, and what does not.
-        teacher: float64 [classes, sum of the widths]: the logits are linear in the modalities side by side; where the common features are read, all modalities have equal parts.
+        predictive, noise: dicts of float64 [., d]: directions of a modality's input, orthonormal, that hold what predicts the label, and what does
+            not.
+        teacher: float64 [classes, sum of the widths]: the logits are linear in the modalities side by side; where the common features are read, all
+            modalities have equal parts.
 
     Raises:
         DataError: a width too small for its features, or a number that is out of range.
@@ -110,7 +113,8 @@ class Planted:
     def neurons(self, count: int, seed: int) -> Neurons:
         """Fusion neurons that each read two latent features with weights of one length, drawn from all modalities' features alike and independently, with replacement.
 
-        Two of different modalities meet with `mf.collapse.collision_probability` of the numbers of features, `common + predictive + noise` of each modality.
+        Two of different modalities meet with `mf.collapse.collision_probability` of the numbers of features, `common + predictive + noise` of each
+        modality.
         """
         generator = torch.Generator().manual_seed(seed)
         sizes = torch.tensor([len(Q) for Q in self._bases.values()])
