@@ -134,6 +134,10 @@ TITLES = {
         "Average gradient outer product of a layer of 1,024, first or behind another one, and one backward pass (K outputs; N samples), µs",
         ["ours", "backward"],
     ),
+    "multimodal": (
+        'Training step of a multimodal VAE with blocks (ours: "p"), without, and by loops (N: samples of z x batch), µs',
+        ["ours", "none", "pq", "pqs", "loops", "naive", "multivae"],
+    ),
     "compile": ("The same step with LinearHeads, loss and backward pass by torch.compile, µs", ["ours", "eager", "none"]),
     "compile block": (
         "The same step with an ImpartialityBlock over nn.Linear, loss and backward pass by torch.compile, µs",
