@@ -45,7 +45,8 @@ def task_loss(logits: Tensor, target: Tensor, rows: Tensor | None = None) -> Ten
     shape = logits.shape if target.is_floating_point() else logits.shape[:1]
     if target.shape != shape:
         raise ValueError(
-            f"target is {target.dtype} {tuple(target.shape)}, expected int64 {tuple(logits.shape[:1])} or floating-point {tuple(logits.shape)}"
+            f"target is {target.dtype} {tuple(target.shape)}, "
+            f"expected int64 {tuple(logits.shape[:1])} or floating-point {tuple(logits.shape)}"
         )
     if target.is_floating_point():
         each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
@@ -72,8 +73,8 @@ def random_subset(present: Tensor, size: Tensor) -> Tensor:
 class Fusion(nn.Module):
     """What makes logits of features; the base of the systems that are compared.
 
-    It is called as `fusion(features, present)`: features a dict of [B, d_i] in the model's order, zero where absent; present bool [B, m]. What an absent row
-    of the features holds must not change the result.
+    It is called as `fusion(features, present)`: features a dict of [B, d_i] in the model's order, zero where absent; present bool [B, m].
+    What an absent row of the features holds must not change the result.
     """
 
     def loss(self, features: Features, present: Tensor, target: Tensor) -> Tensor:
@@ -105,8 +106,8 @@ def feature_sizes(encoders: Mapping[str, nn.Module]) -> dict[str, int]:
 class FusionModel(nn.Module):
     """Encoders and what fuses their features, with modalities that may be missing for any sample.
 
-    The encoder of a modality sees a present row of the batch in place of an absent one (zeros where there is none): what an absent cell holds is never read,
-    and its features are zero. Noise comes from torch's global generator; with its seed every number is repeated.
+    The encoder of a modality sees a present row of the batch in place of an absent one (zeros where there is none): what an absent cell
+    holds is never read, and its features are zero. Noise comes from torch's global generator; with its seed every number is repeated.
 
     Args:
         encoders: m modules by name, each from x [B, *] to features [B, d_i].
@@ -130,8 +131,10 @@ class FusionModel(nn.Module):
         if not isinstance(encoders, (Mapping, nn.ModuleDict)) or not encoders:
             raise TypeError("encoders is not as expected: a dict from names to modules, one at least")
         for name, encoder in encoders.items():
-            if not isinstance(name, str) or not isinstance(encoder, nn.Module):
-                raise TypeError(f"encoders[{name!r}] is a {type(encoder).__name__}, expected an nn.Module under a name")
+            if not isinstance(name, str) or not name or "." in name:
+                raise ValueError(f"encoders has {name!r}, expected names without a dot")
+            if not isinstance(encoder, nn.Module):
+                raise TypeError(f"encoders[{name!r}] is a {type(encoder).__name__}, expected an nn.Module")
         if not isinstance(fusion, nn.Module):
             raise TypeError(f"fusion is a {type(fusion).__name__}, expected an nn.Module")
         self.names = tuple(encoders)

@@ -12,12 +12,13 @@ from mmfast.resolvers.names import ResolverLike
 
 
 class CMAE(FusionModel):
-    """An autoencoder with one code for all modalities, each of which it restores though its own features may be zero; then a classifier of the code.
+    """An autoencoder that restores every modality from one code, though some are zero on the way in; then a classifier of the code.
 
-    A missing modality is zeros in the place of its features (in Ngiam et al. of its input: encoders are the identity there). First stage, "restore": for each sample either all of its n modalities enter or a single one (each of the n + 1
-    cases is as likely), and the loss is the mean squared error of every modality that the sample has, each averaged over its elements, summed over
-    modalities. Second stage, after `classify()`: encoders and code are frozen, in eval mode, and the task's loss trains the classifier. The decoders share
-    the code; with a `resolver` an impartiality block resolves their gradients there (`decode.stats()`).
+    A missing modality is zeros in the place of its features (in Ngiam et al. of its input: encoders are the identity there). First stage,
+    "restore": for each sample either all of its n modalities enter or a single one (each of the n + 1 cases is as likely), and the loss is
+    the mean squared error of every modality that the sample has, each averaged over its elements, summed over modalities. Second stage,
+    after `classify()`: encoders and code are frozen, in eval mode, and the task's loss trains the classifier. The decoders share the code;
+    with a `resolver` an impartiality block resolves their gradients there (`decode.stats()`).
 
     After Ngiam et al., "Multimodal deep learning", ICML 2011, without their layer-wise training; no code is public.
 

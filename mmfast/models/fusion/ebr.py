@@ -54,20 +54,21 @@ def two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 class EBR(FusionModel):
     """Explicit basis reallocation around a user's encoders and what fuses their features.
 
-    With features f_i: factors g_i = h_i(f_i) in one latent space, inverse mechanisms back, f~_i = h_i^-1(g_i), and the fusion acts on f~. Training adds
-    L_md, the cross-entropy of a discriminator that tells from g_i which modality it is of, averaged over what is present. The discriminator minimises it;
-    encoders and h_i minimise L_sem - weight * L_md, by a gradient that is reversed on its way; h_i^-1 and the fusion minimise L_sem alone, the fusion's own loss.
-    So the loss's value, L_sem + L_md, is not what all minimise; `losses` has the parts.
+    With features f_i: factors g_i = h_i(f_i) in one latent space, inverse mechanisms back, f~_i = h_i^-1(g_i), and the fusion acts on f~.
+    Training adds L_md, the cross-entropy of a discriminator that tells from g_i which modality it is of, averaged over what is present. The
+    discriminator minimises it; encoders and h_i minimise L_sem - weight * L_md, by a gradient that is reversed on its way; h_i^-1 and the
+    fusion minimise L_sem alone, the fusion's own loss. So the loss's value, L_sem + L_md, is not what all minimise; `losses` has the parts.
 
-    L_md is on until the task's validation score starts to drop: tell the score after each epoch by `after_epoch`. A missing modality has another's factors
-    in its place, f~_i = h_i^-1(g_j), with the first j that is present in the order of similarity to i that `fit_substitutes` finds on validation data; before
-    that in the order of the encoders. That is so in training, too, for the fusion must have something. Where nothing is present all f~_i are zero.
+    L_md is on until the task's validation score starts to drop: tell the score after each epoch by `after_epoch`. A missing modality has
+    another's factors in its place, f~_i = h_i^-1(g_j), with the first j that is present in the order of similarity to i that
+    `fit_substitutes` finds on validation data; before that in the order of the encoders. That is so in training, too, for the fusion must
+    have something. Where nothing is present all f~_i are zero.
 
-    At the factors the gradients of L_sem and the reversed ones of L_md meet; with a `resolver` a block resolves their conflict there, all g_i as one problem
-    (`block.stats()`, its branches "task" and "modality").
+    At the factors the gradients of L_sem and the reversed ones of L_md meet; with a `resolver` a block resolves their conflict there, all
+    g_i as one problem (`block.stats()`, its branches "task" and "modality").
 
-    Chaudhuri, Dutta, Bui, Georgescu, "A closer look at multimodal representation collapse", ICML 2025. No code of theirs is public: layer sizes and first weights follow
-    a re-implementation of the text, `patience` and the substitution in training are ours. Deterministic.
+    Chaudhuri, Dutta, Bui, Georgescu, "A closer look at multimodal representation collapse", ICML 2025. No code of theirs is public: layer
+    sizes and first weights follow a re-implementation of the text, `patience` and the substitution in training are ours. Deterministic.
 
     Args:
         encoders, fusion, sizes: as for `FusionModel`; `sizes` also gives the width of f~_i.
@@ -84,7 +85,7 @@ class EBR(FusionModel):
 
     Example:
         >>> from mmfast.models.fusion import Concat
-        >>> model = EBR({"image": nn.Linear(9, 4), "sound": nn.Linear(5, 3)}, Concat(nn.Linear(7, 10)), latent=8, hidden=16, resolver="pcgrad")
+        >>> model = EBR({"image": nn.Linear(9, 4), "sound": nn.Linear(5, 3)}, Concat(nn.Linear(7, 10)), 8, 16, resolver="pcgrad")
         >>> inputs, present = {"image": torch.randn(8, 9), "sound": torch.randn(8, 5)}, {"sound": torch.rand(8) > 0.5}
         >>> model.loss(inputs, torch.randint(10, (8,)), present).backward()
         >>> model.fit_substitutes([(inputs, present)]).shape, model.after_epoch(0.8), model.after_epoch(0.7)
@@ -160,7 +161,7 @@ class EBR(FusionModel):
         return self.fusion(*self._back(list(factors.values()), there))
 
     def losses(self, inputs: Inputs, target: Tensor, present: Present | None = None) -> dict[str, Tensor]:
-        """The parts of the loss, scalars: "task", "modality" where L_md is on, and "reconstruction" where it has a weight (which is in it)."""
+        """The parts of the loss, scalars: "task", "modality" where L_md is on, "reconstruction" (times its weight) where it has one."""
         features, there = self.encode(inputs, present)
         to_task = to_discriminator = list(self._factors(features).values())
         if self.block is not None and self.active:
@@ -180,7 +181,7 @@ class EBR(FusionModel):
 
     @torch.no_grad()
     def fit_substitutes(self, batches: Iterable[tuple[Inputs, Present | None]]) -> Tensor:
-        """Finds which modality stands for which: the mean cosine of two modalities' factors over the samples that have both, the most similar first.
+        """Finds which modality stands for which: that with the most similar factors, by their mean cosine over samples that have both.
 
         Args:
             batches: of validation data, (inputs, present) each; networks are put into eval mode for them.

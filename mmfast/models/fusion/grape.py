@@ -12,12 +12,13 @@ from mmfast.models.fusion.graph import Graph
 class Grape(Fusion):
     """Message passing on the graph of samples and modalities: an edge for each modality that a sample has, with its features.
 
-    Nodes begin as ones for a sample and one-hot for a modality. Each step of training leaves out a share of the edges. Samples see one another by way of the
-    modalities' nodes, so a prediction depends on the batch that it is made in.
+    Nodes begin as ones for a sample and one-hot for a modality. Each step of training leaves out a share of the edges. Samples see one
+    another by way of the modalities' nodes, so a prediction depends on the batch that it is made in.
 
-    After You et al., "Handling missing data with graph representation learning" (GRAPE), NeurIPS 2020, whose features are scalars and whose task is a
-    regression: here an edge has the modality's features, mapped to one width, a classifier takes a sample's node instead of its imputed row, and nothing of
-    test rows is seen in training. That it fuses modalities so is our reading of the comparison in Chaudhuri et al. (ICML 2025).
+    After You et al., "Handling missing data with graph representation learning" (GRAPE), NeurIPS 2020, whose features are scalars and whose
+    task is a regression: here an edge has the modality's features, mapped to one width, a classifier takes a sample's node instead of its
+    imputed row, and nothing of test rows is seen in training. That it fuses modalities so is our reading of the comparison in Chaudhuri et
+    al. (ICML 2025).
 
     Args:
         sizes: d_i by name.

@@ -50,7 +50,8 @@ class Graph(nn.Module):
         normalize: see `Messages`.
         dropout: between the layers, of the nodes.
 
-    Its forward takes x of samples and modalities, attributes [B, m, e] that both directions of an edge have at first, and bool [B, m]; it returns the samples' h.
+    Its forward takes x of samples and modalities, attributes [B, m, e] that both directions of an edge have at first, and bool [B, m]; it
+    returns the samples' h.
     """
 
     def __init__(self, nodes: int, edges: int, width: int, layers: int, normalize: bool, dropout: float = 0.0) -> None:

@@ -19,14 +19,16 @@ class KD(FusionModel):
     In stages, each of which has its own loss; `next_stage` goes on:
 
     - "unimodal": each encoder with a linear classifier, the sum of their task losses, each over the samples that have the modality.
-    - the name of a teacher, one stage for each, from the best to the worst: the student's own task loss plus `weight` times the distance of its features to the
-      teacher's, over the samples that have both; the gradient stops at the teacher. Where they have other sizes, a linear map stands between.
+    - the name of a teacher, one stage for each, from the best to the worst: the student's own task loss plus `weight` times the distance of
+      its features to the teacher's, over the samples that have both; the gradient stops at the teacher. Where they have other sizes, a
+      linear map stands between.
     - "fusion": the fusion's own loss, of encoders that go on learning.
 
-    The student is the modality with the worst validation score of its own, the last of the order. `forward` gives the fusion's logits in all stages.
+    The student is the modality with the worst validation score of its own, the last of the order. `forward` gives the fusion's logits in
+    all stages.
 
-    Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025, who leave the procedure open: the stages, the distance and that
-    teachers follow one another in the order of their scores are ours. Deterministic.
+    Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025, who leave the procedure open: the stages, the
+    distance and that teachers follow one another in the order of their scores are ours. Deterministic.
 
     Args:
         encoders, fusion, sizes: as for `FusionModel`.
@@ -97,8 +99,8 @@ class KD(FusionModel):
         """Goes on to the next stage and says which it is.
 
         Args:
-            scores: after "unimodal", the validation score of each modality (more is better; see `unimodal`), or their names from the best teacher to
-                the student; None, or later.
+            scores: after "unimodal", the validation score of each modality (more is better; see `unimodal`), or their names from the best
+                teacher to the student; None after the other stages.
 
         Raises:
             ValueError: scores of other modalities, missing or too late, or there is no further stage.

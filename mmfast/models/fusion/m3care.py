@@ -12,7 +12,7 @@ from mmfast.models.multimodal.inputs import filled
 
 
 def gaussian_kernel(x: Tensor) -> Tensor:
-    """Similarities [B, B] of the rows of x [B, n]: the mean of Gaussians whose bandwidths are 1/2, 1 and 2 times the mean squared distance, which has no gradient."""
+    """Similarities [B, B] of the rows of x [B, n]: the mean of three Gaussians, of 1/2, 1 and 2 times the mean squared distance (detached)."""
     squares = x.square().sum(1)
     distance = (squares.unsqueeze(1) + squares - 2 * x @ x.T).clamp(min=0)
     b = len(x)
@@ -27,22 +27,24 @@ def _projection(width: int) -> nn.Sequential:
 class M3Care(Fusion):
     """A graph of similar samples for each modality imputes its features; a transformer over the modalities fuses them.
 
-    The features of a modality are mapped to one width, x. A sample's similarity to another is, averaged over the modalities that both have, a mix of two kernels (see
-    `gaussian_kernel`), of BN(x) and of BN(an MLP of x), in shares that are learned; what is below a learned threshold counts as none. Over those similarities, scaled to a
-    sum of one for each sample, two graph layers (SELU) take features from samples that have the modality: h^. Where it is missing h^ is in
-    its place; where it is present the two are mixed, in learned shares. Then two transformer layers over the modalities, and a classifier. Predictions depend on
-    the batch.
+    The features of a modality are mapped to one width, x. A sample's similarity to another is, averaged over the modalities that both have,
+    a mix of two kernels (see `gaussian_kernel`), of BN(x) and of BN(an MLP of x), in shares that are learned; what is below a learned
+    threshold counts as none. Over those similarities, scaled to a sum of one for each sample, two graph layers (SELU) take features from
+    samples that have the modality: h^. Where it is missing h^ is in its place; where it is present the two are mixed, in learned shares.
+    Then two transformer layers over the modalities, and a classifier. Predictions depend on the batch.
 
-    After Zhang et al., "M3Care: learning with missing modalities in multimodal healthcare data", KDD 2022. In the released notebooks a sample without the modality receives nothing in
-    its graph (rows are masked as columns are) and three of five results are written to wrong rows: both are right here. They do not scale similarities to
-    a sum, so that their result depends on the size of the batch, and one modality, always present there, comes in after the first transformer layer. Deterministic without dropout.
+    After Zhang et al., "M3Care: learning with missing modalities in multimodal healthcare data", KDD 2022. In the released notebooks a
+    sample without the modality receives nothing in its graph (rows are masked as columns are) and three of five results are written to
+    wrong rows: both are right here. They do not scale similarities to a sum, so that their result depends on the size of the batch, and one
+    modality, always present there, comes in after the first transformer layer. Deterministic without dropout.
 
     Args:
         sizes: d_i by name.
         outputs: number of logits, C.
         width: of x, 256 in the notebook.
         heads, dropout: of the transformer; the dropout is also the classifier's.
-        norm_weight: of the regulariser, the sum over modalities of | ||MLP(x)|| - ||x|| |, Frobenius norms of the present rows of the batch.
+        norm_weight: of the regulariser, the sum over modalities of | ||MLP(x)|| - ||x|| |, Frobenius norms of the present rows of the
+            batch.
 
     Example:
         >>> features, present = {"image": torch.randn(8, 4), "sound": torch.randn(8, 3)}, torch.rand(8, 2) > 0.3
@@ -98,7 +100,7 @@ class M3Care(Fusion):
         return above + (above > 0) * self.threshold.sigmoid().detach()
 
     def complete(self, x: Features, present: Tensor) -> Tensor:
-        """Features [B, m, width] of every modality, mixed with those of similar samples where it is present, and made up of them where it is not."""
+        """Features [B, m, width]: mixed with those of similar samples where a modality is present, made up of them where it is not."""
         s = self.similarity(x, present)
         done = []
         for i, (name, own) in enumerate(x.items()):

@@ -14,12 +14,12 @@ from mmfast.resolvers.names import ResolverLike
 class MT(Fusion):
     """A transformer over a token of each modality and one of the class, in which attention masks hide what is missing.
 
-    Training is a problem of m + 1 tasks with one head: the whole sample, and each modality alone, of the samples that have it; the sum of their
-    cross-entropies. The tasks share the transformer's parameters; with a `resolver` a block resolves the gradients there (`block.stats()`, its branches
-    "full" and the modalities' names), while tokens and head add theirs.
+    Training is a problem of m + 1 tasks with one head: the whole sample, and each modality alone, of the samples that have it; the sum of
+    their cross-entropies. The tasks share the transformer's parameters; with a `resolver` a block resolves the gradients there
+    (`block.stats()`, its branches "full" and the modalities' names), while tokens and head add theirs.
 
-    After Ma et al., "Are multimodal transformers robust to missing modality?", CVPR 2022, of which no code is public: the tokens are features instead of patches
-    and words, and their search for the layers of fusion is left out. Deterministic without dropout.
+    After Ma et al., "Are multimodal transformers robust to missing modality?", CVPR 2022, of which no code is public: the tokens are
+    features instead of patches and words, and their search for the layers of fusion is left out. Deterministic without dropout.
 
     Args:
         sizes: d_i by name.

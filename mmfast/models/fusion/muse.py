@@ -33,14 +33,16 @@ def same_label(u: Tensor, v: Tensor, target: Tensor) -> Tensor:
 
 
 class MUSE(Fusion):
-    """Message passing as in `Grape`, in two passes: one on the graph as it is, one with edges left out; contrastive losses bring their results together.
+    """Message passing as in `Grape`, on the graph as it is and with edges left out; contrastive losses bring the two results together.
 
-    Nodes begin as ones for a sample and learned for a modality; an edge has the modality's features, mapped to one width. In the second pass half of the
-    samples keep a random number of their n modalities, 1 to n - 1. With u the normalised tanh of a linear map of a sample's node, and v that of the second pass,
-    training adds half of the symmetric InfoNCE of u and v, and half of the binary cross-entropy of uu', uv' and vu' (weights 1/2, 1/4, 1/4) against
-    "same label"; cosines are multiplied by 1/0.07. Predictions take the first pass; they depend on the batch, as with `Grape`.
+    Nodes begin as ones for a sample and learned for a modality; an edge has the modality's features, mapped to one width. In the second
+    pass half of the samples keep a random number of their n modalities, 1 to n - 1. With u the normalised tanh of a linear map of a
+    sample's node, and v that of the second pass, training adds half of the symmetric InfoNCE of u and v, and half of the binary
+    cross-entropy of uu', uv' and vu' (weights 1/2, 1/4, 1/4) against "same label"; cosines are multiplied by 1/0.07. Predictions take the
+    first pass; they depend on the batch, as with `Grape`.
 
-    Wu et al., "Multimodal patient representation learning with missing modalities and labels", ICLR 2024, as released (no rows without labels).
+    Wu et al., "Multimodal patient representation learning with missing modalities and labels", ICLR 2024, as released (no rows without
+    labels).
 
     Args:
         sizes: d_i by name.

@@ -13,14 +13,16 @@ from mmfast.resolvers.names import ResolverLike
 
 
 class ShaSpec(Fusion):
-    """A shared encoder r_i of every modality and one s_i of its own; f_i = r_i + Linear([r_i; s_i]), and the mean of the others' r in a missing one's place.
+    """A shared encoder r_i of every modality and one s_i of its own; f_i = r_i + Linear([r_i; s_i]), or the mean of all r where i is missing.
 
-    Training keeps a random subset of what each sample has, its size uniform, and adds alpha times the L1 distance of shared features of neighbours in the
-    modalities' circle (r_i and r_i+1, means over samples with both and over elements) and beta times the cross-entropy of a linear map that tells from s_i which modality
-    it is. The modalities share an encoder; with a `resolver` a block resolves the gradients that they send to its parameters (`block.stats()`).
+    Training keeps a random subset of what each sample has, its size uniform, and adds alpha times the L1 distance of shared features of
+    neighbours in the modalities' circle (r_i and r_i+1, means over samples with both and over elements) and beta times the cross-entropy of
+    a linear map that tells from s_i which modality it is. The modalities share an encoder; with a `resolver` a block resolves the gradients
+    that they send to its parameters (`block.stats()`).
 
-    After Wang et al., "Multi-modal learning with missing modality via shared-specific feature modelling", CVPR 2023, for vectors. The released code takes the shared
-    features of the first modality at hand instead of the mean, and counts the zeros of missing ones in both auxiliary losses; here they are left out.
+    After Wang et al., "Multi-modal learning with missing modality via shared-specific feature modelling", CVPR 2023, for vectors. The
+    released code takes the shared features of the first modality at hand instead of the mean, and counts the zeros of missing ones in both
+    auxiliary losses; here they are left out.
 
     Args:
         sizes: d_i by name.

@@ -33,7 +33,7 @@ class _Network(Fusion):
         return self.run(features, ~present[:, self.column])[0]
 
     def run(self, features: Features, hide: Tensor, noise: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, joint features [B, joint] and hidden ones [B, hidden], both as they are before they are disturbed; imputes the rows of `hide`."""
+        """Logits, joint features [B, joint] and hidden ones [B, hidden], before they are disturbed; imputes the rows of `hide`."""
         known = torch.cat([f for name, f in features.items() if name != self.missing], 1)
         own = features[self.missing]
         made = self.imputed(known) if self.meta else torch.zeros_like(own)
@@ -66,18 +66,19 @@ class _Outer(nn.Module):
 
 
 class SMIL(FusionModel):
-    """Meta-learning with one modality that many samples lack: imputation from prototypes, learned disturbances, and a step inside of a step.
+    """Meta-learning with one modality that many samples lack: imputed from prototypes, learned disturbances, a step within a step.
 
-    First stage: plain fusion, zeros in place of the missing modality. `fit_centres` then finds prototypes of its features and begins the second. There the missing
-    features are a mean of the prototypes, its weights a softplus of a linear map of the other modalities' features, scaled to a sum of one; to the joint features
-    softplus(linear map of the others') is added, to the hidden layer softplus(linear map of the joint ones). The inner step is one of gradient descent on the
-    task's loss of the samples that lack the modality (of all where none does), with N(0, 1) added within the softplus; it moves the other modalities'
-    encoders, the fusion layer and the classifier. From there, without noise, the outer loss is the task's of the samples that have the modality, plus `match` times the mean
-    square by which their joint features change when the modality is imputed, and the same of the hidden layer. The loss is the sum of inner and
-    outer one, and its gradient passes through the inner step (second order, so an impartiality block cannot be in the fusion).
+    First stage: plain fusion, zeros in place of the missing modality. `fit_centres` then finds prototypes of its features and begins the
+    second. There the missing features are a mean of the prototypes, its weights a softplus of a linear map of the other modalities'
+    features, scaled to a sum of one; to the joint features softplus(linear map of the others') is added, to the hidden layer
+    softplus(linear map of the joint ones). The inner step is one of gradient descent on the task's loss of the samples that lack the
+    modality (of all where none does), with N(0, 1) added within the softplus; it moves the other modalities' encoders, the fusion layer and
+    the classifier. From there, without noise, the outer loss is the task's of the samples that have the modality, plus `match` times the
+    mean square by which their joint features change when the modality is imputed, and the same of the hidden layer. The loss is the sum of
+    inner and outer one, and its gradient passes through the inner step (second order, so an impartiality block cannot be in the fusion).
 
-    Ma et al., "SMIL: multimodal learning with severely missing modality", AAAI 2021. The release trains in eval mode after its first evaluation and selects on test data: not so here. Noise
-    comes from torch's global generator.
+    Ma et al., "SMIL: multimodal learning with severely missing modality", AAAI 2021. The release trains in eval mode after its first
+    evaluation and selects on test data: not so here. Noise comes from torch's global generator.
 
     Args:
         encoders, sizes: as for `FusionModel`, two modalities at least.
