@@ -98,6 +98,8 @@ def test_grape_is_messages_between_samples_and_modalities():
     ones, one_hot = torch.ones(ROWS, M).double(), torch.eye(M).double()
     expected = fusion.classifier(graph_by_hand(fusion.graph, ones, one_hot, attributes, there))
     torch.testing.assert_close(fusion(features, there), expected)
+    nodes = fusion.graph(ones, one_hot, attributes, there)
+    torch.testing.assert_close(nodes.norm(dim=1), torch.ones(ROWS).double())
     fusion.train()
     torch.manual_seed(2)
     found = fusion(features, there)
@@ -157,6 +159,7 @@ def test_muse_goes_through_its_graph_twice():
         return graph_by_hand(fusion.graph, torch.ones(ROWS, 8).double(), fusion.modalities, attributes, seen)
 
     torch.testing.assert_close(fusion(features, there), fusion.classifier(samples(there)))
+    assert (samples(there).norm(dim=1) - 1).abs().max() > 1e-3  # no length of 1, as Grape's have
     passes = []
     hook = fusion.graph.register_forward_pre_hook(lambda _, args: passes.append(args[3]))
     found = fusion.loss(features, there, target)

@@ -140,6 +140,7 @@ def smil(dtype=torch.float64, **change):
 
 
 def meta(**change):
+    pytest.importorskip("sklearn")
     model, (x, _, present) = smil(**change), batch()
     model.fit_centres([(x, present)])
     return model
@@ -173,13 +174,12 @@ def test_smil_first_is_plain_fusion():
 
 
 def test_smil_finds_its_prototypes():
-    from sklearn.cluster import KMeans
-
+    cluster = pytest.importorskip("sklearn.cluster")
     model = smil()
     batches = [batch(seed=s) for s in (0, 1)]
     found = model.fit_centres([(x, p) for x, _, p in batches], seed=3)
     points = torch.cat([model.encoders["sound"](x["sound"])[p["sound"]] for x, _, p in batches]).detach().numpy()
-    expected = KMeans(3, n_init=10, random_state=3).fit(points).cluster_centers_
+    expected = cluster.KMeans(3, n_init=10, random_state=3).fit(points).cluster_centers_
     torch.testing.assert_close(found, torch.as_tensor(expected))
     assert torch.equal(found, model.fusion.centres)
 
@@ -238,6 +238,7 @@ def test_smil_absent_cells_and_checkpoints():
 
 
 def test_smil_overfits_32_samples():
+    pytest.importorskip("sklearn")
     model = smil(torch.float32)
     x, _, present = batch(32, torch.float32)
     overfit(model, 60, 1e-2)
@@ -251,6 +252,7 @@ def test_smil_refuses():
     with pytest.raises(ValueError, match="missing is 'a', expected one of a, with another"):
         SMIL({"a": nn.Linear(2, 2)}, "a", 2)
     model, (x, _, _) = smil(), batch()
+    pytest.importorskip("sklearn")
     with pytest.raises(ValueError, match="batches has 2 samples with 'sound', expected 3 at least, the number of prototypes"):
         model.fit_centres([({n: v[:2] for n, v in x.items()}, None)])
     assert isinstance(model, FusionModel) and not model.fusion.meta
