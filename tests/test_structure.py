@@ -9,11 +9,12 @@ ROOT = Path(mmfast.__file__).parent
 # from the bottom up; a file or folder imports from its own floor and those below it
 FLOORS = [
     {"contract", "console"},
+    {"plots"},
     {"stats", "resolvers", "losses"},
     {"backends"},
     {"ops"},
     {"blocks"},
-    {"models"},
+    {"models", "monitor"},
     {"data"},
     {"experiments", "demo"},
     {"doctor"},
