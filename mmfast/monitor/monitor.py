@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mmfast import contract
-from mmfast.monitor.sinks import MOST_PAIRS, CsvFile, Function, tensorboard
+from mmfast.monitor.sinks import MOST_PAIRS, CsvFile, Row, Sink, function, tensorboard
 from mmfast.monitor.watch import Watched, blocks_of, means_of
 
-SECONDS = 1.0  # from fetch to fetch: what one takes on the host is then nothing beside the steps between
-MOST_HELD = 512  # records of a block on its device
+SECONDS, REST = 1.0, 300  # from fetch to fetch: a second, or this many times what the last one took on the host
+MOST_HELD = 1 << 20  # numbers of a block on its device: 8 MiB
 
 _open: "WeakSet[Monitor]" = WeakSet()
 
@@ -24,10 +24,10 @@ _open: "WeakSet[Monitor]" = WeakSet()
 class Monitor:
     """Streams every block's conflict rate, weights, norms and cosines to a file, to TensorBoard or to a function, while a model trains.
 
-    Call `step()` once in each training step, behind the backward pass. It keeps what the blocks recorded, on their device; about once a second the rows that
+    Call `step()` once in each training step, behind the backward pass. It keeps what the blocks recorded, on their device; about once a second, or more rarely where that would take more than a third of a percent of the time, the rows that
     are complete are copied from there, while training goes on: no step waits for the device. A row holds means over the backward passes since
     the row before: the norm and weight of a branch over those in which it had a gradient, a cosine over those in which both had one; with
-    per="sample", over up to 256 samples of the last pass. NaN where there was none, and for norms that are not finite. A pass counts if it is the block's last before a
+    per="sample", over up to 256 samples of the last pass. NaN where there was none, or one that was no number. A pass counts if it is the block's last before a
     `step()`: of micro-batches whose gradients accumulate, each that has a `step()` behind it.
 
     Args:
@@ -67,14 +67,14 @@ class Monitor:
         self.to, self.every = to, every
         self._blocks = blocks_of(model)
         self._columns = [column for block in self._blocks for column in block.columns]
-        self._sink: Function | CsvFile | None = None
+        self._sink: Sink | None = None
         self._idle = False  # on ranks that do not write
         self._begun = self._removed = self._rows = False
         self._step = self._since = 0
         self._steps: list[int] = []  # of the rows that are complete, but not fetched
         self._full: list[bool] = []  # whether they hold something
         self._coming: deque[tuple[list[int | None], list[list[int]], Copy]] = deque()
-        self._fetched = float("-inf")  # when, by perf_counter
+        self._fetched, self._took = float("-inf"), 0.0  # when, by perf_counter, and how long the host was busy with it
         _open.add(self)
 
     def step(self, step: int | None = None) -> None:
@@ -98,23 +98,26 @@ class Monitor:
         self._since += 1
         if self._since >= self.every:
             self._end_row()
-            if perf_counter() - self._fetched > SECONDS or max(block.held() for block in self._blocks) > MOST_HELD:
+            if perf_counter() - self._fetched > max(SECONDS, REST * self._took) or max(block.held for block in self._blocks) > MOST_HELD:
                 self._fetch()
-        if self._coming:
+        if self._coming and self._coming[0][2].arrived():
+            begin = perf_counter()
             self._write(wait=False)
+            self._took = perf_counter() - begin
 
     def _begin(self, step: int | None) -> None:
         distributed = torch.distributed
         self._idle = distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0
         if not self._idle:
             if isinstance(self.to, Path):
-                self._sink = CsvFile(self.to, self._columns)
-                self._step = self._sink.last or 0
-                self._sink.first = self._step + 1 if step is None else step
+                file = CsvFile(self.to, self._columns)
+                self._step = file.last or 0
+                file.first = self._step + 1 if step is None else step
+                self._sink = file
             elif hasattr(self.to, "add_scalar"):
-                self._sink = tensorboard(self.to, _many_pairs(self._blocks))
+                self._sink = tensorboard(self.to, self._columns, _many_pairs(self._blocks))
             else:
-                self._sink = self.to
+                self._sink = function(self.to, self._columns)
         self._begun = True
 
     def _end_row(self) -> None:
@@ -137,15 +140,18 @@ class Monitor:
             steps, counts, copy = self._coming.popleft()
             parts = zip(self._blocks, counts, copy.parts(), strict=True)
             tables = [means_of(part.view(-1, block.k + block.k**2), mine, block.k) for block, mine, part in parts]
-            for step, *rows in zip(steps, *tables, strict=True):
-                if step is not None:
-                    self._hand_on(step, dict(zip(self._columns, chain(*rows), strict=True)))
+            there: list[Row] = [(step, list(chain(*parts))) for step, *parts in zip(steps, *tables, strict=True) if step is not None]
+            self._rows |= bool(there)
+            if isinstance(self._sink, CsvFile):
+                self._hand_on(there)
+            else:
+                for row in there:
+                    self._hand_on([row])
 
-    def _hand_on(self, step: int, values: dict[str, float]) -> None:
+    def _hand_on(self, rows: list[Row]) -> None:
         assert self._sink is not None
-        self._rows = True
         try:
-            self._sink(step, values)
+            self._sink(rows)
         except Exception as error:  # noqa: BLE001 whatever fails there, a training run goes on
             contract.tell(f"mmfast.Monitor could not write to {self.to}: {type(error).__name__}: {error}")
 

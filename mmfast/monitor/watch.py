@@ -10,7 +10,6 @@ from mmfast.blocks.attach import Attached
 from mmfast.blocks.impartial import Impartial
 from mmfast.plots.log import columns
 from mmfast.resolvers.elementwise import ElementwiseRule
-from mmfast.stats import conflict_rate, cosines, norms
 
 MOST_SAMPLES = 256  # of a block with a problem for each: as many records stand for all
 
@@ -25,6 +24,7 @@ class Watched:
         self._records: list[Tensor] = []  # [N, K + K*K] each
         self._row = 0  # the first of them that belongs to the row to come
         self._counts: list[int] = []  # of problems, for each row that is complete
+        self.held = 0  # numbers in the rows that are complete
         self._seen, self._version = block._info, _version(block._info)
 
     def look(self) -> bool:
@@ -60,18 +60,17 @@ class Watched:
 
     def end_row(self) -> bool:
         """Whether there is something in it."""
-        count = sum(1 if info.dim() == 1 else len(info) for info in self._records[self._row :])
+        row = self._records[self._row :]
+        count = sum(1 if info.dim() == 1 else len(info) for info in row)
         self._counts.append(count)
+        self.held += sum(info.numel() for info in row)
         self._row = len(self._records)
         return count > 0
-
-    def held(self) -> int:
-        return len(self._records)
 
     def take(self) -> tuple[list[Tensor], list[int]]:
         """(the records of the complete rows as vectors, how many problems each row has); the others stay."""
         taken, counts = self._records[: self._row], self._counts
-        self._records, self._row, self._counts = self._records[self._row :], 0, []
+        self._records, self._row, self._counts, self.held = self._records[self._row :], 0, [], 0
         return [info.flatten() for info in taken], counts
 
 
@@ -82,14 +81,37 @@ def means_of(infos: Tensor, counts: Sequence[int], k: int) -> list[list[float]]:
         infos: float64 [N, K + K*K] on the CPU, as `ops.resolve_info` gives them, negative where no pass was recorded.
         counts: of the problems that belong to each row, in order; their sum is N.
     """
-    infos = torch.where(infos[:, k : k + 1] < 0, 0.0, infos)  # squared norms of zero: missing
-    G = infos[:, k:].unflatten(-1, (k, k))
+    if bool((infos[:, k] < 0).any()):
+        infos = torch.where(infos[:, k : k + 1] < 0, 0.0, infos)  # squared norms of zero: missing
+    rows = [[torch.nan] * (1 + 2 * k + k * (k - 1) // 2)] * len(counts)
+    parts = infos.split(list(counts))
+    for count in set(counts) - {0}:  # most often there is one: no row takes an operation of its own
+        which = [n for n, c in enumerate(counts) if c == count]
+        chosen = infos if len(which) == len(counts) else torch.cat([parts[n] for n in which])
+        for n, row in zip(which, _means(chosen.view(len(which), count, -1), k).tolist(), strict=True):
+            rows[n] = row
+    return rows
+
+
+def _means(infos: Tensor, k: int) -> Tensor:
+    """[R, columns] from [R, N, K + K*K]. Of fifty branches K x K numbers are most of the work, so they are passed over as rarely as may be, without `stats`."""
+    lengths = infos[..., k :: k + 1].sqrt()
+    present = lengths != 0
+    there, inverse = present.double(), torch.where(present, 1 / lengths, 0.0)
+    cosines = infos[..., k:].unflatten(-1, (k, k)) * inverse.unsqueeze(-1)
+    cosines *= inverse.unsqueeze(-2)
+    others = there.sum(-1)
+    pairs = others * (others - 1)  # each twice
+    conflict = (cosines < 0).sum((-1, -2)) / pairs.clamp(min=1) + 0 * lengths.sum(-1)  # NaN of what is no number
+    there_in, both = there.sum(1), there.mT @ there
     i, j = torch.triu_indices(k, k, 1)
-    lengths, pairs = norms(G), cosines(G)[:, i, j]
-    values = torch.cat([conflict_rate(G).unsqueeze(1), infos[:, :k], lengths, pairs], 1)
-    there = torch.cat([~values[:, :1].isnan(), (lengths != 0).repeat(1, 2), ~pairs.isnan()], 1)
-    values = torch.where(there, values, 0.0)
-    return [(v.sum(0) / n.sum(0)).tolist() for v, n in zip(values.split(list(counts)), there.split(list(counts)), strict=True)]
+    means = [
+        ((conflict * (pairs > 0)).sum(1) / (pairs > 0).sum(1)).unsqueeze(1),
+        infos[..., :k].sum(1) / there_in,
+        lengths.sum(1) / there_in,
+        (cosines.sum(1) / both)[:, i, j].clamp(-1, 1),
+    ]
+    return torch.cat(means, 1)
 
 
 def _version(info: Tensor | None) -> int:
