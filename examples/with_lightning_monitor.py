@@ -1,7 +1,5 @@
 """Lightning: a callback that streams what the blocks see into a file. `python examples/with_lightning_monitor.py`, then `mmfast plot run.csv`"""
 
-from typing import Any
-
 import lightning
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -11,16 +9,13 @@ import mmfast as mf
 
 
 class Monitor(lightning.Callback):
-    def __init__(self, to: Any, every: int = 10) -> None:  # to=logger.experiment for TensorBoard
-        self.to, self.every = to, every
+    def on_train_start(self, trainer, module) -> None:
+        self.monitor = mf.Monitor(module, "run.csv", every=10)  # or trainer.logger.experiment, for TensorBoard
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self.monitor = mf.Monitor(module, self.to, self.every)
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer, *_) -> None:
         self.monitor.step(trainer.global_step)
 
-    def teardown(self, *_: Any) -> None:  # comes behind an exception too
+    def teardown(self, trainer, module, stage) -> None:  # comes behind an exception too
         self.monitor.remove()
 
 
@@ -38,6 +33,6 @@ class Module(lightning.LightningModule):
 
 
 module, quiet = Module(), {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-trainer = lightning.Trainer(max_epochs=40, accelerator="cpu", callbacks=[Monitor("run.csv")], **quiet)
+trainer = lightning.Trainer(max_epochs=40, accelerator="cpu", callbacks=[Monitor()], **quiet)
 trainer.fit(module, DataLoader(TensorDataset(x, targets), batch_size=256))
 print(f"worst task: {worst(module.model):.3f}; wrote run.csv")

@@ -1,7 +1,6 @@
 """Hugging Face's Trainer: a callback that streams what the blocks see into a file. `python examples/with_trainer_monitor.py`, then `mmfast plot run.csv`"""
 
 import tempfile
-from typing import Any
 
 import torch
 from toy import Model, losses, targets, worst, x
@@ -11,16 +10,13 @@ import mmfast as mf
 
 
 class Monitor(TrainerCallback):
-    def __init__(self, to: Any, every: int = 10) -> None:
-        self.to, self.every = to, every
+    def on_train_begin(self, args, state, control, model, **_) -> None:
+        self.monitor = mf.Monitor(model, "run.csv", every=10)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **_: Any) -> None:
-        self.monitor = mf.Monitor(model, self.to, self.every)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args, state, control, **_) -> None:
         self.monitor.step(state.global_step)
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, *_, **__) -> None:
         self.monitor.remove()
 
 
@@ -36,5 +32,5 @@ with tempfile.TemporaryDirectory() as folder:
     quiet = {"lr_scheduler_type": "constant", "max_grad_norm": 0, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     arguments = TrainingArguments(folder, num_train_epochs=40, per_device_train_batch_size=256, learning_rate=5e-2, use_cpu=True, **quiet)
     data = [{"x": one, "labels": label} for one, label in zip(x, targets, strict=True)]
-    Trainer(model, arguments, train_dataset=data, callbacks=[Monitor("run.csv")]).train()
+    Trainer(model, arguments, train_dataset=data, callbacks=[Monitor()]).train()
 print(f"worst task: {worst(model):.3f}; wrote run.csv")

@@ -9,8 +9,7 @@ ROOT = Path(mmfast.__file__).parent
 # from the bottom up; a file or folder imports from its own floor and those below it
 FLOORS = [
     {"contract", "console"},
-    {"plots"},
-    {"stats", "resolvers", "losses"},
+    {"stats", "plots", "resolvers", "losses"},
     {"backends"},
     {"ops"},
     {"blocks"},
