@@ -26,6 +26,7 @@ from benchmarks import (
     collapse,
     compiled,
     likelihoods,
+    monitored,
     multimodal,
     naive,
     overhead,
@@ -38,7 +39,7 @@ from benchmarks import (
 from benchmarks.machine import Quiet, caches, data_in, environment
 from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
-from benchmarks.targets import GRAM_FEW, GRAM_MANY, GRID_WORST, LATENCY
+from benchmarks.targets import GRAM_FEW, GRAM_MANY, GRID_WORST, LATENCY, MONITOR
 from benchmarks.timing import Call, Timing, side_by_side
 
 KS = [2, 3, 5, 8, 16, 32, 64]
@@ -266,6 +267,24 @@ def attach(run: Run) -> None:
         print(_line(list(rows.values())), flush=True)
 
 
+def monitor(run: Run) -> None:
+    """What a Monitor adds to a training step: its thread's CPU time beside the step's."""
+    for make in monitored.CASES[:1] if run.quick else monitored.CASES:
+        case = make()
+        timings, error, right = monitored.times(case, 2 if run.quick else 6)
+        rows = {p: Row("monitor", "UPGrad", case.k, case.n, p) for p in ("none", "monitor")}
+        rows["monitor"].error = error
+        if right:
+            for p, row in rows.items():
+                row.timed(timings[p])
+            share = 100 * timings["monitor"].median / timings["none"].median
+            rows["monitor"].verdict = MONITOR.verdict(share)
+        else:
+            rows["monitor"].verdict = "wrong"
+        run.rows += rows.values()
+        print(_line(list(rows.values())), f"({share:.2f} % of the step)" if right else "", flush=True)
+
+
 def log_probs(run: Run) -> None:
     """Likelihoods and their gradients, the compiled operator against plain torch."""
     for name, rows_of_x, samples in likelihoods.CASES[: 3 if run.quick else None]:
@@ -335,6 +354,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "heads": heads,
     "parameters": parameter_lists,
     "attach": attach,
+    "monitor": monitor,
     "likelihoods": log_probs,
     "together": many_models,
     "collapse": gradient_outer_products,

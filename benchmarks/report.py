@@ -125,6 +125,10 @@ TITLES = {
     ),
     "parameters": ("Four losses at the 62 parameters of a ResNet-18, as lists, µs", ["ours", "torchjd", "torchjd sums"]),
     "attach": ("Training step with attach, with a block built in, without one (N: batch x width), µs", ["ours", "built", "none"]),
+    "monitor": (
+        "Training step with a block, and what a Monitor adds to it (CPU time of the thread; N: batch x width), µs",
+        ["none", "monitor"],
+    ),
     "likelihoods": (
         "Likelihoods and their gradients, and a backward pass without any (K features; N: rows), µs",
         ["ours", "torch", "none"],

@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 class Row:
     """One timed call, or the reason why there is no number; empty fields do not apply."""
 
-    section: str  # machine, grid, gram, latency, block, heads, parameters, attach, likelihoods, together, multimodal, collapse, compile
+    section: str  # that of benchmarks/bench.py which made it
     rule: str
     k: int
     n: int

@@ -111,6 +111,15 @@ def _attach(rows: list[Row]) -> tuple[float, str] | None:
     return None if usual is None else (1 / (usual.ratio_to_ours or 1), f"K={usual.k} N={usual.n}")
 
 
+def _monitor(rows: list[Row]) -> tuple[float, str] | None:
+    """Of steps of a usual size, the one of which it takes the largest share."""
+    found = {(r.k, r.n, r.provider): r.median_us for r in rows if r.section == "monitor" and r.median_us and r.n > 100_000}
+    shares = [
+        (100 * time / step, f"K={k} N={n}") for (k, n, p), time in found.items() if p == "monitor" and (step := found.get((k, n, "none")))
+    ]
+    return max(shares, default=None)
+
+
 def _likelihoods(rows: list[Row]) -> tuple[float, str] | None:
     """Of the three batches of one sample, the one whose likelihoods gain least: a backward pass without any is taken off both times."""
     found = {(r.rule, r.n, r.provider): r.median_us for r in rows if r.section == "likelihoods" and r.median_us and r.n <= 1000}
@@ -166,6 +175,7 @@ HEADS_NAIVE = Target("tabular VAE step with the naive block / with LinearHeads",
 PARAMETERS = Target("resolve of a ResNet-18's 62 parameters, K = 4, against TorchJD's jac_to_grad", "parameters", 3, 5, "x", _parameters)
 
 ATTACH = Target("training step with attach / with a block built in", "attach", 1.02, 1.01, "x", _attach, True)
+MONITOR = Target("what a Monitor adds to a training step", "monitor", 1, 0.5, "%", _monitor, True)
 LIKELIHOODS = Target("likelihoods and gradients of Wine, Credit and Adult against plain torch", "likelihoods", 6, 10, "x", _likelihoods)
 AGOP = Target("gradient outer product of a layer / one backward pass", "collapse", 1.5, 1.0, "x", _agop, True)
 TOGETHER = [
@@ -193,6 +203,7 @@ TARGETS = [
     HEADS_NAIVE,
     PARAMETERS,
     ATTACH,
+    MONITOR,
     LIKELIHOODS,
     *TOGETHER,
     AGOP,

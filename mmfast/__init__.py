@@ -14,6 +14,7 @@ __all__ = [
     "ImpartialityBlock",
     "LinearHeads",
     "LipschitzScale",
+    "Monitor",
     "StandardScale",
     "attach",
     "backends",
@@ -58,6 +59,7 @@ if TYPE_CHECKING or not _is_command():
         from mmfast.blocks.modulation import AGM, CGGM, OGM
         from mmfast.blocks.parameters import backward
         from mmfast.blocks.scaling import DimRatio, LipschitzScale, StandardScale
+        from mmfast.monitor.monitor import Monitor
         from mmfast.ops.combine import combine
         from mmfast.ops.explain import explain
         from mmfast.ops.gram import gram

@@ -1,6 +1,6 @@
-"""The command line: mmfast demo, mmfast train, mmfast report, mmfast doctor.
+"""The command line: mmfast demo, mmfast train, mmfast report, mmfast plot, mmfast doctor.
 
-Help, version and doctor need the standard library alone; the other commands import what they need once they are called.
+Help, version and doctor need the standard library alone, plot matplotlib besides; the other commands import what they need once they are called.
 """
 
 import functools
@@ -12,11 +12,13 @@ from typing import Any
 from mmfast import __version__
 from mmfast.console import fail, missing
 from mmfast.doctor import EXTRAS, doctor
+from mmfast.plots.command import plot
 
 COMMANDS = {
     "demo": "Trains a small VAE without the block and with it, and shows what that changes.",
     "train": "Trains a reference model; mmfast train table1 trains the grid of a table.",
     "report": "Shows what the runs of a grid came to: mmfast report table1.",
+    "plot": "Draws what an mmfast.Monitor wrote: mmfast plot run.csv; with --html as one page for a browser.",
     "doctor": "Prints what this installation can do, and why it cannot do the rest; --check tests its kernels on this device.",
 }
 HELP = "\n".join(
@@ -65,6 +67,8 @@ def main() -> None:
         print(f"mmfast {__version__}")
     elif command == "doctor":
         doctor(sys.argv[2:])
+    elif command == "plot":
+        plot(sys.argv[2:])
     elif command not in COMMANDS:
         fail(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
     else:

@@ -15,6 +15,7 @@ from mmfast.console import fail, missing
 EXTRAS = {
     "demo": {"typer": "typer", "rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"},
     "train": {"typer": "typer", "rich": "rich", "scipy": "scipy"},
+    "plot": {"matplotlib": "matplotlib"},
 }
 # docs/environment.md says what each of them does
 VARIABLES = (

@@ -4,6 +4,7 @@ A row that is all zero belongs to a missing gradient: whatever depends on it is 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -221,6 +222,12 @@ class BlockStats:
             magnitude_similarity=magnitude_similarity(G),
             cosine_to_direction=cosine_to_direction(G, w),
         )
+
+    def plot(self, path: str | Path) -> None:
+        """Draws the cosines, weights and norms into an image file, such as "block.png"; means over the samples for per="sample". Needs matplotlib."""
+        from mmfast.plots.figure import draw_stats
+
+        draw_stats(self, path)
 
     def __str__(self) -> str:
         """A table with one line a branch; means over the samples for per="sample"."""

@@ -46,7 +46,9 @@ def start(request, tmp_path):
         (["demo"], 2, "mmfast demo needs torch, typer, rich, scikit-learn, matplotlib: pip install 'mmfast[demo]'"),
         (["train", "--help"], 2, "mmfast train needs torch, typer, rich, scipy: pip install 'mmfast[train]'"),
         (["report"], 2, "mmfast report needs torch"),
-        (["dance"], 2, "there is no command 'dance'; there are demo, train, report, doctor"),
+        (["plot", "--help"], 0, "usage: mmfast plot [-h] [--html] [--out OUT] csv"),
+        (["plot", "run.csv"], 2, "mmfast plot needs matplotlib: pip install 'mmfast[plot]'"),
+        (["dance"], 2, "there is no command 'dance'; there are demo, train, report, plot, doctor"),
     ],
 )
 def test_on_the_standard_library_alone(start, arguments, code, message):

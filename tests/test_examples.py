@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mmfast.plots.log import read
+
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 EXAMPLES = {  # what it needs, and how Python is called
@@ -17,29 +19,38 @@ EXAMPLES = {  # what it needs, and how Python is called
     "fsdp2": ("torch", TORCHRUN),
     "libmtl": ("LibMTL", ()),
     "lightning": ("lightning", ()),
+    "lightning_monitor": ("lightning", ()),
     "multivae": ("multivae", ()),
     "torchjd": ("torchjd", ()),
     "trainer": ("transformers", ()),
+    "trainer_monitor": ("transformers", ()),
 }
 STAND_INS = ("libmtl", "multivae")  # they import torchvision for what is not used here
 
 
-def output(name):
+def output(name, folder=ROOT):
     package, how = EXAMPLES[name]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     paths = [str(ROOT), *([str(ROOT / "tests" / "stand_ins")] if name in STAND_INS else []), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *how, f"examples/with_{name}.py"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, *how, str(ROOT / f"examples/with_{name}.py")]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("libmtl", "multivae", "torchjd")])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("libmtl", "multivae", "torchjd") and "monitor" not in name])
 def test_the_worst_task_gains(name):
     errors = dict(re.findall(r"worst task with (.*?)(?: on 2 processes)?: ([\d.]+)", output(name)))
     assert float(errors["None"]) > 0.5 and float(errors["IMTLG()"]) < 0.1, errors
+
+
+@pytest.mark.parametrize("name", ["lightning_monitor", "trainer_monitor"])
+def test_callbacks_of_a_monitor(name, tmp_path):
+    assert float(re.findall(r"worst task: ([\d.]+)", output(name, tmp_path))[0]) < 0.1
+    log = read(tmp_path / "run.csv")
+    assert log.steps == [10, 20, 30, 40] and log.blocks[0].branches == ("0", "1")
 
 
 def test_many_models():

@@ -9,11 +9,11 @@ ROOT = Path(mmfast.__file__).parent
 # from the bottom up; a file or folder imports from its own floor and those below it
 FLOORS = [
     {"contract", "console"},
-    {"stats", "resolvers", "losses"},
+    {"stats", "plots", "resolvers", "losses"},
     {"backends"},
     {"ops"},
     {"blocks"},
-    {"models", "collapse"},
+    {"models", "collapse", "monitor"},
     {"data"},
     {"experiments", "demo"},
     {"doctor"},

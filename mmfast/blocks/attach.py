@@ -204,6 +204,7 @@ class Attached(Impartial):
                 return (alias.clone() if copies else alias,), kwargs
             return self._replaced(i, copies, args, kwargs)
 
+        enter.__dict__["handle"] = self  # by which a Monitor finds it
         return enter
 
     def _replaced(self, i: int, copies: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

@@ -1,0 +1,1 @@
+"""Monitor: what the blocks of a model see, over a training run."""
