@@ -153,13 +153,12 @@ def watch(fusion_layer: nn.Module, modalities: Mapping[str, int], every: int = 1
         torch.Size([4, 2])
     """
     layer = checked(fusion_layer, "fusion_layer")
-    if not multiplies(layer):
-        raise TypeError(
-            f"fusion_layer is a {type(layer).__name__}, expected an nn.Linear or convolution on the modalities' features side by side"
-        )
     weight = layer._parameters.get("weight")
-    if weight is None or not weight.requires_grad:
-        raise TypeError("fusion_layer has a weight that is no trained parameter of its own, expected one that wants a gradient")
+    if not multiplies(layer) or weight is None or not weight.requires_grad:
+        raise TypeError(
+            f"fusion_layer is a {type(layer).__name__}, expected an nn.Linear or convolution on the modalities' features side by side, whose weight is "
+            "a parameter of its own that wants a gradient"
+        )
     if not isinstance(modalities, Mapping):
         raise TypeError(
             f"modalities is a {type(modalities).__name__}, expected a dict of widths by name, such as {{'image': 64, 'text': 32}}"
