@@ -125,7 +125,7 @@ def watch(fusion_layer: nn.Module, modalities: Mapping[str, int], every: int = 1
     The layer takes the modalities' features side by side. A step is a backward pass that brings its weight a gradient; each `every`-th is looked at,
     in training mode: the features are those of the layer's last call, the gradient is the whole step's (in a process group, this rank's part of
     both). Nothing else in the model changes, the loss scale of mixed precision and gradient accumulation included. A look takes some eigenvalue
-    problems of the sizes of batch, features and weight (docs/collapse.md has the times) and waits for a GPU; all other steps take a few microseconds.
+    problems of the sizes of batch, features and weight (docs/collapse.md has the times) and waits for a GPU; at all other steps it is two Python calls.
     The quantities are those of Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025; its gradient outer product is
     `mf.collapse.Agop`.
 
