@@ -6,6 +6,7 @@ import pytest
 import torch
 from jacobians import Pass, assert_close, mlp, oracle
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mmfast as mf
@@ -83,6 +84,40 @@ def test_convolution(conv, shape):
     W = conv.weight.detach().double().flatten(1)
     assert_close(agop.matrix, (W.T @ rows.T @ rows @ W / 12).detach())
     assert 0 < agop.distance() < 2**0.5
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_weights_that_are_computed(power):
+    """By a parametrization, whose state is left alone, or put in place of the layer's for one call."""
+    model, x = mlp(4, 3, 1), torch.randn(9, 5)
+    if power:
+        nn.utils.parametrizations.spectral_norm(model[2])
+    with mf.collapse.Agop(model[2]) as agop:
+        for factor in (1.0, 3.0):
+            weights = {} if power else {"2.weight": model[2].weight * factor}
+            twin = copy.deepcopy(model)
+            twin(x)
+            state = twin.state_dict()
+            agop.add(torch.func.functional_call(model, weights, (x,)))
+            assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    wide, expected = copy.deepcopy(model).double().eval(), 0
+    h = wide[:2](x.double()).detach()
+    for factor in (1.0, 1.0 if power else 3.0):
+        expected = expected + oracle(h, lambda h: wide[3:](F.linear(h, factor * wide[2].weight, wide[2].bias))) / 2  # noqa: B023
+    assert_close(agop.matrix, expected, 0.1 if power else 1e-5)  # the power iteration goes on at each call
+
+
+def test_two_weights_in_one_pass():
+    """Each call's gradient goes with its own weight; and the same outputs may be added again after a look."""
+    model, x = mlp(4, 3, 2), torch.randn(9, 5)
+    tripled = {"2.weight": model[2].weight * 3}
+    apart, agop = mf.collapse.Agop(model[2]), mf.collapse.Agop(model[2])
+    apart.add(model(x))
+    apart.add(torch.func.functional_call(model, tripled, (x,)))
+    outputs = model(x) + torch.func.functional_call(model, tripled, (x,))
+    for _ in range(2):
+        agop.add(outputs)
+        assert_close(agop.matrix, 2 * apart.matrix, 1e-6)
 
 
 def test_tokens_and_several_calls():
@@ -266,6 +301,11 @@ def test_errors():
     ):
         with pytest.raises(error, match=message):
             agop.add(outputs)
+    outputs = model(x)
+    outputs.sum().backward(retain_graph=True)
+    torch.optim.SGD(model[2].parameters(), 0.1).step()
+    with pytest.raises(RuntimeError, match="weight was changed in place after the forward pass"):
+        agop.add(outputs)
     outputs = model(x)
     outputs.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):

@@ -1,7 +1,7 @@
 """The average gradient outer product of a layer, streamed over batches."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from operator import index
 from typing import Any
 
@@ -75,6 +75,7 @@ class Agop:
         self._inputs = Products()  # of gradients at the layer's input
         self._outputs = Products()  # at its output, as long as the weight is this one
         self._weight: Tensor | None = None
+        self._compared: Tensor | None = None  # what is known to be equal to it
         self._generator: torch.Generator | None = None
 
     def remove(self) -> None:
@@ -96,16 +97,16 @@ class Agop:
 
         Raises:
             TypeError, ValueError: outputs is not as described, or does not depend on a call of the layer while the hook was there. RuntimeError: its
-            graph is gone, as after `loss.backward()`.
+            graph is gone, as after `loss.backward()`, or the weight was changed in place since, as by an optimizer's step.
         """
         calls = self._calls(outputs)
         self._kind = outputs.device.type
         with torch.no_grad(), torch.autocast(self._kind, enabled=False), notices.taking_apart():
-            take = self._taker()
             for signs in self._directions(outputs):
-                for g in torch.autograd.grad(outputs, calls, signs, retain_graph=True, allow_unused=True):
+                grads = torch.autograd.grad(outputs, [edge for edge, _ in calls], signs, retain_graph=True, allow_unused=True)
+                for g, (_, W) in zip(grads, calls, strict=True):
                     if g is not None:
-                        take(g)
+                        self._take(g, W)
         self.samples += len(outputs)
 
     @property
@@ -145,8 +146,8 @@ class Agop:
         for _ in range(self.probes):
             yield signs.random_(2, generator=self._generator).mul_(2).sub_(1)
 
-    def _calls(self, outputs: Tensor) -> list[GradientEdge]:
-        """Where in the graph behind the outputs the layer was called."""
+    def _calls(self, outputs: Tensor) -> list[tuple[GradientEdge, Tensor | None]]:
+        """Where in the graph behind the outputs the layer was called, and its weight then, as [out, in]."""
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             what = outputs.dtype if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
             raise TypeError(f"outputs is {what}, expected a floating-point tensor [B, C]")
@@ -165,32 +166,38 @@ class Agop:
                     consumers[child] = []
                     stack.append(child)
                 consumers[child].append(node)
-        found = [(node, slot) for node in consumers for slot in sorted(_marks(node).get(self._mark, ()))]
+        found = [(node, slot, *seen) for node in consumers for slot, seen in sorted(_marks(node).get(self._mark, {}).items())]
         if not found:
             raise ValueError(
                 f"outputs does not come from a call of {type(self.layer).__name__} that could be seen: it was called elsewhere, before Agop, inside a model compiled before, or neither "
                 "its input nor its weight wants a gradient (call requires_grad_() on one of them)"
             )
-        if not self._told and _mixes(consumers, [node for node, _ in found]):
+        if not self._told and _mixes(consumers, [node for node, *_ in found]):
             self._told = True
             contract.tell(
                 "a batch norm in training mode between the layer and the outputs: a sample's outputs depend on the other samples, so what is averaged here are not its own derivatives; "
                 "call model.eval() for Agop"
             )
-        return [GradientEdge(node, slot) for node, slot in found]
+        if any(W is not None and W._version != version for *_, W, version in found):
+            raise RuntimeError(
+                "the layer's weight was changed in place after the forward pass; call add(outputs) before the optimizer's step"
+            )
+        matrices = {W.data_ptr(): matrix_of(W) for *_, W, _ in found if W is not None}  # the same object for the same weight
+        return [(GradientEdge(node, slot), None if W is None else matrices[W.data_ptr()]) for node, slot, W, _ in found]
 
-    def _taker(self) -> Callable[[Tensor], None]:
-        """What takes the gradient of one call in."""
-        if not self._multiplies:
-            return lambda g: self._inputs.add(g.reshape(-1, g.shape[-1]))
-        W = matrix_of(self.layer.weight)  # type: ignore[arg-type]
-        if len(W) > 2 * W.shape[1]:  # narrower at the input, which pays for the product
-            return lambda g: self._inputs.add(_times(rows_of(g, self.layer), W))
-        # J = g W, so the sum of J'J is W' (sum of g'g) W, for as long as the weight stays the same
-        if self._weight is None or not torch.equal(self._weight, W):
-            self._settle()
-            self._weight = W.clone()
-        return lambda g: self._outputs.add(rows_of(g, self.layer))
+    def _take(self, g: Tensor, W: Tensor | None) -> None:
+        """Takes the gradient of one call in: that at its input, or with the weight that it had, that at its output."""
+        if W is None:
+            self._inputs.add(g.reshape(-1, g.shape[-1]))
+        elif len(W) > 2 * W.shape[1]:  # narrower at the input, which pays for the product
+            self._inputs.add(_times(rows_of(g, self.layer), W))
+        else:  # J = g W, so the sum of J'J is W' (sum of g'g) W, for as long as the weight stays the same
+            if W is not self._compared:
+                if self._weight is None or not torch.equal(self._weight, W):
+                    self._settle()
+                    self._weight = W.clone()
+                self._compared = W
+            self._outputs.add(rows_of(g, self.layer))
 
     def _settle(self) -> None:
         """Takes the gradients at outputs into those at inputs."""
@@ -213,7 +220,7 @@ def _times(rows: Tensor, W: Tensor) -> Tensor:
 def _leave(layer: nn.Module, module: nn.Module, output: Any, mark: object) -> None:
     """Marks the call at the layer's output; a deep copy of the model has the hook too, and is not the layer."""
     if module is layer and isinstance(output, Tensor):
-        _marked(output, mark)
+        _marked(output, mark, module.weight.detach())  # type: ignore[operator]
 
 
 @torch.compiler.disable
@@ -232,11 +239,11 @@ def _enter(layer: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: d
     return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, key: alias})
 
 
-def _marked(y: Tensor, mark: object) -> None:
+def _marked(y: Tensor, mark: object, weight: Tensor | None = None) -> None:
     if not y.requires_grad or y.is_leaf or transforms.active():
         return
     edge = get_gradient_edge(y)
-    _marks(edge.node).setdefault(mark, set()).add(edge.output_nr)
+    _marks(edge.node).setdefault(mark, {})[edge.output_nr] = weight, 0 if weight is None else weight._version
 
 
 def _marks(node: Node) -> dict[Any, Any]:

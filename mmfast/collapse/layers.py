@@ -6,8 +6,13 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def multiplies(layer: nn.Module) -> bool:
-    """Whether it is a linear layer or a plain convolution, with torch's own forward: the gradient at its input is that at its output times its weight."""
+    """Whether it is a linear layer or a plain convolution as torch has them: the gradient at its input is that at its output times its weight.
+
+    One with a parametrization is not: reading its weight computes it, and may change what that keeps.
+    """
     own = getattr(layer.forward, "__func__", None)
+    if "weight" not in layer._parameters:
+        return False
     if isinstance(layer, _CONVOLUTIONS):
         return layer.groups == 1 and own in [kind.forward for kind in _CONVOLUTIONS]
     return isinstance(layer, nn.Linear) and own is nn.Linear.forward

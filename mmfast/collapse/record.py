@@ -125,7 +125,7 @@ def watch(fusion_layer: nn.Module, modalities: Mapping[str, int], every: int = 1
     The layer takes the modalities' features side by side. A step is a backward pass that brings its weight a gradient; each `every`-th is looked at,
     in training mode: the features are those of the layer's last call, the gradient is the whole step's (in a process group, this rank's part of
     both). Nothing else in the model changes, the loss scale of mixed precision and gradient accumulation included. A look takes some eigenvalue
-    problems of the sizes of batch, features and weight (docs/collapse.md has the times) and waits for a GPU; all other steps take a few microseconds.
+    problems of the sizes of batch, features and weight (docs/collapse.md has the times) and waits for a GPU; at all other steps it is two Python calls.
     The quantities are those of Chaudhuri et al., "A closer look at multimodal representation collapse", ICML 2025; its gradient outer product is
     `mf.collapse.Agop`.
 
@@ -153,13 +153,12 @@ def watch(fusion_layer: nn.Module, modalities: Mapping[str, int], every: int = 1
         torch.Size([4, 2])
     """
     layer = checked(fusion_layer, "fusion_layer")
-    if not multiplies(layer):
-        raise TypeError(
-            f"fusion_layer is a {type(layer).__name__}, expected an nn.Linear or convolution on the modalities' features side by side"
-        )
     weight = layer._parameters.get("weight")
-    if weight is None or not weight.requires_grad:
-        raise TypeError("fusion_layer has a weight that is no trained parameter of its own, expected one that wants a gradient")
+    if not multiplies(layer) or weight is None or not weight.requires_grad:
+        raise TypeError(
+            f"fusion_layer is a {type(layer).__name__}, expected an nn.Linear or convolution on the modalities' features side by side, whose weight is "
+            "a parameter of its own that wants a gradient"
+        )
     if not isinstance(modalities, Mapping):
         raise TypeError(
             f"modalities is a {type(modalities).__name__}, expected a dict of widths by name, such as {{'image': 64, 'text': 32}}"
