@@ -7,92 +7,29 @@
 * Half of all pairs of gradients conflict and norms spread over a factor of ten (providers.jacobian).
 
 A whole run writes results/DATE-COMMIT.csv (one schema for all rows) and, if the machine was quiet, results/latest.md and results/latest.png.
-A new section is a function in SECTIONS; a new promise is a line in targets.TARGETS.
+A new section is a function in SECTIONS (steps.py: of training steps); a new promise is a line in targets.TARGETS.
 """
 
 import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 import mmfast as mf
-from benchmarks import (
-    attached,
-    collapse,
-    compiled,
-    likelihoods,
-    monitored,
-    multimodal,
-    naive,
-    overhead,
-    parameters,
-    report,
-    roofline,
-    tabular,
-    together,
-)
+from benchmarks import naive, overhead, report, roofline, steps
+from benchmarks.case import Run, compare, line
 from benchmarks.machine import Quiet, caches, data_in, environment
-from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
+from benchmarks.providers import BLOCK, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
-from benchmarks.targets import GRAM_FEW, GRAM_MANY, GRID_WORST, LATENCY, MONITOR
-from benchmarks.timing import Call, Timing, side_by_side
+from benchmarks.targets import GRAM_FEW, GRAM_MANY, GRID_WORST, LATENCY
+from benchmarks.timing import Call, side_by_side
 
 KS = [2, 3, 5, 8, 16, 32, 64]
 NS = [4096, 65536, 1048576]
-
-
-@dataclass
-class Run:
-    """What this run measures, and what it has measured so far."""
-
-    quick: bool
-    rules: list[str]
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def budget(self) -> float:
-        """Seconds for each call of a case."""
-        return 0.05 if self.quick else 0.15
-
-    @property
-    def wrong(self) -> list[Row]:
-        return [r for r in self.rows if r.verdict == "wrong"]
-
-
-def _line(rows: list[Row]) -> str:
-    """One case, for the terminal."""
-    first = rows[0]
-    cells = []
-    for r in rows:
-        value = f"{report.number(r.median_us)} µs" if r.median_us else r.verdict
-        ratio = f" {report.number(r.ratio_to_ours)}x" if r.ratio_to_ours and r.provider != "ours" else ""
-        memory = f" {report.number(r.peak_mb)} MB" if r.peak_mb else ""
-        share = f" {r.percent_of_roofline:.0f}% of roofline" if r.percent_of_roofline else ""
-        cells.append(f"{r.provider} {value}{ratio}{memory}{share}")
-    what = first.rule or first.dtype
-    return f"{first.section:9} {what:12} K={first.k:<3} N={first.n:<9} " + "   ".join(cells)
-
-
-def compare(run: Run, rows: dict[str, Row], calls: dict[str, Call], right: bool, error: float, budgets: float = 1) -> dict[str, Timing]:
-    """Times the calls of one case side by side and fills their rows; a red gate leaves our row alone, without a time.
-
-    Calls of many milliseconds need more than one budget for enough samples.
-    """
-    rows["ours"].error = error
-    if not right:
-        rows["ours"].verdict = "wrong"
-        rows, calls = {"ours": rows["ours"]}, {}
-    timings = side_by_side(calls, run.budget * budgets) if calls else {}
-    for p, row in rows.items():
-        if p in timings:
-            row.timed(timings[p]).ratio_to_ours = timings[p].median / timings["ours"].median
-    run.rows += rows.values()
-    return timings
 
 
 def resolve_case(run: Run, section: str, name: str, data: Data, providers: list[str]) -> None:
@@ -115,7 +52,7 @@ def resolve_case(run: Run, section: str, name: str, data: Data, providers: list[
             rows["torchjd"].verdict = GRID_WORST.verdict(rows["torchjd"].ratio_to_ours or 0)
         if section == "latency" and data.n == 4096:
             ours.verdict = LATENCY.verdict(timings["ours"].median)
-    print(_line(list(rows.values())), flush=True)
+    print(line(list(rows.values())), flush=True)
 
 
 def grid(run: Run) -> None:
@@ -188,7 +125,7 @@ def gram_case(run: Run, k: int, n: int, dtype: torch.dtype = torch.float32) -> N
         row.percent_of_roofline = 100 * min(timings[limit].median for limit in limits) / timings[p].median
     if right and dtype == torch.float32:
         rows["ours"].verdict = (GRAM_FEW if k <= 4 else GRAM_MANY).verdict(rows["ours"].percent_of_roofline or 0)
-    print(_line([row for row in rows.values() if row.median_us or row.verdict]), flush=True)
+    print(line([row for row in rows.values() if row.median_us or row.verdict]), flush=True)
 
 
 def gram(run: Run) -> None:
@@ -223,127 +160,7 @@ def block(run: Run) -> None:
         rows = {p: Row("block", name, k, n, p, data_in=data_in(k * n * 4)) for p in calls}
         error, right = gate(name, data, lambda rule: backward(mf.fork(y, k, rule)), preserve_norm=True)
         compare(run, rows, calls, right, error)
-        print(_line(list(rows.values())), flush=True)
-
-
-def heads(run: Run) -> None:
-    """Training steps of a tabular VAE whose heads are linear; K as in the paper's data sets, N = S, the samples of z."""
-    for k in [13] if run.quick else [13, 24, 50]:
-        for samples in [1] if run.quick else [1, 20]:
-            for name in [n for n in run.rules if n not in ELEMENTWISE]:
-                error, right = tabular.gate(k, RULES[name])
-                calls = tabular.steps(k, samples, RULES[name], name)
-                rows = {p: Row("heads", name, k, samples, p, data_in=data_in(samples * 128 * 50 * 4)) for p in calls}
-                compare(run, rows, calls, right, error)
-                print(_line(list(rows.values())), flush=True)
-
-
-def parameter_lists(run: Run) -> None:
-    """Lists of tensors, one problem: the parameters of a ResNet-18, against TorchJD in both of its ways."""
-    data = parameters.Lists(list(parameters.resnet18())[: 20 if run.quick else None])
-    for name in [n for n in run.rules if n not in ELEMENTWISE]:
-        rows = {p: Row("parameters", name, data.k, data.n, p, data_in=data_in(data.k * data.n * 4)) for p in parameters.PROVIDERS}
-        calls: dict[str, Call] = {}
-        for p, provider in parameters.PROVIDERS.items():
-            try:
-                calls[p] = provider(name, data)
-            except Unavailable as reason:
-                rows[p].verdict = str(reason)
-        error, right = gate(name, data, data.resolve)
-        timings = compare(run, rows, calls, right, error, 4)
-        if right:
-            rows["ours"].gbps = (2 * data.k + 1) * data.n * 4 / timings["ours"].median / 1e3
-        print(_line(list(rows.values())), flush=True)
-
-
-def attach(run: Run) -> None:
-    """A training step with `attach`, with the block built in and without one: a usual size, and small ones, where every microsecond of the host shows."""
-    for width, batch in [(512, 256)] if run.quick else [(512, 256), (64, 256), (16, 32)]:
-        calls, error, right = attached.steps(width, batch)
-        rows = {
-            p: Row("attach", "UPGrad", attached.HEADS, batch * width, p, data_in=data_in(attached.HEADS * batch * width * 4)) for p in calls
-        }
-        compare(run, rows, calls, right, error, 12)
-        print(_line(list(rows.values())), flush=True)
-
-
-def monitor(run: Run) -> None:
-    """What a Monitor adds to a training step: its thread's CPU time beside the step's."""
-    for make in monitored.CASES[:1] if run.quick else monitored.CASES:
-        case = make()
-        timings, error, right = monitored.times(case, 2 if run.quick else 6)
-        rows = {p: Row("monitor", "UPGrad", case.k, case.n, p) for p in ("none", "monitor")}
-        rows["monitor"].error = error
-        if right:
-            for p, row in rows.items():
-                row.timed(timings[p])
-            share = 100 * timings["monitor"].median / timings["none"].median
-            rows["monitor"].verdict = MONITOR.verdict(share)
-        else:
-            rows["monitor"].verdict = "wrong"
-        run.rows += rows.values()
-        print(_line(list(rows.values())), f"({share:.2f} % of the step)" if right else "", flush=True)
-
-
-def log_probs(run: Run) -> None:
-    """Likelihoods and their gradients, the compiled operator against plain torch."""
-    for name, rows_of_x, samples in likelihoods.CASES[: 3 if run.quick else None]:
-        case = likelihoods.Case(name, rows_of_x, samples)
-        error, right = case.gate()
-        calls = {p: case.call(p) for p in ("ours", "torch", "none")}
-        rows = {
-            p: Row("likelihoods", name, len(case.joint.sizes), rows_of_x * samples, p, data_in=data_in(case.raw.numel() * 4)) for p in calls
-        }
-        compare(run, rows, calls, right, error, 4)
-        print(_line(list(rows.values())), flush=True)
-
-
-def many_models(run: Run) -> None:
-    """A training step of several models together against one of a single model."""
-    for objective, samples, count in together.CASES[: 2 if run.quick else None]:
-        calls, error, right = together.steps(objective, samples, count)
-        rows = {p: Row("together", objective, count, samples, p) for p in calls}
-        compare(run, rows, calls, right, error, 8)
-        print(_line(list(rows.values())), flush=True)
-
-
-def gradient_outer_products(run: Run) -> None:
-    """Agop against one backward pass: one output, and ten by a random probe."""
-    for place, outputs, probes in collapse.CASES[: 2 if run.quick else None]:
-        case = collapse.Case(place, outputs, probes)
-        error, right = case.gate()
-        calls = case.calls()
-        rows = {p: Row("collapse", place, outputs, collapse.SAMPLES, p, data_in=data_in(case.x.nbytes)) for p in calls}
-        compare(run, rows, calls, right, error, 24)
-        print(_line(list(rows.values())), flush=True)
-
-
-def multimodal_steps(run: Run) -> None:
-    """A training step of a multimodal VAE with blocks against one without, and what either has alive at once."""
-    for mixture in multimodal.CASES[: 1 if run.quick else None]:
-        calls, missing, error, right = multimodal.steps(mixture)
-        rows = {p: Row("multimodal", mixture, 3, multimodal.SAMPLES * multimodal.BATCH, p) for p in [*calls, *missing]}
-        for p, reason in missing.items():
-            rows[p].verdict = reason
-        if right:
-            for p, call in calls.items():
-                rows[p].peak_mb = multimodal.peak(call)
-        compare(run, rows, calls, right, error, 40)
-        print(_line(list(rows.values())), flush=True)
-
-
-def compile_step(run: Run) -> None:
-    """The training step of `heads` under torch.compile, against itself in eager mode; one rule unless others are asked for."""
-    if run.quick:
-        return  # compiling alone takes longer than all the rest
-    k = 13
-    for section, (make, plain) in compiled.HEADS.items():
-        for samples in [1, 20]:
-            for name in [n for n in run.rules if n not in ELEMENTWISE] if len(run.rules) < len(TWELVE) else ["MGDA"]:
-                calls, error, right = compiled.steps(k, samples, make(k, RULES[name](k)), plain(k))
-                rows = {p: Row(section, name, k, samples, p, data_in=data_in(samples * 128 * 50 * 4)) for p in calls}
-                compare(run, rows, calls, right, error, 4)
-                print(_line(list(rows.values())), flush=True)
+        print(line(list(rows.values())), flush=True)
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
@@ -351,15 +168,15 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "gram": gram,
     "latency": latency,
     "block": block,
-    "heads": heads,
-    "parameters": parameter_lists,
-    "attach": attach,
-    "monitor": monitor,
-    "likelihoods": log_probs,
-    "together": many_models,
-    "collapse": gradient_outer_products,
-    "multimodal": multimodal_steps,
-    "compile": compile_step,
+    "heads": steps.heads,
+    "parameters": steps.parameter_lists,
+    "attach": steps.attach,
+    "monitor": steps.monitor,
+    "likelihoods": steps.log_probs,
+    "together": steps.many_models,
+    "collapse": steps.gradient_outer_products,
+    "multimodal": steps.multimodal_steps,
+    "compile": steps.compile_step,
     "providers": providers,
     "grid": grid,
 }
