@@ -81,13 +81,14 @@ def peak(step: Call) -> float:
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         step()
-    events, most = list(run.profiler.kineto_results.experimental_event_tree()), 0  # type: ignore[union-attr]
-    while events:
-        event = events.pop()
-        events += event.children
+    waiting, changes = list(run.profiler.kineto_results.experimental_event_tree()), []  # type: ignore[union-attr]
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
         if event.tag.name == "Allocation":
-            most = max(most, event.extra_fields.total_allocated)
-    return most / 2**20
+            changes.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
+    _, first, size = min(changes)  # the account goes on from what an earlier call has left
+    return (max(total for _, total, _ in changes) - (first - size)) / 2**20
 
 
 def _multivae(vae: MultimodalVAE) -> Step:

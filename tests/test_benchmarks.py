@@ -247,13 +247,17 @@ def test_multimodal_vaes_agree_with_loops(monkeypatch):
 
 
 def test_peak_memory_is_what_is_alive_at_once():
+    kept = []
+
     def call():
         for _ in range(3):
             a = torch.zeros(1 << 20)  # 4 MB
             b = a + a
             del a, b
+        kept.append(torch.zeros(1 << 20))
 
-    assert 8 <= multimodal.peak(call) < 8.1
+    for _ in range(2):  # what an earlier call has left does not count
+        assert 8 <= multimodal.peak(call) < 8.1
 
 
 def test_the_parameters_of_a_resnet():
