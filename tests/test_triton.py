@@ -31,7 +31,7 @@ def test_the_kernels_interpreted(part):
 
 
 def test_the_package_neither_imports_nor_needs_triton():
-    done = run("-c", "import sys, mmfast; assert 'triton' not in sys.modules and 'mmfast.backends.triton' not in sys.modules")
+    done = run("-c", "import sys, mmfast; assert not {'triton', 'mmfast.backends.triton', 'torch._dynamo'} & sys.modules.keys()")
     assert done.returncode == 0, done.stderr
     done = run(
         "-c",

@@ -21,8 +21,9 @@ WITHOUT_NUMPY = [
     for name in ("block", "checkpoints", "compose", "func", "in_place", "magnitude", "projection", "robust", "stats")
 ]
 PIP = ["-m", "pip", "--disable-pip-version-check"]
-# warnings are errors in the tests, but for what torch itself says of a missing NumPy and of Python 3.13.0
-PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore:Failed to initialize NumPy", "-W", "ignore:Guards may run slower"]
+# warnings are errors in the tests, but for what torch itself says: of a missing NumPy, of Python 3.13.0, and of its own jit, which its forward mode uses
+TORCHS_OWN = ("Failed to initialize NumPy", "Guards may run slower", "`torch.jit.script` is deprecated")
+PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(word for text in TORCHS_OWN for word in ("-W", f"ignore:{text}"))]
 
 SMOKE = """
 import sys, time

@@ -61,11 +61,12 @@ class Agop:
         self._mark = object()  # in the graph; no reference back here, which Python's collector could not follow through torch's nodes
         self._told = False
         mark = self._mark
+        leave, enter = (torch.compiler.disable(hook) for hook in (_leave, _enter))  # here, for it imports torch._dynamo
         if self._multiplies:
-            self._hook = layer.register_forward_hook(lambda module, args, output: _leave(layer, module, output, mark), prepend=True)
+            self._hook = layer.register_forward_hook(lambda module, args, output: leave(layer, module, output, mark), prepend=True)
         else:
             self._hook = layer.register_forward_pre_hook(
-                lambda module, args, kwargs: _enter(layer, module, args, kwargs, mark), prepend=True, with_kwargs=True
+                lambda module, args, kwargs: enter(layer, module, args, kwargs, mark), prepend=True, with_kwargs=True
             )
         self.reset()
 
@@ -216,14 +217,12 @@ def _times(rows: Tensor, W: Tensor) -> Tensor:
     return rows.to(dtype) @ W.to(dtype)
 
 
-@torch.compiler.disable
 def _leave(layer: nn.Module, module: nn.Module, output: Any, mark: object) -> None:
     """Marks the call at the layer's output; a deep copy of the model has the hook too, and is not the layer."""
     if module is layer and isinstance(output, Tensor):
         _marked(output, mark, module.weight.detach())  # type: ignore[operator]
 
 
-@torch.compiler.disable
 def _enter(layer: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mark: object) -> tuple[Any, Any] | None:
     """Gives the layer an alias of its input, and marks that."""
     if module is not layer or not torch.is_grad_enabled():

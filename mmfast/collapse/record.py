@@ -45,9 +45,10 @@ class Watch:
         self._steps = 0
         self._features: tuple[Tensor, Tensor] | None = None
         weight: Any = layer.weight
+        seen, stepped = (torch.compiler.disable(hook) for hook in (_seen, _stepped))  # here, for it imports torch._dynamo
         self._hooks = [
-            layer.register_forward_hook(lambda module, args, output: _seen(self, module, args, output), prepend=True),
-            weight.register_hook(lambda grad: _stepped(self, grad)),
+            layer.register_forward_hook(lambda module, args, output: seen(self, module, args, output), prepend=True),
+            weight.register_hook(lambda grad: stepped(self, grad)),
         ]
 
     def shares(self) -> Tensor:
@@ -100,7 +101,6 @@ class Watch:
         )
 
 
-@torch.compiler.disable
 def _seen(watch: Watch, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     """Keeps the features of a training step that is looked at, until its backward pass; a deep copy of the model has the hook too, and is not the layer."""
     if module is not watch.layer or not module.training or not torch.is_grad_enabled() or transforms.active() or watch._steps % watch.every:
@@ -109,7 +109,6 @@ def _seen(watch: Watch, module: nn.Module, args: tuple[Any, ...], output: Tensor
     watch._features = rows_of(args[0].detach(), watch.layer), rows_of(output.detach(), watch.layer).clone()
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def _stepped(watch: Watch, grad: Tensor) -> None:
     """Called in a backward pass with the gradient of the weight: the end of a step."""
