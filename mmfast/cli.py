@@ -15,8 +15,8 @@ from mmfast.doctor import EXTRAS, doctor
 
 COMMANDS = {
     "demo": "Trains a small VAE without the block and with it, and shows what that changes.",
-    "train": "Trains a reference model; mmfast train table1 trains the grid of a table.",
-    "report": "Shows what the runs of a grid came to: mmfast report table1.",
+    "train": "Trains a reference model; mmfast train table1 (or table5) trains the grid of a table.",
+    "report": "Shows what the runs of a grid came to: mmfast report table1 (table5, table9).",
     "doctor": "Prints what this installation can do, and why it cannot do the rest; --check tests its kernels on this device.",
 }
 HELP = "\n".join(
@@ -39,6 +39,7 @@ def make_app() -> Any:
 
     from mmfast.demo.command import demo
     from mmfast.experiments.commands import report, train
+    from mmfast.experiments.multimodal import commands  # noqa: F401 adds table5 and table9 to these
 
     app = typer.Typer(help="Impartial multimodal training, in one fused pass.", add_completion=False, pretty_exceptions_enable=False)
     app.command()(demo)

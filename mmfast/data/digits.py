@@ -101,7 +101,7 @@ def svhn_star(digits: Tensor, which: Tensor, seed: int) -> Tensor:
 def _street(digits: Tensor, which: Tensor, seed: int) -> Tensor:
     fine = 3 * 32 * 32
     size = _DRAWS + 3 * _COARSE**2 + fine
-    draws = torch.stack([torch.rand(size, generator=torch.Generator().manual_seed((seed << 32) + i)) for i in which.tolist()])
+    draws = torch.stack([torch.rand(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in which.tolist()])
     u, coarse, grain = draws.split([_DRAWS, 3 * _COARSE**2, fine], 1)
 
     def between(column: int, low: int, high: int) -> Tensor:
@@ -112,8 +112,8 @@ def _street(digits: Tensor, which: Tensor, seed: int) -> Tensor:
     for side, first in ((-1, 2), (1, 5)):  # the centre of a neighbour is 17 to 23 pixels away
         neighbour = digits[between(first, 0, len(digits) - 1)]
         ink = torch.maximum(ink, _placed(neighbour, between(first + 1, 0, 4), 2 + side * between(first + 2, 17, 23)))
-    base = 0.25 + 0.5 * u[:, 8:9] + 0.2 * (u[:, 9:12] - 0.5)  # muted, as painted numbers are
-    away = torch.where(u[:, 8:9] < 0.5, 1, -1) * (0.35 + 0.2 * u[:, 12:15])  # light on dark, or dark on light
+    base = 0.15 + 0.3 * u[:, 8:9] + 0.2 * (u[:, 9:12] - 0.5)  # muted and dark
+    away = 0.4 + 0.2 * u[:, 12:15]
     texture = torch.nn.functional.interpolate(coarse.view(-1, 3, _COARSE, _COARSE), (32, 32), mode="bilinear", align_corners=True)
     ground = base[..., None, None] + 0.2 * (texture - 0.5) + 0.08 * (grain.view(-1, 3, 32, 32) - 0.5)
     pictures = ground + ink.unsqueeze(1) / 255 * away[..., None, None]

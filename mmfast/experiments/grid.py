@@ -22,21 +22,22 @@ from mmfast.experiments.together import groups, train_together
 
 RECORD = "runs.jsonl"  # in the folder of a grid, beside its checkpoints
 
-Progress = Callable[[Any, int, str], None]  # run, epochs done, a remark
+Tick = Callable[[float, str], None]  # epochs done, a remark
+Progress = Callable[[Any, float, str], None]  # and whose they are
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a grid needs to know of its runs. Their settings have a name, a seed and a number of epochs, their results settings and a line()."""
+    """What a grid needs to know of its runs. Their settings have a name, a label for people and a number of epochs, their results settings and a line()."""
 
     record: str  # the file of finished runs
     result_of: Callable[[dict[str, Any]], Any]  # from what its line holds
     groups: Callable[[Sequence[Any]], list[tuple[Any, ...]]]  # of runs that are trained together
-    train: Callable[[Sequence[Any], Path, Path, Callable[[int, str], None]], list[Any]]  # a group in the grid's folder, its checkpoint, a tick
+    train: Callable[[Sequence[Any], Path, Path, Tick], list[Any]]  # a group in the grid's folder, its checkpoint, a tick
 
 
-def _train_tables(runs: Sequence[Settings], folder: Path, checkpoint: Path, tick: Callable[[int, str], None]) -> list[Result]:
-    return [train(*runs, checkpoint, tick)] if len(runs) == 1 else train_together(runs, checkpoint, tick)
+def _train_tables(runs: Sequence[Settings], folder: Path, checkpoint: Path, tick: Tick) -> list[Result]:
+    return [train(runs[0], checkpoint, tick)] if len(runs) == 1 else train_together(runs, checkpoint, tick)
 
 
 TABLE1 = Experiment(RECORD, Result.of, groups, _train_tables)
@@ -64,11 +65,13 @@ def checkpoint_of(folder: Path, *runs: Any) -> Path:
     return folder / "checkpoints" / f"{runs[0].name}{f'-with-{seeds}' if seeds else ''}.pt"
 
 
-def one(run: Any, folder: Path, tick: Callable[[int, str], None], experiment: Experiment = TABLE1) -> Any:
+def one(run: Any, folder: Path, tick: Tick, experiment: Experiment = TABLE1) -> Any:
     """A run of the folder's grid, in this process: taken from the record if it is there, else trained and recorded."""
     with _alone(folder):
         done = recorded(folder, experiment)
-        return done[run] if run in done else _record(folder, experiment.train([run], folder, checkpoint_of(folder, run), tick), experiment)[0]
+        return (
+            done[run] if run in done else _record(folder, experiment.train([run], folder, checkpoint_of(folder, run), tick), experiment)[0]
+        )
 
 
 def recorded(folder: Path, experiment: Experiment = TABLE1) -> dict[Any, Any]:
@@ -177,9 +180,9 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _receive(worker: _Worker) -> tuple[int, str] | list[Any] | str:
+def _receive(worker: _Worker) -> tuple[float, str] | list[Any] | str:
     try:
-        message: tuple[int, str] | list[Any] | str = worker.pipe.recv()
+        message: tuple[float, str] | list[Any] | str = worker.pipe.recv()
     except EOFError:
         worker.process.join()
         return f"its process ended with code {worker.process.exitcode}"
@@ -189,7 +192,7 @@ def _receive(worker: _Worker) -> tuple[int, str] | list[Any] | str:
 def _work(runs: tuple[Any, ...], folder: Path, pipe: Connection, parent: int, experiment: Experiment) -> None:
     """The life of a process: one run, or several together."""
 
-    def tick(epoch: int, remark: str) -> None:
+    def tick(epoch: float, remark: str) -> None:
         if os.getppid() != parent:  # who is left alone must not write into a folder that another grid may hold by now
             raise SystemExit
         pipe.send((epoch, remark))

@@ -1,5 +1,7 @@
 """How the decoders' gradients relate where they meet, looked at now and then during a training."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class Probe:
     def look(self) -> list[float]:
         """The share of pairs of decoders whose gradients conflict, mean over the components of z, and the ratio of the largest to the smallest norm, their median.
 
-        To be called where the parameters have no gradients that are still needed: they are set to None.
+        Components count whose decoders all send a gradient: SIWAE leaves some without weight. NaN where there is none. To be called where the parameters have no gradients that are still needed: they are set to None.
         """
         devices = [x.device for x in self.inputs.values() if x.is_cuda][:1]
         with torch.random.fork_rng(devices):
@@ -33,4 +35,6 @@ class Probe:
         self.twin.zero_grad()
         G = torch.stack([block.stats().gram for block in self.twin.blocks["p"].values()])  # type: ignore[union-attr, operator]
         norms = stats.norms(G)
-        return [stats.conflict_rate(G).mean().item(), (norms.amax(-1) / norms.amin(-1)).median().item()]
+        whole = norms.amin(-1) > 0
+        rate, ratio = stats.conflict_rate(G[whole]), norms[whole].amax(-1) / norms[whole].amin(-1)
+        return [rate.mean().item(), ratio.quantile(0.5).item()] if whole.any() else [math.nan, math.nan]

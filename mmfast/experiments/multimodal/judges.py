@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from mmfast.data import triplets
 from mmfast.data.triplets import MODALITIES
+from mmfast.experiments.grid import Tick
 from mmfast.experiments.multimodal import metrics
 from mmfast.experiments.multimodal.settings import Size
 from mmfast.experiments.run import write_checkpoint
@@ -19,10 +19,10 @@ from mmfast.models.multimodal.classifiers import classifier
 BATCH = 128
 LEARNING_RATE = 1e-3
 
-Tick = Callable[[int, str], None]
 
-
-def ready(folder: Path, data: str, size: Size, device: torch.device, tick: Tick = lambda epoch, remark: None) -> tuple[metrics.Judges, dict[str, float]]:
+def ready(
+    folder: Path, data: str, size: Size, device: torch.device, tick: Tick = lambda epoch, remark: None
+) -> tuple[metrics.Judges, dict[str, float]]:
     """The judges of a data set and their accuracy on its test triplets; trained if the folder doesn't hold them yet.
 
     Args:
@@ -36,14 +36,16 @@ def ready(folder: Path, data: str, size: Size, device: torch.device, tick: Tick 
         DataError: the data set can't be had.
     """
     path = folder / "judges" / f"{_digest(data, size)}.pt"
-    networks = {name: classifier(name) for name in MODALITIES}
-    if not path.exists():
-        accuracy = _train(networks, data, size, device, tick)
-        write_checkpoint(path, {"networks": {name: n.state_dict() for name, n in networks.items()}, "accuracy": accuracy})
-    saved = torch.load(path)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        networks = {name: classifier(name).to(device) for name in MODALITIES}
+        if not path.exists():
+            accuracy = _train(networks, data, size, device, tick)
+            write_checkpoint(path, {"networks": {name: n.state_dict() for name, n in networks.items()}, "accuracy": accuracy})
+    saved = torch.load(path, map_location=device)
     for name, network in networks.items():
         network.load_state_dict(saved["networks"][name])
-    return metrics.freeze(networks, device), saved["accuracy"]
+    return metrics.freeze(networks), saved["accuracy"]
 
 
 def _digest(data: str, size: Size) -> str:
@@ -56,22 +58,13 @@ def _train(networks: dict[str, nn.Module], data: str, size: Size, device: torch.
     """Trains them side by side on images of the training part, paired once, and returns their accuracy on the test part."""
     train = triplets.load(data, "train", 0, size.judge_most, 1)
     test = triplets.load(data, "test", 0, size.test_most, size.test_repeats)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        for network in networks.values():
-            for module in network.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-            network.to(device).train()
-        optimizer = torch.optim.Adam([p for network in networks.values() for p in network.parameters()], LEARNING_RATE, fused=True)
-        for epoch in range(size.judge_epochs):
-            for index in torch.randperm(len(train)).split(BATCH):
-                labels = train.labels[index].to(device)
-                inputs = train.batch(index)
-                optimizer.zero_grad()
-                loss = sum(F.cross_entropy(network(inputs[name].to(device)), labels) for name, network in networks.items())
-                loss.backward()  # type: ignore[union-attr]
-                optimizer.step()
-            tick(epoch + 1, "")
-    judges = metrics.freeze(networks, device)
-    return {name: metrics.accuracy(judge, name, test, device) for name, judge in judges.items()}
+    optimizer = torch.optim.Adam([p for network in networks.values() for p in network.parameters()], LEARNING_RATE, fused=True)
+    for epoch in range(size.judge_epochs):
+        for index in torch.randperm(len(train)).split(BATCH):
+            labels, inputs = train.labels[index].to(device), train.batch(index)
+            optimizer.zero_grad()
+            losses = [F.cross_entropy(network(inputs[name].to(device)), labels) for name, network in networks.items()]
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+        tick(epoch + 1, "")
+    return {name: metrics.accuracy(judge, name, test, device) for name, judge in metrics.freeze(networks).items()}

@@ -55,7 +55,7 @@ def latent_classifiers(z: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
     Returns:
         A function from z [subsets, m, latent] to logits [subsets, m, 10], each subset's by its own classifier.
     """
-    subsets, n, latent = z.shape
+    subsets, _n, latent = z.shape
     weight = torch.zeros(subsets, latent, 10, device=z.device, requires_grad=True)
     bias = torch.zeros(subsets, 1, 10, device=z.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
@@ -130,9 +130,9 @@ def log_likelihood(vae: MultimodalVAE, data: Triplets, rows: int, samples: int, 
     return torch.cat(found).mean().item()
 
 
-def freeze(networks: dict[str, nn.Module], device: torch.device) -> Judges:
-    """Classifiers as judges: on the device, without dropout."""
-    return {name: network.eval().requires_grad_(False).to(device) for name, network in networks.items()}
+def freeze(networks: dict[str, nn.Module]) -> Judges:
+    """Classifiers as judges: without dropout, and without gradients."""
+    return {name: network.eval().requires_grad_(False) for name, network in networks.items()}
 
 
 def accuracy(judge: Callable[[Tensor], Tensor], name: str, data: Triplets, device: torch.device) -> float:

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mmfast.data import triplets
+from mmfast.experiments import results
 from mmfast.experiments.multimodal.settings import MIXTURES, OBJECTIVES, Settings
 from mmfast.experiments.settings import SettingsError
 
@@ -34,7 +36,9 @@ class Result:
     validation: Scores | None
     test: Scores | None
     judges: dict[str, float]  # test accuracy of the classifiers that judge what is generated
-    conflict: list[list[float]]  # [step, share of conflicting pairs, largest norm over smallest], see `conflict.Probe`
+    conflict: list[
+        list[float]
+    ]  # [step, share of conflicting pairs, largest norm over smallest], see `conflict.Probe`; looks with all numbers finite
     step_us: float  # a training step, median, of the thread's processor time
     evaluation_s: float  # of the thread's processor time: what came after the training
     size: dict[str, Any]  # the numbers of settings.size
@@ -53,3 +57,12 @@ class Result:
     def line(self) -> str:
         """Its JSON line."""
         return json.dumps(asdict(self), allow_nan=False) + "\n"
+
+
+def read(folder: Path) -> list[Result]:
+    """All runs that a grid has recorded in its folder.
+
+    Raises:
+        SettingsError: see `mmfast.experiments.results.read`.
+    """
+    return results.read(folder / RECORD, Result.of)

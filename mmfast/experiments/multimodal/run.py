@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import mmfast
+from mmfast.console import missing
 from mmfast.data import triplets
 from mmfast.data.triplets import Triplets
-from mmfast.experiments.grid import Experiment
+from mmfast.experiments.grid import Experiment, Tick
 from mmfast.experiments.multimodal import judges, metrics
 from mmfast.experiments.multimodal.conflict import Probe
 from mmfast.experiments.multimodal.results import RECORD, Result, Scores
@@ -24,11 +25,8 @@ from mmfast.experiments.settings import NONE, SettingsError, make_resolver
 from mmfast.models.multimodal import MultimodalVAE
 from mmfast.models.multimodal.networks import mnist_svhn_text
 
-LEARNING_RATE = 1e-3
 SAVE_SECONDS = 20.0  # between checkpoints
 TICK_SECONDS = 1.0
-
-Tick = Callable[[float, str], None]  # epochs done, a remark
 
 
 @dataclass
@@ -135,8 +133,10 @@ def train(run: Settings, folder: Path, checkpoint: Path | None = None, tick: Tic
 def _train(run: Settings, folder: Path, checkpoint: Path | None, tick: Tick) -> Result:
     parts, device, size = load_parts(run), device_of(), run.sizes
     model = make_model(run, device)
-    state = State(model, torch.optim.Adam(model.parameters(), LEARNING_RATE, amsgrad=True, fused=True))
-    torch.manual_seed(run.seed * len(OBJECTIVES) + OBJECTIVES.index(run.objective) + 1)  # batches and noise: the same whatever the blocks and the rule
+    state = State(model, torch.optim.Adam(model.parameters(), size.learning_rate, amsgrad=True, fused=True))
+    torch.manual_seed(
+        run.seed * len(OBJECTIVES) + OBJECTIVES.index(run.objective) + 1
+    )  # batches and noise: the same whatever the blocks and the rule
     if checkpoint is not None:
         state.load(checkpoint, run)
     batch = min(size.batch, len(parts.train))
@@ -147,7 +147,8 @@ def _train(run: Settings, folder: Path, checkpoint: Path | None, tick: Tick) -> 
     saved = ticked = time.monotonic()
     for step, index in _batches(run, parts.train, batch, state.step, steps):
         if step in looks:
-            state.conflict.append([float(step), *probe.look()])
+            look = probe.look()
+            state.conflict += [[float(step), *look]] if all(map(math.isfinite, look)) else []
         start = time.thread_time_ns()
         state.optimizer.zero_grad()
         model.loss(_to(parts.train.batch(index), device)).backward()
@@ -178,7 +179,7 @@ def _batches(run: Settings, data: Triplets, batch: int, first: int, steps: int) 
     for step in range(first, steps):
         epoch, place = divmod(step, per_epoch)
         if step == first or place == 0:
-            order = torch.randperm(len(data), generator=torch.Generator().manual_seed((run.seed << 32) + epoch))
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.seed * 1_000_003 + epoch))
         yield step, order[place * batch : (place + 1) * batch]
 
 
@@ -199,6 +200,10 @@ def _finished(run: Settings, state: State, parts: Parts, folder: Path, device: t
         state.model.load_state_dict(state.best)
         torch.manual_seed(run.seed)
         validation, test = _scores(run, state.model, parts, known, device)
+        if not missing({"matplotlib": "matplotlib"}):
+            from mmfast.experiments.multimodal import pictures
+
+            pictures.generated(state.model, parts.test, device, folder / "pictures" / f"{run.name}.png", run.label)
     finite = [x for x in state.nll if math.isfinite(x)]
     versions = {"mmfast": mmfast.__version__, "torch": torch.__version__}
     return Result(
@@ -227,7 +232,8 @@ def _scores(run: Settings, vae: MultimodalVAE, parts: Parts, known: metrics.Judg
     validation, test = found
     test.coherence = metrics.coherence(vae, known, parts.test, device)
     test.joint_coherence = metrics.joint_coherence(vae, known, len(parts.test), device)
-    test.log_likelihood = metrics.log_likelihood(vae, parts.test, size.likelihood_rows, size.likelihood_samples, device)
+    likelihood = metrics.log_likelihood(vae, parts.test, size.likelihood_rows, size.likelihood_samples, device)
+    test.log_likelihood = likelihood if math.isfinite(likelihood) else None
     return validation, test
 
 
@@ -236,7 +242,7 @@ def _groups(runs: Sequence[Settings]) -> list[tuple[Settings, ...]]:
 
 
 def _group(runs: Sequence[Settings], folder: Path, checkpoint: Path, tick: Tick) -> list[Result]:
-    return [train(*runs, folder, checkpoint, tick)]
+    return [train(run, folder, checkpoint, tick) for run in runs]
 
 
 EXPERIMENT = Experiment(RECORD, Result.of, _groups, _group)

@@ -6,7 +6,6 @@ the locations of pixels in (0, 1), or the log-probabilities of characters.
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,16 +39,16 @@ class TextHeads(Heads):
         return F.softplus(scale) + 1e-15
 
 
-class Flat(nn.Module):
-    """A network whose input has `inner` dimensions, on input with any number of leading ones."""
+class OnEach(nn.Module):
+    """A network that takes vectors [n, latent], on z with any number of leading dimensions."""
 
-    def __init__(self, network: nn.Module, inner: int) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.network, self.inner = network, inner
+        self.network = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        lead = x.shape[: x.dim() - self.inner]
-        return self.network(x.flatten(0, len(lead) - 1)).unflatten(0, lead)
+    def forward(self, z: Tensor) -> Tensor:
+        out = self.network(z.reshape(-1, z.shape[-1]))
+        return out.view(*z.shape[:-1], *out.shape[1:])
 
 
 class Pixels(nn.Module):
@@ -66,7 +65,7 @@ def mnist_encoder(latent: int) -> nn.Module:
 
 def mnist_decoder(latent: int) -> nn.Module:
     """To [..., 1, 28, 28]: latent - 400 - 784."""
-    return Flat(nn.Sequential(nn.Linear(latent, 400), nn.ReLU(), nn.Linear(400, 784), Pixels(), nn.Unflatten(1, (1, 28, 28))), 1)
+    return OnEach(nn.Linear(latent, 400), nn.ReLU(), nn.Linear(400, 784), Pixels(), nn.Unflatten(1, (1, 28, 28)))
 
 
 def svhn_encoder(latent: int, width: float = 1.0) -> nn.Module:
@@ -81,7 +80,7 @@ def svhn_decoder(latent: int, width: float = 1.0) -> nn.Module:
     a, b, c = _channels(width)
     layers = (nn.ConvTranspose2d(latent, c, 4), nn.ConvTranspose2d(c, b, 4, 2, 1), nn.ConvTranspose2d(b, a, 4, 2, 1))
     body = [module for layer in layers for module in (layer, nn.ReLU())]
-    return Flat(nn.Sequential(nn.Unflatten(1, (latent, 1, 1)), *body, nn.ConvTranspose2d(a, 3, 4, 2, 1), Pixels()), 1)
+    return OnEach(nn.Unflatten(1, (latent, 1, 1)), *body, nn.ConvTranspose2d(a, 3, 4, 2, 1), Pixels())
 
 
 def _channels(width: float) -> tuple[int, int, int]:
@@ -106,7 +105,7 @@ def text_decoder(latent: int) -> nn.Module:
     """To log-probabilities [..., 8, 71]: the mirror image of the encoder."""
     body = (nn.Linear(latent, 128), nn.ReLU(), nn.Unflatten(1, (128, 1)), nn.ConvTranspose1d(128, 128, 4), nn.ReLU())
     end = (nn.ConvTranspose1d(128, 128, 4, 2, 1), nn.ReLU(), nn.Conv1d(128, CHARACTERS, 1), _CharactersLast(), nn.LogSoftmax(2))
-    return Flat(nn.Sequential(*body, *end), 1)
+    return OnEach(*body, *end)
 
 
 def pixel_log_prob(location: Tensor, x: Tensor) -> Tensor:
