@@ -21,7 +21,7 @@ from time import perf_counter
 import torch
 
 import mmfast as mf
-from benchmarks import attached, compiled, likelihoods, naive, overhead, parameters, report, roofline, tabular, together
+from benchmarks import attached, compiled, likelihoods, multimodal, naive, overhead, parameters, report, roofline, tabular, together
 from benchmarks.machine import Quiet, caches, data_in, environment
 from benchmarks.providers import BLOCK, ELEMENTWISE, MIN_K, PROVIDERS, RULES, TWELVE, Data, Unavailable, gate
 from benchmarks.rows import RESULTS, Row, write
@@ -57,8 +57,9 @@ def _line(rows: list[Row]) -> str:
     for r in rows:
         value = f"{report.number(r.median_us)} µs" if r.median_us else r.verdict
         ratio = f" {report.number(r.ratio_to_ours)}x" if r.ratio_to_ours and r.provider != "ours" else ""
+        memory = f" {report.number(r.peak_mb)} MB" if r.peak_mb else ""
         share = f" {r.percent_of_roofline:.0f}% of roofline" if r.percent_of_roofline else ""
-        cells.append(f"{r.provider} {value}{ratio}{share}")
+        cells.append(f"{r.provider} {value}{ratio}{memory}{share}")
     what = first.rule or first.dtype
     return f"{first.section:9} {what:12} K={first.k:<3} N={first.n:<9} " + "   ".join(cells)
 
@@ -274,6 +275,20 @@ def many_models(run: Run) -> None:
         print(_line(list(rows.values())), flush=True)
 
 
+def multimodal_steps(run: Run) -> None:
+    """A training step of a multimodal VAE with blocks against one without, and what either has alive at once."""
+    for mixture in multimodal.CASES[: 1 if run.quick else None]:
+        calls, missing, error, right = multimodal.steps(mixture)
+        rows = {p: Row("multimodal", mixture, 3, multimodal.SAMPLES * multimodal.BATCH, p) for p in [*calls, *missing]}
+        for p, reason in missing.items():
+            rows[p].verdict = reason
+        if right:
+            for p, call in calls.items():
+                rows[p].peak_mb = multimodal.peak(call)
+        compare(run, rows, calls, right, error, 40)
+        print(_line(list(rows.values())), flush=True)
+
+
 def compile_step(run: Run) -> None:
     """The training step of `heads` under torch.compile, against itself in eager mode; one rule unless others are asked for."""
     if run.quick:
@@ -298,6 +313,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "attach": attach,
     "likelihoods": log_probs,
     "together": many_models,
+    "multimodal": multimodal_steps,
     "compile": compile_step,
     "providers": providers,
     "grid": grid,

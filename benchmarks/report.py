@@ -127,6 +127,10 @@ TITLES = {
         ["ours", "torch", "none"],
     ),
     "together": ("Training step of K tabular VAEs together, and of one by itself (N: samples of z), µs", ["ours", "single"]),
+    "multimodal": (
+        'Training step of a multimodal VAE with blocks (ours: "p"), without, and by loops (N: samples of z x batch), µs',
+        ["ours", "none", "pq", "pqs", "loops", "naive", "multivae"],
+    ),
     "compile": ("The same step with LinearHeads, loss and backward pass by torch.compile, µs", ["ours", "eager", "none"]),
     "compile block": (
         "The same step with an ImpartialityBlock over nn.Linear, loss and backward pass by torch.compile, µs",

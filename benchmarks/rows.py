@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 class Row:
     """One timed call, or the reason why there is no number; empty fields do not apply."""
 
-    section: str  # machine, grid, gram, latency, block, heads, parameters, attach, likelihoods, together, compile
+    section: str  # machine, grid, gram, latency, block, heads, parameters, attach, likelihoods, together, multimodal, compile
     rule: str
     k: int
     n: int
@@ -29,6 +29,7 @@ class Row:
     gbps: float | None = None  # of the bytes that the operator must move
     gflops: float | None = None
     percent_of_roofline: float | None = None
+    peak_mb: float | None = None  # of what a call has alive at once
     error: float | None = None  # relative to the float64 reference
     verdict: str = ""  # aim, must, below (against the design's targets); wrong (red gate, no times); or why there is no number
 
@@ -56,7 +57,7 @@ def read(path: Path) -> tuple[list[Row], dict[str, str]]:
         for line in csv.DictReader(file):
             values: dict[str, object] = {}
             for f in dataclasses.fields(Row):
-                text = line.pop(f.name)
+                text = line.pop(f.name, "")  # a column may be younger than the file
                 values[f.name] = int(text) if f.type is int else text if f.type is str else float(text) if text else None
             rows.append(Row(**values))  # type: ignore[arg-type]
             env = line

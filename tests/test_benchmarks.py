@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mmfast as mf
-from benchmarks import compiled, naive, parameters, report, roofline
+from benchmarks import compiled, multimodal, naive, parameters, report, roofline
 from benchmarks.machine import Quiet, environment
 from benchmarks.providers import MIN_K, PROVIDERS, RULES, TORCHJD, TWELVE, Data, error_of, gate, jacobian
 from benchmarks.rows import Row, read, write
@@ -236,6 +236,28 @@ def test_a_compiled_step_without_a_number_is_not_timed(broken, monkeypatch):
     if broken:
         torch.nn.init.constant_(next(heads.parameters()), torch.nan)
     assert compiled.steps(2, 1, heads, plain(2))[2] is not broken
+
+
+def test_multimodal_vaes_agree_with_loops(monkeypatch):
+    """Components, samples and densities one by one, and the naive block; a rule that is another turns the gate red."""
+    pytest.importorskip("mmfast.models.multimodal.networks")
+    assert all(multimodal.gate(mixture, rows=2) < 1e-6 for mixture in multimodal.CASES)
+    monkeypatch.setattr(naive, "imtlg", naive.identity)
+    assert multimodal.gate("moe", rows=2) > 1e-3
+
+
+def test_peak_memory_is_what_is_alive_at_once():
+    kept = []
+
+    def call():
+        for _ in range(3):
+            a = torch.zeros(1 << 20)  # 4 MB
+            b = a + a
+            del a, b
+        kept.append(torch.zeros(1 << 20))
+
+    for _ in range(2):  # what an earlier call has left does not count
+        assert 8 <= multimodal.peak(call) < 8.1
 
 
 def test_the_parameters_of_a_resnet():

@@ -1,6 +1,5 @@
 """ELBO, IWAE and SIWAE: one formula, over which index set the mean stands inside the logarithm."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from mmfast.models.multimodal.mixture import log_mean_exp, log_mixture
 
-INSIDE = {"elbo": "", "iwae": "k", "siwae": "sk"}  # the axes of log-weights whose mean is taken inside the logarithm
+OBJECTIVES = ("elbo", "iwae", "siwae")  # the mean inside the logarithm: of nothing, over samples, over components and samples
 
 
 class Densities(NamedTuple):
@@ -27,18 +26,12 @@ class Densities(NamedTuple):
         return log_joint - log_mixture(torch.cat(self.log_q, 1), valid)
 
 
-def over_samples(log_w: Tensor, objective: str) -> Tensor:
-    """[S, B] from log-weights [S, K, B]."""
-    return log_w.logsumexp(1) - math.log(log_w.shape[1]) if "k" in INSIDE[objective] else log_w.mean(1)
-
-
-def over_components(each: Tensor, valid: Tensor | None, objective: str) -> Tensor:
-    """The bound [B] from those of the components, [S, B], of which a sample has the valid ones."""
-    if "s" in INSIDE[objective]:
-        return log_mean_exp(each, valid, -2)
-    return each.mean(0) if valid is None else each.masked_fill(~valid, 0).sum(0) / valid.sum(0)
-
-
 def bound(log_w: Tensor, valid: Tensor | None, objective: str) -> Tensor:
-    """Of log p(x), [B]. Its gradient weighs log-weights by their softmax over the axes inside, by equal parts over the others."""
-    return over_components(over_samples(log_w, objective), valid, objective)
+    """Of log p(x), [B], from log-weights [S, K, B] of which a sample has those of the valid components, [S, B].
+
+    Its gradient weighs log-weights by their softmax over the axes inside the logarithm, by equal parts over the others.
+    """
+    if objective == "siwae":
+        return log_mean_exp(log_w, None if valid is None else valid.unsqueeze(1), (0, 1))
+    each = log_mean_exp(log_w, None, (1,)) if objective == "iwae" else log_w.mean(1)
+    return each.mean(0) if valid is None else each.masked_fill(~valid, 0).sum(0) / valid.sum(0)

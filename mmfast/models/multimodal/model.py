@@ -1,5 +1,6 @@
 """The multimodal VAEs of Javaloy et al. (ICML 2022): MVAE, MMVAE and MoPoE, trained with ELBO, IWAE or SIWAE and the paper's blocks."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -7,10 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmfast.models.multimodal.bound import INSIDE, Densities, bound, over_components
+from mmfast.models.multimodal.bound import OBJECTIVES, Densities, bound
 from mmfast.models.multimodal.inputs import Batch, batch_of
 from mmfast.models.multimodal.junction import Factory, Junction, rule_of
-from mmfast.models.multimodal.mixture import MIXTURES, Posterior, components_of, log_expert, log_prior, products, valid_components
+from mmfast.models.multimodal.mixture import (
+    MIXTURES,
+    Posterior,
+    components_of,
+    log_expert,
+    log_mean_exp,
+    log_prior,
+    products,
+    valid_components,
+)
 from mmfast.models.multimodal.modality import LOW, Modality, wide
 
 AT_ONCE = 4096  # latents that log_likelihood decodes at once, or as many as a training step if those are more
@@ -74,7 +84,7 @@ class MultimodalVAE(nn.Module):
         for name in modalities:
             if not isinstance(name, str) or not name or set(name) & set(".+"):
                 raise ValueError(f"modalities has {name!r}, expected names without a dot or a plus")
-        for what, value, known in (("mixture", mixture, MIXTURES), ("objective", objective, tuple(INSIDE))):
+        for what, value, known in (("mixture", mixture, MIXTURES), ("objective", objective, OBJECTIVES)):
             if value not in known:
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")
         for what, number in (("latent", latent), ("samples", samples)):
@@ -191,7 +201,7 @@ class MultimodalVAE(nn.Module):
         for begin in range(0, each, at_once):
             log_w = self._densities(q, q.draw(min(at_once, each - begin))).log_weights(q.valid, {})
             sums = torch.logaddexp(sums, log_w.logsumexp(1))
-        return over_components(sums, q.valid, "siwae") - torch.full_like(sums[0], each).log()
+        return log_mean_exp(sums, q.valid, (0,)) - math.log(each)
 
     def _modality(self, name: str) -> Modality:
         return cast(Modality, self.modalities[name])
