@@ -121,12 +121,9 @@ def train(run: Settings, folder: Path, checkpoint: Path | None = None, tick: Tic
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # sample weights that have all but vanished leave gradients with denormal numbers, which take two to three times as long
-    torch.set_flush_denormal(True)
     try:
         return _train(run, folder, checkpoint, tick)
     finally:
-        torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
 
 
