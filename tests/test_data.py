@@ -148,6 +148,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(folder, monkeypatch):
     """Serves LINES; Small is to be had there and nowhere else."""
+    pytest.importorskip("pooch")
     monkeypatch.setattr(Handler, "content", "\r\n".join(LINES).encode())
     serving = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=serving.serve_forever, daemon=True).start()
@@ -177,7 +178,7 @@ def test_a_download_that_fails_leaves_nothing(server, folder, monkeypatch, fault
         message = "another version of Small"
     elif fault == "absent":
         monkeypatch.setitem(data.SETS, "Small", replace(data.SETS["Small"], address=data.SETS["Small"].address + "x"))
-        message = "HTTPError: HTTP Error 404"
+        message = "HTTPError: 404"
     elif fault == "silent":
         server.server_close()
     else:

@@ -1,20 +1,18 @@
 """Finds the file of a data set, downloads it if it is nowhere, and makes sure that it is the right one."""
 
-import contextlib
 import gzip
 import hashlib
-import http.client
-import logging
 import os
-import urllib.request
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from mmfast.data.sets import DataSet
 from mmfast.data.table import DataError
 
-_LOG = logging.getLogger(__name__)
 _TIMEOUT = 30.0  # seconds without an answer
+
+Normal = Callable[[bytes], bytes]  # brings what is in a file into the form whose digest is known
 
 
 def folders() -> list[Path]:
@@ -30,54 +28,83 @@ def find(file: str) -> Path | None:
 
 
 def read(name: str, data: DataSet) -> list[str]:
-    """The lines of a data set's file, from a folder or else from its address; what was downloaded is kept in the cache.
+    """The lines of a data set's file.
 
     Raises:
-        DataError: it is nowhere and cannot be downloaded, it cannot be unpacked, or its checksum is another.
+        DataError: as `content`, or it is not text.
     """
-    path = find(data.file)
-    if path is None:
-        return _download(name, data)
+    # of two copies of a file one may have been through another system
+    lines = content(name, data.file, data.sha256, data.address, data.source, lambda found: found.replace(b"\r\n", b"\n"))
     try:
-        content = path.read_bytes()
-        return _lines(name, str(path), gzip.decompress(content) if path.suffix == ".gz" else content, data.sha256)
+        return lines.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the file of {name} cannot be read: {error}") from None
+
+
+def content(name: str, file: str, digest: str, address: str = "", source: str = "", normal: Normal = bytes) -> bytes:
+    """What is in a file, unpacked, from a folder or else from its address; what was downloaded is kept in the cache.
+
+    Args:
+        name: of the data set.
+        file: below a data folder; unpacked where it ends in .gz.
+        digest: sha256 of what is in it, or "md5:" and that; empty where it is not checked.
+        address: where it is published, packed if that ends in .gz.
+        source: what to put in place by hand where there is no address.
+        normal: see `Normal`.
+
+    Raises:
+        DataError: it is nowhere and cannot be downloaded, it cannot be unpacked, or its digest is another.
+    """
+    path = find(file)
+    if path is None:
+        return _download(name, file, digest, address, source, normal)
+    try:
+        found = path.read_bytes()
+        return _checked(name, str(path), normal(gzip.decompress(found) if path.suffix == ".gz" else found), digest)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _lines(name: str, where: str, content: bytes, sha256: str) -> list[str]:
-    """The text in a file, if it is the right one."""
-    content = content.replace(b"\r\n", b"\n")  # of two copies of a file one may have been through another system
-    found = hashlib.sha256(content).hexdigest()
-    if sha256 and found != sha256:
-        raise DataError(f"{where} has sha256 {found} (unpacked), expected {sha256}: it is truncated or another version of {name}")
-    try:
-        return content.decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} cannot be read: {error}") from None
+def _checked(name: str, where: str, found: bytes, digest: str) -> bytes:
+    """What was found, if it is the right thing."""
+    kind, _, expected = digest.rpartition(":")
+    kind = kind or "sha256"
+    value = hashlib.new(kind, found, usedforsecurity=False).hexdigest()
+    if digest and value != expected:
+        raise DataError(f"{where} has {kind} {value} (unpacked), expected {expected}: it is truncated or another version of {name}")
+    return found
 
 
-def _download(name: str, data: DataSet) -> list[str]:
-    """The lines that are at the address, now in the cache too; nothing is written unless they are whole and the right ones."""
-    places = [folder / data.file for folder in folders()]
+def _download(name: str, file: str, digest: str, address: str, source: str, normal: Normal) -> bytes:
+    """What is at the address, now in the cache too; nothing stays there unless it is whole and the right thing."""
+    places = [folder / file for folder in folders()]
     nowhere = f"{name} is not here: there is no {' or '.join(map(str, places))}"
-    if not data.address:
-        raise DataError(f"{nowhere}; put {data.source or 'the file'} there, or name its folder in MMFAST_DATA")
-    _LOG.info("downloading %s from %s", name, data.address)
+    if not address:
+        raise DataError(f"{nowhere}; put {source or 'the file'} there, or name its folder in MMFAST_DATA")
     try:
-        with urllib.request.urlopen(data.address, timeout=_TIMEOUT) as answer:
-            content: bytes = answer.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"{nowhere}, and {data.address} gives {type(error).__name__}: {error}") from None
-    lines = _lines(name, data.address, content, data.sha256)
+        import pooch
+    except ImportError:
+        raise DataError(f"{nowhere}, and pooch, which downloads it, is not installed: pip install 'mmfast[train]'") from None
     path = places[-1]
     part = path.with_name(f"{path.name}.part{os.getpid()}")
+    packed = address.endswith(".gz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-        part.replace(path)
+        part.touch()
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise DataError(f"{name} was downloaded, but {path} cannot be written: {error.strerror}") from None
-    return lines
+        raise DataError(f"{name} would be downloaded, but {path} cannot be written: {error.strerror}") from None
+    try:
+        try:
+            pooch.HTTPDownloader(timeout=_TIMEOUT)(address, str(part), None)
+        except OSError as error:  # as those of requests are
+            raise DataError(f"{nowhere}, and {address} gives {type(error).__name__}: {error}") from None
+        raw = part.read_bytes()
+        found = _checked(name, address, normal(gzip.decompress(raw) if packed else raw), digest)
+        if path.suffix == ".gz" and not packed:
+            part.write_bytes(gzip.compress(raw))
+        part.replace(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name} was downloaded, but {path} cannot be made of it: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return found

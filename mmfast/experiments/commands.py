@@ -4,11 +4,14 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from mmfast.console import INTERRUPTED, Progress, fail, need
+
+if TYPE_CHECKING:
+    from mmfast.experiments.grid import Experiment
 
 EXTRAS = {"rich": "rich", "scipy": "scipy"}
 RULES = ["none", "GradNorm", "PCGrad", "MGDA", "IMTLG", "GradNorm(alpha=1.0)", "GradNorm+PCGrad", "GradNorm(alpha=1.0)+PCGrad"]
@@ -79,40 +82,60 @@ def train_table1(
     """Trains the grid of Table 1 (Javaloy et al., ICML 2022); killed and called again, it goes on where it was."""
     need("training", "train", EXTRAS)
     from mmfast.data import DataError, check
-    from mmfast.experiments import grid, results
-    from mmfast.experiments.settings import MODELS, Settings, SettingsError
+    from mmfast.experiments import grid
+    from mmfast.experiments.settings import MODELS, SettingsError
 
     try:
         runs = grid.table1(model or list(MODELS), data or _here(), rule or RULES, seeds, epochs)
-        finished = {found.settings for found in results.read(out / grid.RECORD)}.intersection(runs)
+        finished = grid.recorded(out)
         for name in dict.fromkeys(run.data for run in runs if run not in finished):
             check(name)
     except (SettingsError, DataError) as error:
         fail(str(error))
+    found, wrong = train_grid(context, "mmfast train table1", runs, out, processes, grid.TABLE1)
+    print(f"{len(found)} of {len(runs)} runs are recorded in {out / grid.RECORD}; mmfast report table1 --out {out} shows them")
+    failed_at_the_end(wrong)
+
+
+def train_grid(
+    context: typer.Context, command: str, runs: Sequence[Any], out: Path, processes: int | None, experiment: "Experiment"
+) -> tuple[list[Any], list[tuple[Any, str]]]:
+    """Trains what the record lacks, with progress; returns the results, and the runs that failed with what they said."""
+    from mmfast.experiments import grid
+    from mmfast.experiments.settings import SettingsError
+
+    try:
+        finished = grid.recorded(out, experiment).keys() & set(runs)
+    except SettingsError as error:
+        fail(str(error))
     if len(finished) == len(runs):
         print("every run is finished already, nothing was trained")
-    wrong: list[tuple[Settings, str]] = []
+    wrong: list[tuple[Any, str]] = []
     with Progress() as shown:
         share = {run: float(run in finished) for run in runs}
 
-        def progress(run: Settings, done: int, remark: str) -> None:
+        def progress(run: Any, done: float, remark: str) -> None:
             share[run] = done / run.epochs
-            shown(f"{run.model} {run.data} {run.rule} {run.seed}", done, run.epochs, remark, keep=False)
+            shown(run.label, done, run.epochs, remark, keep=False)
             shown(f"{len(runs)} runs", sum(share.values()), len(runs))
 
-        def failed(run: Settings, reason: str) -> None:
+        def failed(run: Any, reason: str) -> None:
             wrong.append((run, reason))
             progress(run, run.epochs, "failed")
             print(f"{run.name} failed: {reason.strip().splitlines()[-1]}")
 
         try:
-            found = grid.many(runs, out, processes or os.cpu_count() or 1, progress, failed)
+            found = grid.many(runs, out, processes or os.cpu_count() or 1, progress, failed, experiment)
         except SettingsError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            recorded = len({found.settings for found in results.read(out / grid.RECORD)}.intersection(runs))
-            _stopped(f"goes on from there: {recorded} of {len(runs)} runs are recorded", _again(context, "mmfast train table1"))
-    print(f"{len(found)} of {len(runs)} runs are recorded in {out / grid.RECORD}; mmfast report table1 --out {out} shows them")
+            recorded = len(grid.recorded(out, experiment).keys() & set(runs))
+            _stopped(f"goes on from there: {recorded} of {len(runs)} runs are recorded", _again(context, command))
+    return found, wrong
+
+
+def failed_at_the_end(wrong: Sequence[tuple[Any, str]]) -> None:
+    """Ends the command where runs failed, with what the first said."""
     if wrong:
         print(f"\n{wrong[0][0].name}:\n{wrong[0][1]}")
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ class Result:
     plain_step_us: float  # one of the same model without a block, timed in turn with it
     versions: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Result":
+        """From what a line holds."""
+        result = cls(**{**values, "settings": Settings(**values["settings"])})
+        if result.settings.model not in MODELS or result.settings.data not in SETS:
+            raise SettingsError(f"there is no model {result.settings.model!r} on {result.settings.data!r}")
+        return result
+
     @property
     def revision(self) -> int:
         """Of the code that made it, see `REVISION`."""
@@ -43,7 +52,7 @@ class Result:
         return json.dumps(values, allow_nan=False) + "\n"
 
 
-def append(path: Path, *results: Result) -> None:
+def append(path: Path, *results: Any) -> None:
     """Adds runs to the record: in one write, on lines of their own even where an earlier writer was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as f:
@@ -58,15 +67,19 @@ def append(path: Path, *results: Result) -> None:
         os.fsync(f.fileno())
 
 
-def read(path: Path) -> list[Result]:
+def read(path: Path, result_of: Callable[[dict[str, Any]], Any] = Result.of) -> list[Any]:
     """All runs of a record, the first of each kind; a line that was cut off is left out.
+
+    Args:
+        path: of the record.
+        result_of: makes a result of what a line holds.
 
     Raises:
         SettingsError: a whole line that is not a run.
     """
     if not path.exists():
         return []
-    found: dict[Settings, Result] = {}
+    found: dict[Any, Any] = {}
     try:
         lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -79,10 +92,10 @@ def read(path: Path) -> list[Result]:
         except ValueError:
             continue  # cut off: the run was not finished then and has a line of its own by now, or will be run again
         try:
-            result = Result(**{**values, "settings": Settings(**values["settings"])})
+            result = result_of(values)
         except (KeyError, TypeError):
             raise SettingsError(f"{path}, line {number}: not the record of a run") from None
-        if result.settings.model not in MODELS or result.settings.data not in SETS:
-            raise SettingsError(f"{path}, line {number}: there is no model {result.settings.model!r} on {result.settings.data!r}")
+        except SettingsError as error:
+            raise SettingsError(f"{path}, line {number}: {error}") from None
         found.setdefault(result.settings, result)
     return list(found.values())

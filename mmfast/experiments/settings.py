@@ -33,6 +33,11 @@ class Settings:
     samples: int
 
     @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.model} {self.data} {self.rule} {self.seed}"
+
+    @property
     def name(self) -> str:
         """Short, unique, and fit for a file."""
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
