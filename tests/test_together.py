@@ -65,8 +65,9 @@ def train(together, x, seen, steps):
         [mf.MGDA()] * 3,
         [mf.GradNorm(alpha=0.0)] * 2 + [mf.Compose(mf.GradNorm(), mf.PCGrad(order="fixed"))] + [None, mf.IMTLG(), mf.UPGrad()],
         [mf.NSGD(every=3)] * 2,
+        [mf.PCGrad()] * 2 + [mf.Random(), mf.Compose(mf.GradNorm(), mf.PCGrad(every=2))],
     ],
-    ids=["none", "MGDA", "many", "state"],
+    ids=["none", "MGDA", "many", "state", "draws"],
 )
 def test_each_is_what_it_is_by_itself(rules, objective, samples):
     """100 steps: losses, parameters, running means and what rules keep, to 1e-5 of what they are."""

@@ -26,13 +26,35 @@ def numbers(results):
 
 
 def test_who_is_trained_together():
-    """Seeds of one cell and rule, of models that can be; in the order of the first of each group."""
-    a, b, random = SHORT, replace(SHORT, rule="none"), replace(SHORT, rule="PCGrad")
-    hivae, dreg = replace(SHORT, model="hivae"), replace(SHORT, model="dreg", samples=20)
-    listed = [replace(run, seed=seed) for seed in range(2) for run in (a, random, b, hivae, dreg)]
+    """Rules and seeds of one cell, rule by rule and no more than pay, of models that can be; in the order of the first of each cell."""
+    hivae, dreg, other = replace(SHORT, model="hivae"), replace(SHORT, model="dreg", samples=20), replace(SHORT, epochs=7)
+    rules = [SHORT, replace(SHORT, rule="PCGrad"), replace(SHORT, rule="none")]
+    listed = [replace(run, seed=seed) for seed in range(2) for run in (*rules, other, hivae, dreg)]
     found = together.groups(listed)
-    assert found[0] == tuple(runs(a, 2)) and found[2] == tuple(runs(b, 2)) and sorted(map(len, found)) == [1] * 6 + [2, 2]
+    assert found[0] == tuple(run for rule in rules for run in runs(rule, 2)) and found[1] == tuple(runs(other, 2))
+    assert sorted(map(len, found[2:])) == [1] * 4
     assert sorted(map(str, (run for group in found for run in group))) == sorted(map(str, listed))
+    many = runs(SHORT, 45)
+    assert [run for group in together.groups(many) for run in group] == many and max(map(len, together.groups(many))) == together.MOST
+
+
+def test_rules_of_all_kinds_in_one_group(tmp_path, monkeypatch):
+    """Those that draw among those that do not: single runs' numbers, whole and killed."""
+    monkeypatch.setattr(together, "SAVE_SECONDS", 0)
+    group = [replace(SHORT, rule=rule, seed=seed) for rule in ("none", "PCGrad", "GradNorm+PCGrad", "MGDA", "Random") for seed in range(2)]
+    whole = together._train(group, None, lambda *_: None, TABLE)
+    for mine in whole:
+        alone = train(mine.settings, table=TABLE)
+        assert mine.validation_log_likelihood == pytest.approx(alone.validation_log_likelihood, rel=1e-4)
+        assert mine.test_error == pytest.approx(alone.test_error, rel=1e-3)
+
+    def until(epoch, remark):
+        if epoch > 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        together._train(group, tmp_path / "state.pt", until, TABLE)
+    assert numbers(together._train(group, tmp_path / "state.pt", lambda *_: None, TABLE)) == numbers(whole)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""Many runs, several at once, those that differ in their seed alone in one process: those that are done are never repeated, those that were cut off go on."""
+"""Many runs, several at once, those that differ in seed and rule alone in one process: those that are done are never repeated, those that were cut off go on."""
 
 import contextlib
+import hashlib
 import multiprocessing as mp
 import os
 import signal
@@ -61,8 +62,8 @@ def table1(models: Sequence[str], data_sets: Sequence[str], rules: Sequence[str]
 
 def checkpoint_of(folder: Path, *runs: Any) -> Path:
     """Where a run of a grid, or several that are trained together, keep their state."""
-    seeds = "-".join(str(run.seed) for run in runs[1:])
-    return folder / "checkpoints" / f"{runs[0].name}{f'-with-{seeds}' if seeds else ''}.pt"
+    others = hashlib.sha256("".join(run.name for run in runs[1:]).encode()).hexdigest()[:8]
+    return folder / "checkpoints" / f"{runs[0].name}{f'-with-{len(runs) - 1}-others-{others}' if runs[1:] else ''}.pt"
 
 
 def one(run: Any, folder: Path, tick: Tick, experiment: Experiment = TABLE1) -> Any:

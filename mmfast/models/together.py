@@ -17,21 +17,20 @@ from mmfast.resolvers.solve import precision_of
 
 
 class _Block:
-    """The rule of some of the models, which are neighbours: one instance that keeps the state of each."""
+    """The rule of some of the models, which are neighbours: one instance that keeps the state of each; of a rule that draws, each model's own."""
 
     def __init__(self, heads: Sequence[LinearHeads], first: int) -> None:
         self.models = slice(first, first + len(heads))
         self.rule: Resolver = copy.deepcopy(heads[0].resolver)
         self.preserve_norm = heads[0].preserve_norm
-        if any(rule.random for rule in self.rule.chain() or ()):
-            raise ValueError(
-                f"resolver is {self.rule!r}, which draws random numbers; each model draws its own, so train such ones one by one"
-            )
+        self.draws = any(rule.random for rule in self.rule.chain() or ())
         self.heads = heads
         self.gather()
 
     def gather(self) -> None:
         """Takes up what the models' rules keep; they see their own parts of it from now on."""
+        if self.draws:
+            return
         for i, rule in enumerate(self.rule.chain() or ()):
             own = [(of.resolver.chain() or ())[i] for of in self.heads]
             states = [r.state for r in own if r.state is not None]
@@ -44,7 +43,12 @@ class _Block:
         """The gradients [E, N, H] of the heads' inputs from those of their outputs [E, N, O] and their weights [E, O, H]."""
         products = ((delta.mT @ delta) * (weight @ weight.mT)).double()
         G = (of_heads.mT @ products @ of_heads).contiguous()
-        w = solve_checked(G, self.rule, None, self.preserve_norm, precision_of(delta.dtype))
+        precision = precision_of(delta.dtype)
+        if self.draws:  # from streams of their own, as each would by itself: one call each
+            own = [solve_checked(g, of.resolver, None, self.preserve_norm, precision) for g, of in zip(G, self.heads, strict=True)]
+            w = torch.stack(own)
+        else:
+            w = solve_checked(G, self.rule, None, self.preserve_norm, precision)
         return (delta * w.to(delta.dtype).index_select(-1, head_of).unsqueeze(1)) @ weight
 
 
@@ -90,7 +94,7 @@ class Together:
 
     The models stay what they are: their parameters, running means and rules' states become views of what is trained here, so that one may be evaluated
     or saved at any time. The numbers are those of single runs with `torch.optim.Adam` up to the rounding of other matrix products.
-    Only the ELBO and IWAE; rules that draw random numbers are refused.
+    Only the ELBO and IWAE.
 
     Args:
         models: `VAE`s with equal features, sizes, objective and samples, on the CPU; neighbours with equal rules share one call of the solver.
@@ -98,7 +102,7 @@ class Together:
         lr: Adam's learning rate, one for all or one for each.
 
     Raises:
-        ValueError: the models differ in what must be equal, a rule draws random numbers, or there are not as many seeds as models.
+        ValueError: the models differ in what must be equal, or there are not as many seeds as models.
 
     Example:
         >>> from mmfast.models.likelihoods import Joint, Normal
