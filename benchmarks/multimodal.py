@@ -79,7 +79,7 @@ def _naive(z: Tensor, k: int) -> Sequence[Tensor]:
 def peak(step: Call) -> float:
     """Megabytes that a step has at most alive at once beyond what it starts with, by the account of torch's allocator."""
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
         step()
     waiting, changes = list(run.profiler.kineto_results.experimental_event_tree()), []  # type: ignore[union-attr]
     while waiting:

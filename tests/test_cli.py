@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,16 @@ import pytest
 import mmfast
 from mmfast import cli, console
 
-ROOT = Path(mmfast.__file__).parent.parent
+PACKAGE = Path(mmfast.__file__).parent
 
 
 def command(*arguments, folder="", python=(), start=("-m", "mmfast")):
-    """A command in a process of its own; modules in `folder` come first."""
-    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-    environment.pop("OMP_WAIT_POLICY", None)
-    return subprocess.run([sys.executable, *python, *start, *arguments], capture_output=True, text=True, env=environment, check=False)
+    """A command in a process of its own; modules in `folder` come first, and with -S what is installed beside mmfast is not there."""
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, "mmfast").symlink_to(PACKAGE)
+        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{place}"}
+        environment.pop("OMP_WAIT_POLICY", None)
+        return subprocess.run([sys.executable, *python, *start, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.fixture(params=["module", "script"])

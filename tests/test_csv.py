@@ -164,7 +164,7 @@ def test_the_figure_can_be_read(tmp_path, k):
     shown = figure.shown_features(found)
     assert shown == (list(range(k))[::-1] if k == 3 else [*range(199, 179, -1), *range(19, -1, -1)])
     header = figure.draw(found, tmp_path / "demo.png").read_bytes()[16:24]
-    width, height = int.from_bytes(header[:4]), int.from_bytes(header[4:])
+    width, height = (int.from_bytes(half, "big") for half in (header[:4], header[4:]))
     assert width == 1800 and height <= 2500
 
 

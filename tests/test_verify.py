@@ -308,7 +308,7 @@ def test_the_ranks_of_a_job_leave_out_what_any_of_them_does(tmp_path):
         )
         for i in range(2)
     ]
-    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["['cuda cluster', 'cuda heads']"] * 2
+    assert [rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks] == ["['cuda cluster', 'cuda heads']"] * 2
 
 
 def test_verify_on_the_cpu_and_what_it_says(monkeypatch):

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 
+# torch 2.10 traces no torch.func.grad over a function of autograd
+GRAD_IN_A_GRAPH = torch.__version__ >= (2, 11)
+
+
 def active() -> bool:
     """Whether a transformation of torch.func is on its way; torch.compile looks at these itself."""
     return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
@@ -48,8 +52,14 @@ def refuse_compiled(y: Tensor, what: str) -> None:
     if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     around = _around()
-    if len([level for level in around if level in ("Grad", "Jvp")]) > 1:
+    levels = [level for level in around if level in ("Grad", "Jvp")]
+    if len(levels) > 1:
         raise no_second_derivative(what)
+    if levels and not GRAD_IN_A_GRAPH:
+        raise RuntimeError(
+            f"torch.func differentiates {what} inside torch.compile, which torch {torch.__version__} can't trace, expected 2.11 or later; leave it out of "
+            "torch.compile (without fullgraph=True the graph breaks here)"
+        )
     if "Vmap" in around and (y.requires_grad or "Grad" in around or torch._C._functorch.is_batchedtensor(y)):
         raise RuntimeError(
             "a block inside vmap can't be compiled: its gradients would be summed, not resolved; leave the vmap out of torch.compile "

@@ -1,13 +1,14 @@
 """What is given of a batch: which modalities, which of their rows, and something harmless in place of the absent ones."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Batch(NamedTuple):
+@dataclass
+class Batch:
     """The modalities of a batch, in the model's order; those that were not given are not in it."""
 
     x: dict[str, Tensor]  # each [B, *]
