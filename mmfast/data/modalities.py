@@ -1,13 +1,14 @@
 """Data sets of several modalities by name, for the experiments on modality collapse: `load("Credit", seed=0)`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmfast import data
-from mmfast.data import avmnist
+from mmfast.data import avmnist, mimic
 from mmfast.data.planted import Planted, Source
 from mmfast.data.samples import Samples, Split, standardised, stratified
 from mmfast.data.table import Column, DataError, Table
@@ -45,6 +46,7 @@ def load(name: str, seed: int) -> Split:
             70 / 10 / 20 % with the same share of each label. Bank's `duration`, of the call, is not known before the label is.
             "avMNIST" is `mmfast.data.avmnist.load`.
             "planted" is drawn from `planted(seed)`.
+            "MIMIC-IV" and "MIMIC-IV-readmission" are `mmfast.data.mimic.load`, for users who have its tables.
         seed: of the split, or of the draws; the same one gives the same rows.
 
     Returns:
@@ -125,5 +127,6 @@ _LOADERS: dict[str, Callable[[int], Split]] = {
     "Bank": _table("Bank"),
     "avMNIST": avmnist.load,
     "planted": _planted,
+    **{name: partial(mimic.load, task=task) for task, name in mimic.TASKS.items()},
 }
 NAMES = tuple(_LOADERS)
