@@ -103,7 +103,12 @@ def _all_present(inputs: dict[str, Tensor], target: Tensor) -> Samples:
 
 
 def planted(seed: int) -> Planted:
-    """What "planted" is drawn from: ranks, similarity and what predicts the label are known."""
+    """What "planted" is drawn from: ranks, similarity and what predicts the label are known.
+
+    The weak modality is needed, .84 of the test rows right by the true logits with it and .63 without (seed 0), but its noise is three times as loud as
+    what it tells: a small network on the modalities side by side, trained on the 4,000 rows, comes to .63, and to .58 without it. The loud modality is
+    almost all noise, of five times that size.
+    """
     sources = {
         "strong": Source(32, predictive=4, noise=8),
         "weak": Source(64, predictive=4, noise=48, strength=0.7, loudness=3.0),

@@ -108,6 +108,6 @@ def standardised(x: Tensor, train: Tensor) -> Tensor:
                 [ 4.9497,  1.0000]])
     """
     seen = x[train].double()
-    deviation = seen.std(0)
-    deviation = torch.where(deviation > 0, deviation, 1.0)  # NaN of a single row, too
+    deviation = seen.std(0, correction=min(1, len(seen) - 1))
+    deviation = torch.where(deviation > 0, deviation, 1.0)
     return ((x.double() - seen.mean(0)) / deviation).float()
