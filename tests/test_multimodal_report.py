@@ -130,6 +130,13 @@ def test_table9_has_every_modality_and_what_judged_it():
     assert "98.0% on MNIST, 90.0% on SVHN, 100.0% on text" in text and "stand-in" in text
 
 
+def test_a_log_likelihood_that_is_not_finite_is_said():
+    first, second = (result("none", s) for s in range(2))
+    second.test.log_likelihood = None
+    assert "| 25.0 | not finite |" in report.table9(report.cells([first, second]))
+    assert "| diverged | diverged |\n" in report.table9(report.cells([first, result("none", 1, None)]))
+
+
 def test_the_commands_print_each_data_set_and_size_by_itself(tmp_path):
     runs = [result(rule, 0, size=size) for size in ("small", "full") for rule in ("none", "MGDA")]
     results.append(tmp_path / RECORD, *runs)
@@ -143,6 +150,18 @@ def test_the_conflict_is_drawn(tmp_path):
     results.append(tmp_path / RECORD, *[result(rule, s, model=m) for m in ("mvae", "mopoe") for rule in ("none", "MGDA") for s in range(2)])
     shown = CliRunner().invoke(app, ["report", "table5", "--out", str(tmp_path), "--figure", str(tmp_path / "new" / "conflict.png")])
     assert shown.exit_code == 0 and (tmp_path / "new" / "conflict.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_looks_are_averaged_at_their_step_where_one_was_not_finite():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    from mmfast.experiments.multimodal import pictures
+
+    looks = ([[0.0, 0.2, 3.0], [9.0, 0.4, 1.0], [18.0, 0.6, 1.0]], [[0.0, 0.4, 3.0], [18.0, 0.8, 1.0]])
+    figure, ax = plt.subplots()
+    pictures._curves(ax, cell([result(seed=s, conflict=conflict) for s, conflict in enumerate(looks)]))
+    (line,) = ax.lines
+    plt.close(figure)
+    assert line.get_xdata().tolist() == [0, 9, 18] and line.get_ydata().tolist() == pytest.approx([0.3, 0.4, 0.7])
 
 
 @pytest.mark.parametrize("name", ["table5", "table9"])
