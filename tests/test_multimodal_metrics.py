@@ -158,6 +158,18 @@ def test_joint_coherence_is_the_share_of_draws_that_all_agree_on():
     assert metrics.joint_coherence(half, JUDGES, 20_000, CPU) == pytest.approx(0.5, abs=0.02)
 
 
+def test_joint_coherence_draws_from_the_standard_normal():
+    """All agree where the first number of z is above 1: with a chance of 0.159."""
+    above = by_hand(decoders={"text": lambda z: torch.where(z[..., :1] > 1, z, z.roll(1, -1))})
+    assert metrics.joint_coherence(above, JUDGES, 20_000, CPU) == pytest.approx(0.159, abs=0.01)
+
+
+def test_judges_see_the_mean_of_the_distribution(data, monkeypatch):
+    monkeypatch.setattr(metrics, "mean", lambda name, raw: raw if name == "mnist" else -raw)
+    found = metrics.coherence(by_hand(), JUDGES, data, CPU)
+    assert set(found["M"].values()) == {1.0} and set(found["S"].values()) == set(found["T"].values()) == {0.0}
+
+
 # likelihoods
 
 

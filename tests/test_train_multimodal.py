@@ -187,6 +187,43 @@ def test_the_weights_of_the_epoch_with_the_least_nll_are_kept(monkeypatch):
         assert state.best["weight"].item() == [0, 1, 1, 1, 4][epoch]
 
 
+def test_what_each_number_is_measured_on(monkeypatch):
+    """The choice of an epoch on the validation triplets, latent classifiers on the training ones, all else on the test ones."""
+    parts, seen = run.load_parts(TINY), []
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (90, 10, 20)
+
+    def spy(name, found):
+        monkeypatch.setattr(run.metrics, name, lambda vae, *rest: seen.append((name, *rest)) or found)
+
+    names = {"nll": 1.0, "latents": (torch.zeros(7, 1, 1), torch.zeros(1)), "coherence": {}, "joint_coherence": 0.5, "log_likelihood": -1.0}
+    for name, found in names.items():
+        spy(name, found)
+    monkeypatch.setattr(run.metrics, "latent_classifiers", lambda z, labels: seen.append("fitted"))
+    monkeypatch.setattr(run.metrics, "latent_accuracy", lambda classify, z, labels: torch.eye(7))
+    known, device = {}, torch.device("cpu")
+    run._validate(run.State(torch.nn.Linear(1, 1), None), parts, device)
+    run._scores(TINY, None, parts, known, device)
+    assert seen == [
+        ("nll", parts.validation, device),
+        ("latents", parts.train, device, 50),
+        "fitted",
+        ("latents", parts.validation, device),
+        ("latents", parts.test, device),
+        ("coherence", known, parts.test, device),
+        ("joint_coherence", known, 20, device),
+        ("log_likelihood", parts.test, 4, 6, device),
+    ]
+
+
+def test_the_best_epochs_weights_are_measured(folder, whole, monkeypatch):
+    device, parts = torch.device("cpu"), run.load_parts(TINY)
+    model, best = (run.make_model(replace(TINY, seed=seed), device) for seed in (0, 1))
+    state = run.State(model, None, nll=[2.0, 1.0, 3.0], best=best.state_dict(), step_us=[1.0])
+    monkeypatch.setattr(run, "_scores", lambda run, vae, *_: (vae.state_dict(), None))
+    found = run._finished(TINY, state, parts, folder, device)
+    assert found.best_epoch == 2 and all(torch.equal(x, best.state_dict()[name]) for name, x in found.validation.items())
+
+
 def test_one_that_diverges_ends_with_what_was_kept_before(folder, tmp_path, monkeypatch):
     validate = run._validate
 

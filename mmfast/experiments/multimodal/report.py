@@ -271,10 +271,11 @@ def _coherence(table: Sequence[Cell]) -> list[str]:
         measures[f"{d} from {d}"] = lambda s, d=d: s.coherence[d][d]  # type: ignore[misc]
         measures[f"{d} from others"] = lambda s, d=d: statistics.mean(s.coherence[d][a] for a in SUBSETS if d not in a)  # type: ignore[misc]
     measures["joint"] = lambda s: s.joint_coherence  # type: ignore[assignment, return-value]
+    size = next(iter(table[0].plain.values())).size
     lines = [
         (
             "Coherence in %, means over seeds: a modality generated from itself, from the others (mean over their subsets), and all three from one z of the prior; "
-            "log p(x) in nats, of triplets without the local step's factors, by importance sampling."
+            f"log p(x) in nats, of {size['likelihood_rows']:,} triplets at most without the local step's factors, by importance sampling with {size['likelihood_samples']:,} draws."
         ),
         "",
         _row("model", "loss", "", *measures, "log p(x)"),
