@@ -79,6 +79,12 @@ def test_a_perfect_model_is_right_everywhere(data):
     assert matrix.shape == (7, 7) and (matrix == 1).all() and metrics.self_and_cross(matrix) == (1.0, 1.0)
 
 
+def test_each_subset_has_latents_of_its_own(data):
+    z, labels = metrics.latents(by_hand(shift={"svhn": 1, "text": 2}), data, CPU)
+    told = (z.argmax(-1) - labels) % 10
+    assert [set(of.tolist()) for of in told] == [{0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}, {0, 1, 2}]
+
+
 def test_subsets_that_speak_different_languages_are_right_for_themselves_alone():
     labels = torch.arange(10).repeat(5)
     z = torch.stack([10.0 * F.one_hot((labels + i) % 10, 10) for i in range(7)])
