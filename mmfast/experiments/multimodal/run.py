@@ -143,9 +143,7 @@ def _train(run: Settings, folder: Path, checkpoint: Path | None, tick: Tick) -> 
     looks = {round(i * (steps - 1) / max(size.probes - 1, 1)) for i in range(size.probes)}
     saved = ticked = time.monotonic()
     for step, index in _batches(run, parts.train, batch, state.step, steps):
-        if step % per_epoch == 0 and diverged(
-            model
-        ):  # what was kept before stands; looked at here, a run that is taken up ends in the same place
+        if step % per_epoch == 0 and diverged(model):  # looked at here, a run that is taken up ends in the same place
             break
         if step in looks:
             look = probe.look()
