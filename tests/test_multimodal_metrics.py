@@ -79,6 +79,12 @@ def test_a_perfect_model_is_right_everywhere(data):
     assert matrix.shape == (7, 7) and (matrix == 1).all() and metrics.self_and_cross(matrix) == (1.0, 1.0)
 
 
+def test_each_subset_has_latents_of_its_own(data):
+    z, labels = metrics.latents(by_hand(shift={"svhn": 1, "text": 2}), data, CPU)
+    told = (z.argmax(-1) - labels) % 10
+    assert [set(of.tolist()) for of in told] == [{0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}, {0, 1, 2}]
+
+
 def test_subsets_that_speak_different_languages_are_right_for_themselves_alone():
     labels = torch.arange(10).repeat(5)
     z = torch.stack([10.0 * F.one_hot((labels + i) % 10, 10) for i in range(7)])
@@ -156,6 +162,18 @@ def test_joint_coherence_is_the_share_of_draws_that_all_agree_on():
     assert metrics.joint_coherence(chance, JUDGES, 20_000, CPU) == pytest.approx(0.01, abs=0.003)
     half = by_hand(decoders={"text": lambda z: torch.where(z[..., :1] > 0, z, z.roll(1, -1))})
     assert metrics.joint_coherence(half, JUDGES, 20_000, CPU) == pytest.approx(0.5, abs=0.02)
+
+
+def test_joint_coherence_draws_from_the_standard_normal():
+    """All agree where the first number of z is above 1: with a chance of 0.159."""
+    above = by_hand(decoders={"text": lambda z: torch.where(z[..., :1] > 1, z, z.roll(1, -1))})
+    assert metrics.joint_coherence(above, JUDGES, 20_000, CPU) == pytest.approx(0.159, abs=0.01)
+
+
+def test_judges_see_the_mean_of_the_distribution(data, monkeypatch):
+    monkeypatch.setattr(metrics, "mean", lambda name, raw: raw if name == "mnist" else -raw)
+    found = metrics.coherence(by_hand(), JUDGES, data, CPU)
+    assert set(found["M"].values()) == {1.0} and set(found["S"].values()) == set(found["T"].values()) == {0.0}
 
 
 # likelihoods

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mmfast.cli import app
 from mmfast.experiments import published, results
 from mmfast.experiments.multimodal import grid, report
+from mmfast.experiments.multimodal.metrics import SUBSETS
 from mmfast.experiments.multimodal.results import RECORD
 
 
@@ -85,10 +86,10 @@ def test_rule_and_blocks_are_chosen_on_validation_and_reported_on_test():
 
 def test_a_run_that_diverged_is_the_worst_choice():
     runs = [result("none", s) for s in range(2)]
-    runs += [result("PCGrad", 0, (0.99, 0.99)), result("PCGrad", 1, None), *(result("MGDA", s, (0.6, 0.4)) for s in range(2))]
+    runs += [result("PCGrad", 0, (0.99, 0.99)), result("PCGrad", 1, None), *(result("MGDA", s, (0.5, 0.4)) for s in range(2))]
     found = cell(runs)
     assert found.chosen == ("MGDA", "p") and found.difference(own, ("PCGrad", "p")) is None
-    assert "| 70.0 / 50.0 | 60.0 / 40.0 | diverged / diverged |" in report.table5([found])
+    assert "| 70.0 / 50.0 | 50.0 / 40.0 | diverged / diverged |" in report.table5([found])
     assert "diverged" in report.table5([cell([result("none"), result("PCGrad", 0, None)])])
 
 
@@ -130,6 +131,29 @@ def test_table9_has_every_modality_and_what_judged_it():
     assert "98.0% on MNIST, 90.0% on SVHN, 100.0% on text" in text and "stand-in" in text
 
 
+def test_table9_has_each_coherence_at_its_place():
+    run = result()
+    run.test.coherence = {d: {a: (10 * i + j) / 100 for j, a in enumerate(SUBSETS)} for i, d in enumerate("MST", 1)}
+    text = report.table9([cell([run])])
+    # M from S, T and ST: (11 + 12 + 15) / 3
+    assert "| MMVAE | ELBO | plain | 10.0 | 12.7 | 21.0 | 22.0 | 32.0 | 31.3 | 25.0 | -1234.5 |" in text
+    for row in ("M | 86.0 | 89.4 | 16.0", "S | 45.6 | 45.8 | 26.0", "T | 89.2 | 91.5 | 36.0"):
+        assert f"| {row} |" in text
+
+
+def test_table5_shows_the_conflict_and_the_time_of_a_step():
+    runs = [result(seed=s, conflict=[[0.0, 0.2, 30.0], [5.0, 0.3, 5.0], [9.0, 0.4, 10.0]]) for s in range(2)]
+    runs += [result("MGDA", s, conflict=[[0.0, 0.5, 7.0]], step_us=1.2e5) for s in range(2)]
+    assert "| MMVAE | ELBO | 30% | 50% | 10 | 7 | 90.0 ms | 120.0 ms |" in report.table5([cell(runs)])
+
+
+def test_a_log_likelihood_that_is_not_finite_is_said():
+    first, second = (result("none", s) for s in range(2))
+    second.test.log_likelihood = None
+    assert "| 25.0 | not finite |" in report.table9(report.cells([first, second]))
+    assert "| diverged | diverged |\n" in report.table9(report.cells([first, result("none", 1, None)]))
+
+
 def test_the_commands_print_each_data_set_and_size_by_itself(tmp_path):
     runs = [result(rule, 0, size=size) for size in ("small", "full") for rule in ("none", "MGDA")]
     results.append(tmp_path / RECORD, *runs)
@@ -143,6 +167,18 @@ def test_the_conflict_is_drawn(tmp_path):
     results.append(tmp_path / RECORD, *[result(rule, s, model=m) for m in ("mvae", "mopoe") for rule in ("none", "MGDA") for s in range(2)])
     shown = CliRunner().invoke(app, ["report", "table5", "--out", str(tmp_path), "--figure", str(tmp_path / "new" / "conflict.png")])
     assert shown.exit_code == 0 and (tmp_path / "new" / "conflict.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_looks_are_averaged_at_their_step_where_one_was_not_finite():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    from mmfast.experiments.multimodal import pictures
+
+    looks = ([[0.0, 0.2, 3.0], [9.0, 0.4, 1.0], [18.0, 0.6, 1.0]], [[0.0, 0.4, 3.0], [18.0, 0.8, 1.0]])
+    figure, ax = plt.subplots()
+    pictures._curves(ax, cell([result(seed=s, conflict=conflict) for s, conflict in enumerate(looks)]))
+    (line,) = ax.lines
+    plt.close(figure)
+    assert line.get_xdata().tolist() == [0, 9, 18] and line.get_ydata().tolist() == pytest.approx([0.3, 0.4, 0.7])
 
 
 @pytest.mark.parametrize("name", ["table5", "table9"])

@@ -1,7 +1,8 @@
 """Training runs of multimodal VAEs: settings, the whole way at a tiny size, kills, the commands."""
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 
 import made_digits
 import pytest
@@ -85,6 +86,12 @@ def test_the_record_gives_back_what_was_written(tmp_path):
         read(tmp_path)
 
 
+def test_runs_of_a_size_that_has_other_numbers_now_are_not_taken_for_todays(tmp_path):
+    results.append(tmp_path / RECORD, result(size="full"), replace(result(), size={**asdict(SIZES["small"]), "samples": 7}))
+    with pytest.raises(SettingsError, match="line 2: this run of size 'small' was made with other numbers"):
+        read(tmp_path)
+
+
 # a run
 
 
@@ -112,6 +119,20 @@ def test_the_same_run_comes_to_the_same_numbers_and_gives_the_threads_back(whole
     before = torch.get_num_threads()
     assert numbers(run.train(TINY, folder)) == numbers(whole)
     assert torch.get_num_threads() == before
+
+
+def test_a_rule_goes_on_with_its_state(folder, tmp_path, monkeypatch):
+    """GradNorm's weights, and the norms of its twentieth call."""
+    monkeypatch.setattr(run, "SAVE_SECONDS", 0)
+    gradnorm = replace(TINY, model="mmvae", rule="GradNorm", blocks="pq", epochs=5)
+
+    def until(epochs, remark):
+        if round(5 * epochs) == 22:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run.train(gradnorm, folder, tmp_path / "state.pt", until)
+    assert numbers(run.train(gradnorm, folder, tmp_path / "state.pt")) == numbers(run.train(gradnorm, folder))
 
 
 @pytest.mark.parametrize("stop", [3, 5])
@@ -166,17 +187,70 @@ def test_the_weights_of_the_epoch_with_the_least_nll_are_kept(monkeypatch):
         assert state.best["weight"].item() == [0, 1, 1, 1, 4][epoch]
 
 
-def test_one_that_diverges_ends_with_what_was_kept_before(folder, monkeypatch):
+def test_what_each_number_is_measured_on(monkeypatch):
+    """The choice of an epoch on the validation triplets, latent classifiers on the training ones, all else on the test ones."""
+    parts, seen = run.load_parts(TINY), []
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (90, 10, 20)
+
+    def spy(name, found):
+        monkeypatch.setattr(run.metrics, name, lambda vae, *rest: seen.append((name, *rest)) or found)
+
+    names = {"nll": 1.0, "latents": (torch.zeros(7, 1, 1), torch.zeros(1)), "coherence": {}, "joint_coherence": 0.5, "log_likelihood": -1.0}
+    for name, found in names.items():
+        spy(name, found)
+    monkeypatch.setattr(run.metrics, "latent_classifiers", lambda z, labels: seen.append("fitted"))
+    monkeypatch.setattr(run.metrics, "latent_accuracy", lambda classify, z, labels: torch.eye(7))
+    known, device = {}, torch.device("cpu")
+    run._validate(run.State(torch.nn.Linear(1, 1), None), parts, device)
+    run._scores(TINY, None, parts, known, device)
+    assert seen == [
+        ("nll", parts.validation, device),
+        ("latents", parts.train, device, 50),
+        "fitted",
+        ("latents", parts.validation, device),
+        ("latents", parts.test, device),
+        ("coherence", known, parts.test, device),
+        ("joint_coherence", known, 20, device),
+        ("log_likelihood", parts.test, 4, 6, device),
+    ]
+
+
+def test_the_best_epochs_weights_are_measured(folder, whole, monkeypatch):
+    device, parts = torch.device("cpu"), run.load_parts(TINY)
+    model, best = (run.make_model(replace(TINY, seed=seed), device) for seed in (0, 1))
+    state = run.State(model, None, nll=[2.0, 1.0, 3.0], best=best.state_dict(), step_us=[1.0])
+    monkeypatch.setattr(run, "_scores", lambda run, vae, *_: (vae.state_dict(), None))
+    found = run._finished(TINY, state, parts, folder, device)
+    assert found.best_epoch == 2 and all(torch.equal(x, best.state_dict()[name]) for name, x in found.validation.items())
+
+
+def test_one_that_diverges_ends_with_what_was_kept_before(folder, tmp_path, monkeypatch):
     validate = run._validate
 
     def broken(state, parts, device):
         validate(state, parts, device)
         next(state.model.parameters()).data.fill_(float("nan"))
 
+    def stop(*_):
+        raise Stop
+
     monkeypatch.setattr(run, "_validate", broken)
+    with monkeypatch.context() as killed:
+        killed.setattr(run, "_finished", stop)
+        with pytest.raises(Stop):
+            run.train(replace(TINY, epochs=5), folder, tmp_path / "state.pt")
+    broken_off = run.train(replace(TINY, epochs=5), folder, tmp_path / "state.pt")
     found = run.train(replace(TINY, epochs=5), folder)
+    assert numbers(broken_off) == numbers(found)
     assert (found.epochs_done, found.best_epoch) == (1, 1) and found.test is not None
     assert json.loads(found.line())["nll"] == found.nll
+
+
+def test_an_epoch_without_a_finite_nll_keeps_its_place(folder, monkeypatch):
+    values = iter([math.nan, 3.0])
+    monkeypatch.setattr(run.metrics, "nll", lambda *_: next(values))
+    found = run.train(replace(TINY, model="mvae", blocks="p"), folder)
+    assert found.nll == [None, 3.0] and found.best_epoch == 2 and json.loads(found.line())["nll"] == [None, 3.0]
 
 
 # judges

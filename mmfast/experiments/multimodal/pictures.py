@@ -101,9 +101,11 @@ def conflict(table: Sequence[Cell], path: Path) -> Path:
 def _curves(ax: Axes, cell: Cell) -> None:
     for (rule, blocks), runs in sorted(cell.variants.items(), key=lambda item: item[0][0] != NONE):
         if blocks in ("", "p"):
-            looks = list(zip(*(r.conflict for r in runs.values()), strict=False))
-            shares = [statistics.mean(look[1] for look in of) for of in looks]
-            ax.plot([of[0][0] for of in looks], shares, label=rule, lw=1.4, color="black" if rule == NONE else None)
+            shares: dict[float, list[float]] = {}  # by step: a run may lack looks that were not finite
+            for step, share, _ in (look for r in runs.values() for look in r.conflict):
+                shares.setdefault(step, []).append(share)
+            means = [statistics.mean(shares[step]) for step in sorted(shares)]
+            ax.plot(sorted(shares), means, label=rule, lw=1.4, color="black" if rule == NONE else None)
     ax.set_title(f"{MODELS[cell.model]}, {cell.objective.upper()}", fontsize=9, loc="left")
     ax.set_ylim(0, 1)
     ax.spines[["top", "right"]].set_visible(False)

@@ -228,7 +228,12 @@ def _variants(table: Sequence[Cell], measures: dict[str, Measure]) -> list[str]:
     """Every rule and its blocks, test means over the seeds that it has."""
     known = sorted({v for cell in table for v in cell.variants}, key=lambda v: (v[0] != NONE, len(v[1]), v))
     names = [" on ".join(filter(None, variant)) for variant in known]
-    lines = [f"Every rule, {' / '.join(measures)}:", "", _row("model", "loss", *names), f"|---|---|{'--:|' * len(known)}"]
+    lines = [
+        f"Every rule, {' / '.join(measures)}, means over the seeds that each has:",
+        "",
+        _row("model", "loss", *names),
+        f"|---|---|{'--:|' * len(known)}",
+    ]
     for cell in table:
         values = [
             " / ".join(_percent(_mean(cell.variants[v], measure)) for measure in measures.values()) if v in cell.variants else ""
@@ -265,11 +270,12 @@ def _coherence(table: Sequence[Cell]) -> list[str]:
     for d in "MST":
         measures[f"{d} from {d}"] = lambda s, d=d: s.coherence[d][d]  # type: ignore[misc]
         measures[f"{d} from others"] = lambda s, d=d: statistics.mean(s.coherence[d][a] for a in SUBSETS if d not in a)  # type: ignore[misc]
-    measures["joint"] = lambda s: s.joint_coherence or 0.0
+    measures["joint"] = lambda s: s.joint_coherence  # type: ignore[assignment, return-value]
+    size = next(iter(table[0].plain.values())).size
     lines = [
         (
             "Coherence in %, means over seeds: a modality generated from itself, from the others (mean over their subsets), and all three from one z of the prior; "
-            "log p(x) in nats, of triplets without the local step's factors, by importance sampling."
+            f"log p(x) in nats, of {size['likelihood_rows']:,} triplets at most without the local step's factors, by importance sampling with {size['likelihood_samples']:,} draws."
         ),
         "",
         _row("model", "loss", "", *measures, "log p(x)"),
@@ -279,10 +285,9 @@ def _coherence(table: Sequence[Cell]) -> list[str]:
         for name, runs in (("plain", cell.plain), ("impartial", cell.variants[cell.chosen] if cell.chosen else {})):
             if runs:
                 values = [_percent(_mean(runs, measure)) for measure in measures.values()]
-                likelihood = _mean(runs, lambda s: s.log_likelihood or 0.0)
-                lines.append(
-                    _row(MODELS[cell.model], cell.objective.upper(), name, *values, "" if likelihood is None else f"{likelihood:.1f}")
-                )
+                likelihood = _mean(runs, lambda s: math.nan if s.log_likelihood is None else s.log_likelihood)
+                shown = "diverged" if likelihood is None else "not finite" if math.isnan(likelihood) else f"{likelihood:.1f}"
+                lines.append(_row(MODELS[cell.model], cell.objective.upper(), name, *values, shown))
     return lines
 
 

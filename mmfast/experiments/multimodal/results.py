@@ -7,7 +7,7 @@ from typing import Any
 
 from mmfast.data import triplets
 from mmfast.experiments import results
-from mmfast.experiments.multimodal.settings import MIXTURES, OBJECTIVES, Settings
+from mmfast.experiments.multimodal.settings import MIXTURES, OBJECTIVES, SIZES, Settings
 from mmfast.experiments.settings import SettingsError
 
 RECORD = "multimodal.jsonl"
@@ -32,7 +32,7 @@ class Result:
     settings: Settings
     epochs_done: int  # fewer than asked for where the parameters became NaN
     best_epoch: int | None
-    nll: list[float]  # of each epoch on the validation triplets, see `metrics.nll`
+    nll: list[float | None]  # of each epoch on the validation triplets, see `metrics.nll`; None where it was not finite
     validation: Scores | None
     test: Scores | None
     judges: dict[str, float]  # test accuracy of the classifiers that judge what is generated
@@ -52,6 +52,10 @@ class Result:
         run = result.settings
         if run.model not in MIXTURES or run.objective not in OBJECTIVES or run.data not in triplets.NAMES:
             raise SettingsError(f"there is no model {run.model!r} with {run.objective!r} on {run.data!r}")
+        if result.size != asdict(SIZES[run.size]):
+            raise SettingsError(
+                f"this run of size {run.size!r} was made with other numbers than that size has now; take another folder for new runs"
+            )
         return result
 
     def line(self) -> str:

@@ -143,6 +143,8 @@ def _train(run: Settings, folder: Path, checkpoint: Path | None, tick: Tick) -> 
     looks = {round(i * (steps - 1) / max(size.probes - 1, 1)) for i in range(size.probes)}
     saved = ticked = time.monotonic()
     for step, index in _batches(run, parts.train, batch, state.step, steps):
+        if step % per_epoch == 0 and diverged(model):  # looked at here, a run that is taken up ends in the same place
+            break
         if step in looks:
             look = probe.look()
             state.conflict += [[float(step), *look]] if all(map(math.isfinite, look)) else []
@@ -161,8 +163,6 @@ def _train(run: Settings, folder: Path, checkpoint: Path | None, tick: Tick) -> 
         if checkpoint is not None and (ended or time.monotonic() - saved > SAVE_SECONDS):
             state.save(checkpoint, run)
             saved = time.monotonic()
-        if ended and diverged(model):  # what was kept before stands
-            break
     return _finished(run, state, parts, folder, device)
 
 
@@ -207,7 +207,7 @@ def _finished(run: Settings, state: State, parts: Parts, folder: Path, device: t
         run,
         len(state.nll),
         state.nll.index(min(finite)) + 1 if finite else None,
-        finite,
+        [x if math.isfinite(x) else None for x in state.nll],
         validation,
         test,
         accuracy,
