@@ -118,7 +118,7 @@ def _speed(ax: Axes, result: Result) -> None:
             ax.text(0, y, f" {s.reason}", va="center", color="#5f6368", fontsize=8.5)
         else:
             ax.barh(y, s.per_second, color=BLUE if s.label == "mmfast" else "#c4c7ca", height=0.62)
-            ax.text(s.per_second, y, f" {s.per_second:,.0f}", va="center")
+            ax.text(s.per_second, y, f" {s.per_second:,.0f}{f'  ({s.reason})' if s.reason else ''}", va="center")
     ax.set_yticks(range(len(result.speeds)), [f"{s.label}, {s.rule}" if s.rule else s.label for s in reversed(result.speeds)])
     ax.set_xlim(0, 1.15 * max(s.per_second or 0.0 for s in result.speeds))
     ax.tick_params(length=0)
