@@ -304,7 +304,9 @@ def test_torchjd_trains_the_same_model(way):
         models = [run._model(table, parts, 0, join) for join in joins]
         steps = [run._stepper(model) for model in models]
     ours, theirs = (gradients_of(step, model, parts) for step, model in zip(steps, models, strict=True))
-    near = 1e-4 if way == "mtl_backward" else 5e-2  # of 2.1e-2 that the ridge makes which TorchJD adds to the Gramian; the plain sum is off by more
+    near = (
+        1e-4 if way == "mtl_backward" else 5e-2
+    )  # of 2.1e-2 that the ridge makes which TorchJD adds to the Gramian; the plain sum is off by more
     assert len(ours) == len(theirs) > 10
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() <= near * a.norm() + 1e-5

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
 
 from benchmarks import picture
 from mmfast.experiments.settings import MODELS
