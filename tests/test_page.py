@@ -73,6 +73,20 @@ def test_a_changed_record_changes_the_claims():
     assert "better: " in line(before, "* **GradNorm**") and "better: " not in line(after, "* **GradNorm**")
 
 
+def test_the_short_form_counts_each_models_cells():
+    """By hand: on Wine MGDA is chosen and better, on Adult no rule is, on Magic the chosen one is a loss."""
+    runs = grid({"none": [0.3, 0.31, 0.32], "MGDA": [0.2, 0.21, 0.22]}) + grid(
+        {"none": [0.4, 0.41, 0.42], "MGDA": [0.4, 0.41, 0.42]}, ("Adult",)
+    )
+    runs += grid({"none": [0.1, 0.11, 0.12], "MGDA": [0.2, 0.21, 0.22]}, ("Magic",)) + grid(
+        {"none": [0.2, 0.21], "IMTLG": [0.1, 0.11]}, model="hivae"
+    )
+    text = page.short(cells(runs))
+    assert "\n| VAE | 3 | 1 | 1 | 1 | 0 % (−32 %, +91 %) | " in text and "\n| HI-VAE | 1 | 1 | 0 | 0 | −49 % (−49 %, −49 %) | " in text
+    assert "better than no block in 2 of 4 cells, a loss in 1 (VAE on Magic)" in text.replace("\n", " ")
+    assert max(map(len, text.splitlines()[-3:])) <= page.WIDTH and "| IWAE" not in text
+
+
 def line(text, start):
     (found,) = [line for line in text.splitlines() if line.startswith(start)]
     return found
@@ -219,7 +233,7 @@ def test_the_command_writes_into_no_file_that_does_not_ask_for_it(folder):
     file = folder / "mine.md"
     file.write_text("# Mine\n<!-- mmfast report table1: page -->\n")  # without an end
     shown = report(folder, "--page", file)
-    assert shown.exit_code == 2 and f"{file} has no line <!-- mmfast report table1: page --> or" in shown.output
+    assert shown.exit_code == 2 and f"{file} has no line <!-- mmfast report table1: page --> (or: table, summary) with" in shown.output
     assert file.read_text() == "# Mine\n<!-- mmfast report table1: page -->\n"
     shown = report(folder, "--page", folder / "nowhere.md")
     assert shown.exit_code == 2 and "nowhere.md cannot be read" in shown.output

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mmfast.demo.report import change, mean_error, medians, percent
-from mmfast.demo.run import WITH, WITHOUT, Conflict, Result
+from mmfast.demo.run import OURS, WITH, WITHOUT, Conflict, Result
 
 GREY, BLUE, LIGHT, INK = "#9aa0a6", "#1a5fb4", "#e3e6e8", "#202124"
 STYLE: Any = {
@@ -113,14 +113,20 @@ def _conflict(share: Axes, ratio: Axes, result: Result) -> None:
 
 
 def _speed(ax: Axes, result: Result) -> None:
+    top = max(s.per_second or 0.0 for s in result.speeds)
     for y, s in enumerate(reversed(result.speeds)):
-        if s.per_second is None:
-            ax.text(0, y, f" {s.reason}", va="center", color="#5f6368", fontsize=8.5)
+        inside = (s.per_second or 0.0) > top / 2
+        if s.per_second is not None:
+            ax.barh(y, s.per_second, color=BLUE if s.label == OURS else "#c4c7ca", height=0.62)
+            number = ax.annotate(f" {s.per_second:,.0f}", (s.per_second, y), va="center")
+            if inside:
+                ax.text(0, y, f" {s.reason}", va="center", fontsize=8.5)
+            else:
+                ax.annotate(f"  {s.reason}", (1, 0.5), xycoords=number, va="center", color="#5f6368", fontsize=8.5)
         else:
-            ax.barh(y, s.per_second, color=BLUE if s.label == "mmfast" else "#c4c7ca", height=0.62)
-            ax.text(s.per_second, y, f" {s.per_second:,.0f}", va="center")
+            ax.text(0, y, f" {s.reason}", va="center", color="#5f6368", fontsize=8.5)
     ax.set_yticks(range(len(result.speeds)), [f"{s.label}, {s.rule}" if s.rule else s.label for s in reversed(result.speeds)])
-    ax.set_xlim(0, 1.15 * max(s.per_second or 0.0 for s in result.speeds))
+    ax.set_xlim(0, 1.15 * top)
     ax.tick_params(length=0)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("training steps per second")

@@ -72,15 +72,3 @@ class GradNorm:
 def rules(k: int) -> dict[str, Aggregate]:
     """The rules that are written out here, by name."""
     return {"PCGrad": pcgrad, "GradNorm": GradNorm(k)}
-
-
-def torchjd_rule(name: str) -> Aggregate | None:
-    """TorchJD's aggregator of that name, or None where TorchJD is not installed or does not have it."""
-    try:
-        import torchjd.aggregation as peers
-    except ImportError:
-        return None
-    try:
-        return getattr(peers, name)()
-    except (AttributeError, TypeError, ImportError):  # not there, or compulsory arguments, or dependencies of its own
-        return None

@@ -14,7 +14,7 @@ from rich.table import Table as Grid
 from torch import Tensor
 
 from mmfast.demo.data import Table, shortened
-from mmfast.demo.run import WITH, WITHOUT, Conflict, Result
+from mmfast.demo.run import ALONE, OURS, PEER, WITH, WITHOUT, Conflict, Result
 
 NOTES = 12  # about a table, that are shown
 MEASURE = {True: "error rate", False: "RMSE / range"}
@@ -115,47 +115,129 @@ def show_columns(console: Console, table: Table) -> None:
 
 
 def show(console: Console, result: Result) -> None:
-    """Everything measured, as tables."""
-    settings = result.settings
+    """Everything measured, as tables, with what it means in words."""
+    _show_errors(console, result)
+    _show_conflict(console, result)
+    _show_speed(console, result)
+    console.print("\n[bold]What to try next[/]")
+    for line in next_steps(result):
+        _say(console, line)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False)
+
+
+def trained(result: Result) -> list[str]:
+    """What was trained, for somebody who sees it for the first time."""
+    k, seeds = len(result.table.columns), len(result.outcomes[WITH])
+    model = f"An autoencoder (a VAE) squeezes each row into {(k + 1) // 2} numbers and predicts the {k} features from them."
+    model += f" Most of the network is shared; each feature has a small head and a loss of its own, so {k} losses pull at the shared part at once."
+    twice = f"It was trained twice{f' on each of {seeds} seeds' if seeds > 1 else ''}, from the same first weights on the same batches: once as usual, where"
+    twice += f" the {k} gradients are added up, and once with a block ({result.settings.rule}), which weighs them against each other first."
+    return [model, twice, "Errors are on rows that it never saw: the share of wrong classes, or for numbers RMSE / range; 0 is perfect."]
+
+
+def _show_errors(console: Console, result: Result) -> None:
     before, after = medians(result, WITHOUT), medians(result, WITH)
-    grid = _grid(
-        console,
-        "Reconstruction error on held-out rows",
-        "(error rate of classes, RMSE / range of numbers; less is better)",
-        show_footer=True,
-    )
+    grid = _grid(console, "1. What got better, what got worse", show_footer=True)
+    for line in trained(result):
+        _say(console, line)
     means = [mean_error(result, name) for name in (WITHOUT, WITH)]
     grid.add_column("feature", "mean", footer_style="bold", no_wrap=True)
     grid.add_column("kind")
     grid.add_column("without", _error(means[0]), justify="right", footer_style="bold")
-    grid.add_column(f"with {settings.rule}", _error(means[1]), justify="right", footer_style="bold")
+    grid.add_column(f"with {result.settings.rule}", _error(means[1]), justify="right", footer_style="bold")
     grid.add_column("change", percent(change(*means)), justify="right", footer_style="bold")
     for column, a, b in zip(result.table.columns, before.tolist(), after.tolist(), strict=True):
         colour = "green" if b < a else "red" if b > a else "dim"
         grid.add_row(escape(column.name), column.kind, _error(a), _error(b), f"[{colour}]{percent(change(a, b))}[/]")
     console.print(grid)
     for line in verdict(result):
-        console.print(line, highlight=False, markup=False)
+        _say(console, line)
 
-    grid = _grid(console, "Gradients where the features meet", "(pairs with a negative cosine, largest norm over smallest; medians)")
-    for heading in ("", "in conflict", "mean cosine", "norm ratio", "after the block"):
+
+def explanation(result: Result) -> list[str]:
+    """What the numbers of the conflict mean, and why the first need not fall."""
+    plain, ours = (conflict_summary(result, name) for name in (WITHOUT, WITH))
+    word = "fell" if ours.share < plain.share else "rose" if ours.share > plain.share else "stayed the same"
+    lines = ["In conflict: the share of pairs of features whose gradients point apart (a negative cosine; -1 is head-on)."]
+    lines += ["  A step that helps one of such a pair harms the other."]
+    lines += [
+        f"  With the block it {word}: {plain.share:.0%} without, {ours.share:.0%} with. It need not fall, even where the block works: a block does"
+    ]
+    lines[-1] += (
+        " not change what the features want, only what the shared part is told. What all agree on is learnt first; what is left is what they"
+    )
+    lines[-1] += (
+        " disagree on, and at the best compromise the gradients cancel, so some must point apart. Judge a block by the errors above."
+    )
+    lines += ["Norm ratio: how many times longer the longest gradient is than the shortest."]
+    lines += [
+        f"  In the plain sum a gradient {plain.imbalance:,.0f} times as long has {plain.imbalance:,.0f} times the say, however little it matters to you."
+    ]
+    if ours.resolved is None:
+        return [*lines, f"  {result.settings.rule} decides number by number and has no weights, so there is no ratio after it."]
+    lines += [f"  The block's weights bring it from {_times(ours.imbalance)} to {_times(ours.resolved)}"]
+    lines[-1] += "." if ours.resolved < ours.imbalance else f": {result.settings.rule} settles directions, it does not even out lengths."
+    return lines
+
+
+def _show_conflict(console: Console, result: Result) -> None:
+    grid = _grid(console, "2. What conflicted", "(where the features meet; medians over the training)")
+    for heading in ("", "in conflict", "mean cosine of those", "norm ratio", "after the block"):
         grid.add_column(heading, justify="right" if heading else "left")
     for name in (WITHOUT, WITH):
         c = conflict_summary(result, name)
         grid.add_row(name, f"{c.share:.0%}", f"{c.cosine:.3f}", _times(c.imbalance), "" if c.resolved is None else _times(c.resolved))
     console.print(grid)
+    for line in explanation(result):
+        _say(console, line)
 
-    grid = _grid(console, "Training steps per second")
-    for heading, justify in (("block", "left"), ("rule", "left"), ("steps / s", "right"), ("cost of a step", "right"), ("", "left")):
+
+def price(result: Result) -> list[str]:
+    """What the block costs, and how TorchJD compares."""
+    at = {(s.label, s.rule): s.per_second for s in reversed(result.speeds)}  # of several ways of one library, the first
+    base, ours = at[ALONE, ""], at[OURS, result.settings.rule]
+    lines = [f"A step with the block takes {base / ours:.2f} of the time of one without."] if base and ours else []
+    rival = result.rival
+    if rival is None:
+        missing = [s.reason for s in result.speeds if s.label == PEER and s.per_second is None]
+        return lines + [f"TorchJD, the best known library for such rules, is {reason}; the demo then trains it too." for reason in missing]
+    theirs, mine = (outcome.errors.nanmean().item() for outcome in (rival.theirs, rival.ours))
+    lines.append(f"{rival.rule} by TorchJD, in the block's place, against mmfast's, one training each (seed {rival.ours.seed}):")
+    lines.append(f"  mean error {_error(theirs)} against {_error(mine)}: one rule, two solvers; of one seed a difference says little.")
+    if (there := at[PEER, rival.rule]) and (here := at[OURS, rival.rule]):
+        lines.append(
+            f"  its step takes {here / there:.2f} of the time of mmfast's; its mtl_backward makes a gradient of all shared parameters for each loss."
+        )
+    return lines
+
+
+def _show_speed(console: Console, result: Result) -> None:
+    grid = _grid(console, "3. What it costs", "(training steps per second, in turns)")
+    for heading, justify in (("block", "left"), ("rule", "left"), ("steps / s", "right"), ("a step's time", "right"), ("", "left")):
         grid.add_column(heading, justify=justify)  # type: ignore[arg-type]
     base, top = result.speeds[0].per_second or 1.0, max(s.per_second or 0.0 for s in result.speeds)
     for s in result.speeds:
         if s.per_second is None:
-            grid.add_row(s.label, s.rule, f"[dim]{s.reason}[/]", "", "", style="dim")
+            grid.add_row(s.label, s.rule, "-", "", f"[dim]{escape(s.reason)}[/]", style="dim")
         else:
-            bar = "█" * max(1, round(20 * s.per_second / top))
-            grid.add_row(s.label, s.rule, f"{s.per_second:,.0f}", f"{base / s.per_second:.2f} x", f"[cyan]{bar}[/]")
+            bar = f"[cyan]{'█' * max(1, round(20 * s.per_second / top))}[/]"
+            grid.add_row(s.label, s.rule, f"{s.per_second:,.0f}", f"{base / s.per_second:.2f} x", f"{bar} {escape(s.reason)}")
     console.print(grid)
+    for line in price(result):
+        _say(console, line)
+
+
+def next_steps(result: Result) -> list[str]:
+    """Commands for what one wants to know next."""
+    other = "upgrad" if result.settings.rule != "UPGrad" else "gradnorm"
+    lines = [f"Another rule:    mmfast demo --rule {other}", "Your own table:  mmfast demo --data FILE.csv"]
+    return [
+        *lines,
+        "Your own model:  mf.attach([model.image_head, model.text_head], mf.UPGrad()) puts a block in, mf.Monitor shows its conflicts",
+    ]
 
 
 def _write(path: Path, header: list[str], rows: Iterable[Iterable[object]]) -> Path:

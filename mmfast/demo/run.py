@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmfast.blocks.block import ImpartialityBlock
 from mmfast.data.prepare import Part, Prepared, errors, prepare
 from mmfast.data.table import Table
-from mmfast.demo import naive
+from mmfast.demo import naive, peer
 from mmfast.demo.model import Join, Loop, gradients, make_model
 from mmfast.models.likelihoods import Joint
 from mmfast.models.vae import VAE
@@ -21,11 +21,14 @@ from mmfast.resolvers import resolver
 from mmfast.stats import cosines, norms
 
 WITHOUT, WITH = "without block", "with block"
+ALONE, OURS, PEER, LOOPS = "no block", "mmfast", "TorchJD", "naive loops"  # what is timed
+MOST = 32  # features of a table that TorchJD is trained on: beyond, its steps take too long for a demonstration
 HIDDEN = 50
 TIMING_SECONDS = 10.0  # for each way to write the block: loops over hundreds of features take seconds a step
 CHECKS = 60  # how often a training is validated and its gradients are looked at
 
 Progress = Callable[[str, int, int, str], None]  # task, done, total, remark
+Step = Callable[[Tensor, Tensor], None]  # one training step on a batch: x and seen
 
 
 @dataclass
@@ -60,6 +63,15 @@ class Speed:
 
 
 @dataclass
+class Rival:
+    """The same rule in another library's hands and in ours: one training each, on the first seed."""
+
+    rule: str
+    ours: Outcome
+    theirs: Outcome
+
+
+@dataclass
 class Settings:
     """What a run of the demonstration needs to know."""
 
@@ -81,6 +93,7 @@ class Result:
     epochs: int
     outcomes: dict[str, list[Outcome]]
     speeds: list[Speed]
+    rival: Rival | None = None  # where TorchJD is installed
 
 
 def conflict(model: VAE, part: Part) -> Conflict:
@@ -117,7 +130,7 @@ def _model(table: Table, parts: Prepared, seed: int, join: Join) -> VAE:
     return make_model(Joint([column.likelihood for column in table.columns], parts.w), HIDDEN, max(1, (k + 1) // 2), join)
 
 
-def _stepper(model: VAE) -> Callable[[Tensor, Tensor], None]:
+def _stepper(model: VAE) -> Step:
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
     def step(x: Tensor, seen: Tensor) -> None:
@@ -162,22 +175,26 @@ def train(
     return outcome
 
 
-def _contenders(k: int, rule: str) -> list[tuple[str, str, Join | None, str]]:
-    """(label, rule, join or None, reason) of everything to be timed."""
-    written_out = naive.rules(k)
-    rules = [rule]
-    if rule != "PCGrad" and (naive.torchjd_rule(rule) is None or rule not in written_out):
-        rules.append("PCGrad")  # everyone has it
-    found: list[tuple[str, str, Join | None, str]] = [("no block", "", Loop, "")]
-    for name in rules:
-        found.append(("mmfast", name, partial(block, rule=name), ""))
-        peer = naive.torchjd_rule(name)
-        if peer is not None:
-            found.append(("TorchJD", name, partial(naive.Materialised, aggregate=peer), ""))
-        elif name == "PCGrad":
-            found.append(("TorchJD", name, None, "not installed: pip install torchjd"))
+def _contenders(table: Table, parts: Prepared, wanted: str) -> list[tuple[str, str, Step | None, str]]:
+    """(label, rule, training step, remark) of everything to be timed; None with the reason where TorchJD is not there."""
+
+    def joined(join: Join) -> Step:
+        return _stepper(_model(table, parts, 0, join))
+
+    written_out, common = naive.rules(len(table.columns)), peer.rule(wanted)
+    names = [wanted, common or peer.COMMON]
+    if wanted not in written_out:
+        names.append("PCGrad")
+    found: list[tuple[str, str, Step | None, str]] = [(ALONE, "", joined(Loop), "")]
+    for name in dict.fromkeys(names):
+        found.append((OURS, name, joined(partial(block, rule=name)), ""))
+        if name == common:
+            found.append((PEER, name, joined(peer.in_place(name)), "in the block's place"))
+            found.append((PEER, name, peer.mtl_stepper(_model(table, parts, 0, Loop), name), "by its mtl_backward"))
+        elif common is None and name == peer.COMMON:
+            found.append((PEER, name, None, f"not installed: {peer.INSTALL}"))
         if name in written_out:
-            found.append(("naive loops", name, partial(naive.Materialised, aggregate=written_out[name]), ""))
+            found.append((LOOPS, name, joined(partial(naive.Materialised, aggregate=written_out[name])), ""))
     return found
 
 
@@ -185,11 +202,10 @@ def time_steps(table: Table, parts: Prepared, settings: Settings, tick: Callable
     """Steps per second of every way to write the block: in turns, so that a busy machine is unfair to none; the median counts."""
     batch = _batch(settings, parts)
     x, seen = parts.train.x[:batch], parts.train.seen[:batch]
-    contenders = _contenders(len(table.columns), settings.rule)
-    steps = [None if join is None else _stepper(_model(table, parts, 0, join)) for _, _, join, _ in contenders]
+    contenders = _contenders(table, parts, settings.rule)
     seconds: list[list[float]] = [[] for _ in contenders]
     for i in range(settings.timing_rounds + 1):
-        for step, times in zip(steps, seconds, strict=True):
+        for (_, _, step, _), times in zip(contenders, seconds, strict=True):
             if step is None:
                 continue
             for _ in range(settings.timing_steps):
@@ -202,8 +218,8 @@ def time_steps(table: Table, parts: Prepared, settings: Settings, tick: Callable
                 times.clear()  # warm-up
         tick(i + 1, "")
     return [
-        Speed(label, rule, 1 / statistics.median(times) if times else None, reason)
-        for (label, rule, _, reason), times in zip(contenders, seconds, strict=True)
+        Speed(label, rule, 1 / statistics.median(times) if times else None, remark)
+        for (label, rule, _, remark), times in zip(contenders, seconds, strict=True)
     ]
 
 
@@ -240,5 +256,19 @@ def _run(table: Table, settings: Settings, progress: Progress) -> Result:
         for name, join in joins.items():
             tick = partial(_tick, progress, name, seed * epochs, settings.seeds * epochs)
             outcomes[name].append(train(table, parts, seed, join, settings, epochs, tick))
+    rival = _rival(table, settings, epochs, outcomes[WITH][0], progress)
     speeds = time_steps(table, parts, settings, partial(_tick, progress, "speed", 0, rounds))
-    return Result(table, settings, epochs, outcomes, speeds)
+    return Result(table, settings, epochs, outcomes, speeds, rival)
+
+
+def _rival(table: Table, settings: Settings, epochs: int, ours: Outcome, progress: Progress) -> Rival | None:
+    """Trains with TorchJD's aggregator and, unless the demonstration did so, with our form of the same rule."""
+    rule = peer.rule(settings.rule)
+    if rule is None or len(table.columns) > MOST:
+        return None
+    parts = prepare(table, 0)
+    total = epochs if rule == settings.rule else 2 * epochs
+    theirs = train(table, parts, 0, peer.in_place(rule), settings, epochs, partial(_tick, progress, PEER, 0, total))
+    if rule != settings.rule:
+        ours = train(table, parts, 0, partial(block, rule=rule), settings, epochs, partial(_tick, progress, PEER, epochs, total))
+    return Rival(rule, ours, theirs)

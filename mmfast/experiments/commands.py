@@ -179,7 +179,7 @@ def report_table1(
     page: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A file to write in: what stands between <!-- mmfast report table1: page --> (or: table) and <!-- end of mmfast report table1 -->. Repeatable."
+            help="A file to write in: what stands between <!-- mmfast report table1: page --> (or: table, summary) and <!-- end of mmfast report table1 -->. Repeatable."
         ),
     ] = None,
     missing: Annotated[bool, typer.Option("--missing", help="Says instead which runs the record lacks, and what they would cost.")] = False,

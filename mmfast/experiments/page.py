@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from mmfast.experiments import missing, tables
 from mmfast.experiments.published import DOUBTFUL
 from mmfast.experiments.report import ALPHA, Cell, Outcome, cells, outliers
 from mmfast.experiments.results import Result
-from mmfast.experiments.settings import SettingsError
+from mmfast.experiments.settings import MODELS, SettingsError
 
 CLOSE = 0.1  # of the paper's error: what counts as near it
+WIDTH = 150  # of README's lines
 BEGIN, END = "<!-- mmfast report table1: {} -->", "<!-- end of mmfast report table1 -->"
 
 
@@ -51,6 +53,15 @@ class Rule:
         wall = " (wall)" if any(o.wall for _, o in self.where) else ""
         return f"{statistics.median(o.step_ratio for _, o in self.where):.2f}x{wall}"
 
+    @property
+    def line(self) -> str:
+        """Of a table: how many cells, the verdicts, the changes, the features that it makes worse, its price."""
+        changes = _known(o.change for _, o in self.where)
+        worse, features = sum(o.features_worse for _, o in self.where), sum(len(o.features) for _, o in self.where)
+        values = [self.name, *(str(len(x)) for x in (self.where, self.better, self.neither, self.lost))]
+        values += [f"{tables.percent(self.change)} ({tables.percent(min(changes))}, {tables.percent(max(changes))})"]
+        return f"| {' | '.join([*values, f'{worse} of {features}', self.price])} |"
+
 
 def of_rules(table: Sequence[Cell]) -> list[Rule]:
     """Every rule that ran, the one with the best balance first."""
@@ -78,12 +89,7 @@ def _overall(table: Sequence[Cell]) -> str:
         "| rule | cells | better | no difference shown | loss | change of the median error: median (least, most) | features worse | step |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for rule in of_rules(table):
-        changes = _known(o.change for _, o in rule.where)
-        worse, features = sum(o.features_worse for _, o in rule.where), sum(len(o.features) for _, o in rule.where)
-        values = [rule.name, *(str(len(x)) for x in (rule.where, rule.better, rule.neither, rule.lost))]
-        values += [f"{tables.percent(rule.change)} ({tables.percent(min(changes))}, {tables.percent(max(changes))})"]
-        lines.append(f"| {' | '.join([*values, f'{worse} of {features}', rule.price])} |")
+    lines += [rule.line for rule in of_rules(table)]
     comparisons = sum(len(c.outcomes) for c in table)
     tested = sum(o.p is not None for c in table for o in c.outcomes.values())
     note = (
@@ -233,8 +239,23 @@ def _runs(cell: Cell) -> Iterable[Result]:
     return (r for o in cell.outcomes.values() for r in (*o.plain_runs, *o.runs))
 
 
+def short(table: Sequence[Cell]) -> str:
+    """What README shows: a line for each model, and the summary, in lines of a page's width."""
+    table = _of_paper(table)
+    lines = [
+        "| model | data sets | better | no difference shown | loss | change of the median error: median (least, most) | features worse | step |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for model, title in MODELS.items():
+        chosen = Rule(title, tuple((c, c.chosen) for c in table if c.run.model == model))
+        if chosen.where:
+            lines.append(chosen.line)
+    wide = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, "", wide.fill(summary(table))])
+
+
 def section(table: Sequence[Cell]) -> str:
-    """The table of the paper with ours, its legend and the summary: what README shows."""
+    """The table of the paper with ours, its legend and the summary."""
     table = _of_paper(table)
     return "\n\n".join([tables.paper(table), tables.LEGEND, summary(table)])
 
@@ -282,7 +303,7 @@ def _of_paper(table: Sequence[Cell]) -> list[Cell]:
 
 
 def write(path: Path, found: Sequence[Result]) -> None:
-    """Puts the page, or the section, between the lines that ask for it.
+    """Puts the page, the section or its short form between the lines that ask for it.
 
     Raises:
         SettingsError: the file has no such lines, or the record nothing to put there.
@@ -291,13 +312,14 @@ def write(path: Path, found: Sequence[Result]) -> None:
         text = path.read_text()
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    for part, made in (("page", lambda: page(found)), ("table", lambda: section(cells(found)))):
+    parts = {"page": lambda: page(found), "table": lambda: section(cells(found)), "summary": lambda: short(cells(found))}
+    for part, made in parts.items():
         before, begin, rest = text.partition(BEGIN.format(part))
         _, end, after = rest.partition(END)
         if begin and end:
             path.write_text(f"{before}{begin}\n\n{made()}\n\n{end}{after}")
             return
-    raise SettingsError(f"{path} has no line {BEGIN.format('page')} or {BEGIN.format('table')} with {END} after it")
+    raise SettingsError(f"{path} has no line {BEGIN.format('page')} (or: {', '.join([*parts][1:])}) with {END} after it")
 
 
 def _known(changes: Iterable[float]) -> list[float]:
