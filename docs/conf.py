@@ -6,14 +6,14 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import rule_pages  # noqa: E402
-import rst  # noqa: E402
+import rst
+import rule_pages
 
-import mmfast  # noqa: E402
+import mmfast
 
 project = "mmfast"
 author = "mmfast developers"
-copyright = author  # noqa: A001 Sphinx's name
+copyright = author
 release = version = mmfast.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
@@ -34,7 +34,15 @@ html_show_sphinx = False
 html_copy_source = False
 
 
+def _only_what_is_there(app, name: str, source: list[str]) -> None:
+    """Leaves patterns that match no page out of the contents."""
+    if name == "index":
+        lines = source[0].split("\n")
+        source[0] = "\n".join(line for line in lines if not line.endswith("*") or any(Path(app.srcdir).glob(f"{line}.md")))
+
+
 def setup(app) -> None:
     warnings.filterwarnings("ignore", "mmfast runs in plain torch")  # without a compiler the pages come out alike, later
     app.connect("builder-inited", lambda app: rule_pages.write())
+    app.connect("source-read", _only_what_is_there)
     app.connect("autodoc-process-docstring", rst.from_plain, priority=400)  # before napoleon

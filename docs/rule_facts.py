@@ -65,7 +65,7 @@ FAMILIES: dict[str, dict[str, Facts]] = {
             r"g_i' \leftarrow g_i' + \frac{\lVert g_i'\rVert}{\lVert g_j\rVert}\Bigl(\hat\varphi_{ij}\sqrt{\tfrac{1-\varphi^2}{1-\hat\varphi_{ij}^2}} - \varphi\Bigr) g_j"
             r"\ \text{ where } \varphi = \cos(g_i', g_j) < \hat\varphi_{ij}, \qquad"
             r" \hat\varphi_{ij} \leftarrow (1-\beta)\,\hat\varphi_{ij} + \beta\varphi",
-            "Where calls bring other problems (`per=\"sample\"` with shuffled samples): its running cosines would be of no pair. "
+            'Where calls bring other problems (`per="sample"` with shuffled samples): its running cosines would be of no pair. '
             "At the first call it is PCGrad.",
             "https://arxiv.org/abs/2010.05874",
             lambda k: mf.GradVac(),
@@ -153,7 +153,7 @@ FAMILIES: dict[str, dict[str, Facts]] = {
         ),
         "AlignedMTL": Facts(
             r"w = \sqrt\sigma\; V \Lambda^{-1/2} V^\top p, \qquad G = V \Lambda V^\top, \quad \sigma = \lambda_{\min}",
-            "Where two gradients are nearly the same: with `scale=\"min\"` all become as short as the root of the smallest eigenvalue. The result may conflict with a gradient.",
+            'Where two gradients are nearly the same: with `scale="min"` all become as short as the root of the smallest eigenvalue. The result may conflict with a gradient.',
             "https://arxiv.org/abs/2305.19000",
             lambda k: mf.AlignedMTL(),
             "tests/test_alignment.py",

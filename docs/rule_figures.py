@@ -49,7 +49,7 @@ def resolved(facts: Facts, rule: mf.Resolver, J: Tensor, noise: float = 0.0) -> 
 
 def path(facts: Facts, start: tuple[float, float]) -> Tensor:
     """Of plain descent with a fresh rule, [STEPS + 1, 2]."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     rule = facts.make(4 if facts.rows == "four" else 2)
     x = torch.tensor(start, dtype=torch.float64)
     points = [x]
@@ -70,7 +70,7 @@ def _arrow(axes, tip: Tensor, color: str, width: float = 2.0, alpha: float = 1.0
 def _cone(axes, facts: Facts, make) -> None:
     g = rows_of(facts, GRADIENTS)
     ends = []
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     for _ in range(DRAWS if make().draws or facts.rows == "batches" else 1):
         ends.append(resolved(facts, make(), g, NOISE))
     first, second = (math.atan2(y, x) for x, y in GRADIENTS.tolist())
