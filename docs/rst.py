@@ -9,7 +9,14 @@ _CODE = re.compile(r"`+([^`]+)`+")
 def _prose(text: str) -> str:
     """`code` is literal, and nothing else is markup."""
     parts = _CODE.split(text)  # prose, code, prose, ...
-    return "".join(f"``{part}``" if i % 2 else re.sub(r"([\\|*]|(?<=\w)_(?!\w))", r"\\\1", part) for i, part in enumerate(parts))
+    done = []
+    for i, part in enumerate(parts):
+        if i % 2:  # a letter may stand at it, as in `VAE`s
+            before, after = (("\\ " if re.match(r"\w", side) else "") for side in (parts[i - 1][-1:], parts[i + 1][:1]))
+            done.append(f"{before}``{part}``{after}")
+        else:
+            done.append(re.sub(r"([\\|*]|(?<=\w)_(?!\w))", r"\\\1", part))
+    return "".join(done)
 
 
 def from_plain(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
