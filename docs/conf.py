@@ -22,7 +22,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 highlight_language = "none"  # of indented blocks: shell lines, Python and formulas stand in them
 
-autodoc_typehints = "none"  # the signature has the types
+autodoc_typehints = "none"  # docstrings say what each argument is
+autodoc_default_options = {"exclude-members": "extra_repr"}
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 napoleon_use_ivar = True
@@ -32,6 +33,7 @@ html_theme = "furo"
 html_title = f"mmfast {release}"
 html_show_sphinx = False
 html_copy_source = False
+html_domain_indices = False
 
 
 def _only_what_is_there(app, name: str, source: list[str]) -> None:

@@ -22,4 +22,6 @@ def _prose(text: str) -> str:
 def from_plain(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Called by autodoc for each docstring, whose lines it changes; examples stay."""
     parts = re.split(r"((?:^|(?<=\n))[ ]*>>>.*?(?:\n[ ]*(?=\n)|\Z))", "\n".join(lines), flags=re.DOTALL)
+    if what in ("property", "attribute"):  # napoleon would take what stands before a colon for a type
+        parts = [part.replace(": ", " – ", 1) for part in parts]
     lines[:] = "".join(part if i % 2 else _prose(part) for i, part in enumerate(parts)).split("\n")

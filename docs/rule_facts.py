@@ -184,7 +184,7 @@ FAMILIES: dict[str, dict[str, Facts]] = {
         ),
         "GradNorm": Facts(
             r"w = K \operatorname{softmax}(s), \qquad s \text{ by Adam on } \sum_i \Bigl| w_i n_i - \tfrac1K \textstyle\sum_j w_j n_j\; r_i^{\alpha} \Bigr|,"
-            r"\quad n_i = \frac{\lVert g_i\rVert}{\operatorname{mean}_j \lVert g_j\rVert},\ r_i = \frac{\text{change of } \lVert g_i\rVert}{\text{mean change}}",
+            r"\qquad n_i = \frac{\lVert g_i\rVert}{\operatorname{mean}_j \lVert g_j\rVert},\ r_i = \frac{\text{change of } \lVert g_i\rVert}{\text{mean change}}",
             "In short trainings: its weights move by `lr` a call from 1. Where directions conflict at like lengths it does nothing.",
             "https://arxiv.org/abs/1711.02257",
             lambda k: mf.GradNorm(lr=0.05, update_at=1),
@@ -218,7 +218,7 @@ FAMILIES: dict[str, dict[str, Facts]] = {
         ),
         "GradDrop": Facts(
             r"P = \tfrac12\Bigl(1 + \frac{\sum_i g_i}{\sum_i |g_i|}\Bigr), \quad U \sim \mathcal U(0, 1), \qquad"
-            r" d = \sum_i \bigl(\ell_i + (1 - \ell_i) M_i\bigr) g_i, \quad M_i = [P > U \wedge g_i > 0] + [P < U \wedge g_i < 0] \quad \text{by element}",
+            r" d = \sum_i \bigl(\ell_i + (1 - \ell_i) M_i\bigr) g_i, \qquad M_i = [P > U \wedge g_i > 0] + [P < U \wedge g_i < 0] \quad \text{by element}",
             "Where a step must not go against a gradient: signs are drawn by element, so the direction conflicts often. It depends on the basis, and has no weights for `stats()`.",
             "https://arxiv.org/abs/2010.06808",
             lambda k: mf.GradDrop(),
@@ -252,7 +252,7 @@ FAMILIES: dict[str, dict[str, Facts]] = {
             rows="batches",
         ),
         "SDMGrad": Facts(
-            r"w \leftarrow \Pi_\Delta\bigl(w - \eta\, v\bigr),\quad v \leftarrow \mu v + \frac{A}{(\operatorname{mean}_i \sqrt{A_{ii}})^2} (w + \lambda p)"
+            r"w \leftarrow \Pi_\Delta\bigl(w - \eta\, v\bigr),\qquad v \leftarrow \mu v + \frac{A}{(\operatorname{mean}_i \sqrt{A_{ii}})^2} (w + \lambda p)"
             r"\quad (n \text{ times}), \qquad d = \frac{(w + \lambda p)^\top J_3}{1 + \lambda}",
             "Inside a block, as `MoDo`. With one batch for both factors it is not the method.",
             "https://arxiv.org/abs/2305.18409",
@@ -271,7 +271,7 @@ FAMILIES: dict[str, dict[str, Facts]] = {
             step=0.03,
         ),
         "MoCo": Facts(
-            r"y_i \leftarrow y_i - \beta t^{-\sigma_\beta} \Bigl(y_i - \ell_i \frac{g_i}{\lVert g_i\rVert}\Bigr), \quad"
+            r"y_i \leftarrow y_i - \beta t^{-\sigma_\beta} \Bigl(y_i - \ell_i \frac{g_i}{\lVert g_i\rVert}\Bigr), \qquad"
             r" w \leftarrow \operatorname{softmax}\bigl(w - \gamma t^{-\sigma_\gamma} (Y Y^\top + \rho)\, w\bigr), \qquad d = \sum_i w_i\, y_i",
             "At a shared tensor, as `EMA`. Without `see(losses)` the unit gradients are not multiplied by their losses, and nothing tells it how far each has come.",
             "https://arxiv.org/abs/2210.12624",

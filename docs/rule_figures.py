@@ -90,7 +90,11 @@ def _cone(axes, facts: Facts, make) -> None:
     span = max(float((high - low).max()), 3.2) * 1.25
     middle = (low + high) / 2
     for text, at, color in names:
+        if text == "sum" and at.norm() < 0.2:
+            continue
         side = at / at.norm().clamp(min=1e-9) * span * 0.055
+        if text == "$d$":  # beside its tip, where another gradient may end
+            side = 0.5 * side + torch.stack([-side[1], side[0]])
         axes.text(*(at + side).tolist(), text, color=color, ha="center", va="center", fontsize=11)
     axes.set_xlim(float(middle[0] - span / 2), float(middle[0] + span / 2))
     axes.set_ylim(float(middle[1] - span / 2), float(middle[1] + span / 2))

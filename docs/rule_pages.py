@@ -186,6 +186,7 @@ _LEFT = {
 
 def page(name: str, facts: Facts, seen: dict[str, str]) -> str:
     """A rule's page, in Markdown."""
+    formula = ", \\\\\n".join(re.split(r"[,;]?\s*\\qquad\s*", facts.formula))  # a line for each part: pages may be narrow
     for _, row in tested(name):
         if repr(row.make(4)) == repr(facts.make(4)):
             _promises(name, row, seen)
@@ -203,7 +204,9 @@ def page(name: str, facts: Facts, seen: dict[str, str]) -> str:
 ## Formula
 
 $$
-{facts.formula}
+\\begin{{gathered}}
+{formula}
+\\end{{gathered}}
 $$
 
 gᵢ are the K gradients, the rows of J; G = J Jᵀ their Gramian, D their lengths on the diagonal, C = D⁻¹ G D⁻¹ their cosines; w the weights, p preferences; d = Jᵀ w the result.{where}

@@ -18,11 +18,14 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 EXAMPLES = {page: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE) for page in PAGES}
 
 
-def importable(path):
-    for folder in (DOCS, ROOT, ROOT / "tests"):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-    return path
+@pytest.fixture
+def pages(monkeypatch):
+    """docs/rule_pages.py, which makes the pages of the rules."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(DOCS)
+    import rule_pages
+
+    return rule_pages
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch.compile itself uses what torch calls deprecated
@@ -42,30 +45,22 @@ def test_pages_with_examples_are_found():
     assert {"README.md", "start.md", "which_rule.md", "recipes.md", "migration.md"} <= names
 
 
-def test_every_rule_has_an_entry():
-    pytest.importorskip("matplotlib")
-    importable(DOCS)
-    import rule_pages
-
-    rule_pages.check()
-    assert set(rule_pages.FACTS) == set(mf.resolvers.__all__) - {"Resolver", "Rule", "resolver"}
-    for name, facts in rule_pages.FACTS.items():
+def test_every_rule_has_an_entry(pages):
+    pages.check()
+    assert set(pages.FACTS) == set(mf.resolvers.__all__) - {"Resolver", "Rule", "resolver"}
+    for name, facts in pages.FACTS.items():
         assert type(facts.make(4)).__name__ == name and facts.formula and facts.avoid and (ROOT / facts.tests).is_file()
 
 
-def test_a_rule_without_an_entry_fails_the_build(monkeypatch):
-    pytest.importorskip("matplotlib")
-    importable(DOCS)
-    import rule_pages
-
-    monkeypatch.delitem(rule_pages.FACTS, "PCGrad")
+def test_a_rule_without_an_entry_fails_the_build(pages, monkeypatch):
+    monkeypatch.delitem(pages.FACTS, "PCGrad")
     with pytest.raises(KeyError, match="PCGrad"):
-        rule_pages.write()
+        pages.write()
 
 
 def texts():
     """Every string of the package, with ... for what it puts in."""
-    for path in (ROOT / "mmfast").rglob("*.py"):
+    for path in Path(mf.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
@@ -81,14 +76,10 @@ def test_headings_of_troubleshooting_are_our_texts():
     assert [heading for heading, pattern in patterns.items() if not any(pattern.search(text) for text in ours)] == []
 
 
-def test_all_public_names_are_in_the_reference():
-    named = (DOCS / "api.md").read_text()
-    importable(DOCS)
-    from rule_facts import FACTS
-
-    public = set(mf.__all__) - set(FACTS)
-    missing = {name for name in public if not re.search(rf":: (?:mmfast\.)?{name}$", named, re.MULTILINE)}
-    assert missing == set()
+def test_all_public_names_are_in_the_reference(pages):
+    named = set(re.findall(r"^\.\. auto\w+:: (\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    modules = {"collapse", "losses", "stats"}  # by all that they hold
+    assert set(mf.__all__) - set(pages.FACTS) - modules == named
 
 
 def test_claims_of_which_rule_are_rows_of_a_record():
@@ -111,6 +102,7 @@ class Links(HTMLParser):
             self.found.add(dict(attributes).get("href" if tag == "a" else "src") or "")
 
 
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer sees nothing new here, and takes minutes")
 def test_the_site_builds_without_a_warning_and_all_of_it_is_reached(tmp_path):
     for needed in ("sphinx", "furo", "myst_parser", "matplotlib"):
         pytest.importorskip(needed)
@@ -135,7 +127,7 @@ def test_the_site_builds_without_a_warning_and_all_of_it_is_reached(tmp_path):
     while front:
         reached |= front
         front = {link for page in front for link in links[page] if link in links} - reached
-    assert {page for page in links if "_" not in page.parts[-1][:1]} == reached
+    assert {page.name for page in set(links) - reached} == {"search.html"}  # which the search field calls
     rules = [page for page in reached if page.parent.name == "rules" and page.stem != "index"]
     assert len(rules) == len(mf.resolvers.__all__) - 3
     for page in rules:
