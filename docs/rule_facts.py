@@ -228,7 +228,7 @@ FAMILIES: dict[str, dict[str, Facts]] = {
     "Of other rules": {
         "Compose": Facts(
             r"J^{(s)} = A_s\bigl(J^{(s-1)} J^{(s-1)\top}\bigr)\, J^{(s-1)}, \qquad d = 1^\top J^{(m)}",
-            "With steps that undo each other: after a rule that makes lengths alike, one that follows lengths (MGDA) finds nothing to do. `preserve_norm` is applied once, at the end.",
+            "Where a promise of an early step must hold: each step sees what the one before left, so what `UPGrad` promises is gone after a step behind it. Put it last.",
             "https://arxiv.org/abs/2206.04496",
             lambda k: mf.Compose(mf.Unit(), mf.UPGrad()),
             "tests/test_compose.py",
@@ -280,7 +280,7 @@ FAMILIES: dict[str, dict[str, Facts]] = {
         ),
         "ExcessMTL": Facts(
             r"w_i \propto w_i \exp\Bigl(\eta\, \frac{e_i}{e_i(0)}\Bigr), \qquad e_i = g_i^\top \operatorname{diag}\bigl(\textstyle\sum_t g_i^2\bigr)^{-1/2} g_i",
-            "At a shared tensor, as `EMA`. Its weights add up over calls, so a task that stays noisy gets all of the weight in a long training.",
+            "At a shared tensor, as `EMA`. The logarithms of its weights add up over calls: in a long training one task may get nearly all of the weight.",
             "https://arxiv.org/abs/2402.02009",
             lambda k: mf.ExcessMTL(0.05),
             "tests/test_tracking.py",

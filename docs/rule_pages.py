@@ -53,10 +53,10 @@ def first_line(name: str) -> str:
 
 
 def _problems(k: int) -> list[Tensor]:
-    """Gradients of 6 elements, most of which conflict, of lengths a hundredfold apart."""
+    """Gradients of 5 elements, most of which conflict, of lengths up to a hundredfold apart."""
     made = torch.Generator().manual_seed(k)
     return [
-        torch.randn(k, 6, generator=made, dtype=torch.float64) * 10 ** (2 * torch.rand(k, 1, generator=made, dtype=torch.float64) - 1)
+        torch.randn(k, 5, generator=made, dtype=torch.float64) * 10 ** (2 * torch.rand(k, 1, generator=made, dtype=torch.float64) - 1)
         for _ in range(PROBLEMS)
     ]
 
@@ -232,7 +232,7 @@ can be bettered without harm to the other. Drawn by `{drawn}`.
 |---|---|
 {table}
 
-K = {"5 and 6" if facts.rows == "four" else "2, 3 and 5"} gradients of lengths up to a hundredfold apart, measured on `{facts.make(5)!r}` when this page was built. {_tests(name, facts)}
+K = {"5 and 6" if facts.rows == "four" else "2, 3 and 5"} random gradients of 5 elements, of lengths up to a hundredfold apart, measured on `{facts.make(5)!r}` when this page was built. {_tests(name, facts)}
 
 ## Cost
 
