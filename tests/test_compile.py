@@ -10,6 +10,7 @@ from torch._dynamo import compiled_autograd, config
 from torch._dynamo.utils import counters
 
 import mmfast as mf
+from mmfast.blocks.transforms import GRAD_IN_A_GRAPH
 from mmfast.models.hivae import HIVAE
 from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
 from mmfast.models.vae import VAE
@@ -22,6 +23,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated",
     "ignore:Profiler.*record_function",
     "ignore:The .grad attribute of a Tensor that is not a leaf",
+)
+
+traced = pytest.mark.skipif(
+    not GRAD_IN_A_GRAPH, reason="torch 2.10's tracer mixes up what a function of autograd is given, see docs/compilers.md"
 )
 
 # samples with every branch, with some, and with none
@@ -145,6 +150,7 @@ def test_granularities_and_masks(x, rule, kwargs, mask, make):
         equal_buffers(model, eager)
 
 
+@traced
 @pytest.mark.parametrize("make", [Model, Heads], ids=["block", "heads"])
 @pytest.mark.parametrize("rule", ["MGDA", "PCGrad", "GradVac"])
 def test_once_for_all_batch_sizes(x, rule, make):
@@ -270,6 +276,7 @@ def test_backward_pass_inside_the_graph(x, rule, make):
             equal_buffers(model, eager)
 
 
+@traced
 @pytest.mark.parametrize("make", [Model, Heads], ids=["block", "heads"])
 @pytest.mark.parametrize("rule", ["MGDA", "GradVac"])
 def test_func_grad_inside_the_graph(x, rule, make):

@@ -6,14 +6,18 @@ from torch import nn
 from torch.func import grad, hessian, jacrev, vjp, vmap
 
 import mmfast as mf
+from mmfast.blocks import transforms
 
 # torch.compile itself uses what torch calls deprecated
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:torch",
-    "ignore::FutureWarning:torch",
-    "ignore:.*should not be instantiated",
-    "ignore:The .grad attribute of a Tensor that is not a leaf",
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning:torch",
+        "ignore::FutureWarning:torch",
+        "ignore:.*should not be instantiated",
+        "ignore:The .grad attribute of a Tensor that is not a leaf",
+    )
+]
+traced = pytest.mark.skipif(not transforms.GRAD_IN_A_GRAPH, reason="this torch traces no torch.func.grad over a function of autograd")
 x = torch.randn(4, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -54,6 +58,7 @@ MAPPED = {
 }
 
 
+@traced
 @every
 @pytest.mark.parametrize("behind", [False, True])
 def test_vmap_of_a_gradient(make, behind):
@@ -75,6 +80,7 @@ TWICE = {
 }
 
 
+@traced
 @every
 @pytest.mark.parametrize("transform", TWICE.values(), ids=TWICE.keys())
 def test_second_derivatives(make, transform):
@@ -88,6 +94,7 @@ def test_second_derivatives(make, transform):
         torch._dynamo.reset()
 
 
+@traced
 @every
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
@@ -99,6 +106,7 @@ def test_one_gradient_is_the_resolved_one(make, per, behind):
         torch._dynamo.reset()
 
 
+@traced
 @pytest.mark.parametrize("rule", [mf.TrimmedMean, lambda k: mf.GradVac(), lambda k: mf.GradDrop(), lambda k: mf.GradNorm(lr=0.1)])
 def test_other_rules(rule):
     make = lambda: mf.ImpartialityBlock(branches(), rule(1))
@@ -115,3 +123,15 @@ def test_other_rules(rule):
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="has no gradient of its own"):
         whole(TWICE["grad(grad)"](one))(x[0])
+
+
+@every
+def test_a_torch_that_cannot_trace_it_says_so(make, monkeypatch):
+    """With or without fullgraph: torch 2.10 gives zeros for jacrev(grad) where the graph breaks inside."""
+    monkeypatch.setattr(transforms, "GRAD_IN_A_GRAPH", False)
+    f = loss(make(mf.MGDA()), True)
+    for transform in (grad(f), jacrev(grad(f)), vmap(grad(f))):
+        for compiled in (whole(transform), torch.compile(transform, backend="aot_eager")):
+            with pytest.raises(RuntimeError, match="inside torch.compile, which torch .* can't trace; expected torch 2.11 or later"):
+                compiled(x[0])
+            torch._dynamo.reset()

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-# torch 2.10 traces no torch.func.grad over a function of autograd
-GRAD_IN_A_GRAPH = torch.__version__ >= (2, 11)
+GRAD_IN_A_GRAPH = torch.__version__ >= (2, 11)  # before it no torch.func.grad over a function of autograd is traced
 
 
 def active() -> bool:
@@ -53,18 +51,26 @@ def refuse_compiled(y: Tensor, what: str) -> None:
         return
     around = _around()
     levels = [level for level in around if level in ("Grad", "Jvp")]
+    if levels and not GRAD_IN_A_GRAPH:
+        _no_gradient_in_a_graph(what)
     if len(levels) > 1:
         raise no_second_derivative(what)
-    if levels and not GRAD_IN_A_GRAPH:
-        raise RuntimeError(
-            f"torch.func differentiates {what} inside torch.compile, which torch {torch.__version__} can't trace, expected 2.11 or later; leave it out of "
-            "torch.compile (without fullgraph=True the graph breaks here)"
-        )
     if "Vmap" in around and (y.requires_grad or "Grad" in around or torch._C._functorch.is_batchedtensor(y)):
         raise RuntimeError(
             "a block inside vmap can't be compiled: its gradients would be summed, not resolved; leave the vmap out of torch.compile "
             "(without fullgraph=True the graph breaks here), or call it under torch.no_grad() where no gradient is wanted"
         )
+
+
+def _no_gradient_in_a_graph(what: str) -> None:
+    raise RuntimeError(
+        f"torch.func differentiates {what} inside torch.compile, which torch {torch.__version__} can't trace; expected torch 2.11 or later, or torch.func "
+        "outside of torch.compile"
+    )
+
+
+# called while torch.compile traces, so that it ends there: where the graph breaks inside of jacrev(grad), torch 2.10 gives zeros
+_no_gradient_in_a_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_group(what: str) -> None:
