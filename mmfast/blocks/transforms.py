@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 GRAD_IN_A_GRAPH = torch.__version__ >= (2, 11)  # before it no torch.func.grad over a function of autograd is traced
+BREAKS_INSIDE_GRAD = torch.__version__ >= (2, 12)  # before it jacrev(grad) gives zeros where the graph breaks inside, of any function
 
 
 def active() -> bool:
@@ -51,8 +52,8 @@ def refuse_compiled(y: Tensor, what: str) -> None:
         return
     around = _around()
     levels = [level for level in around if level in ("Grad", "Jvp")]
-    if levels and not GRAD_IN_A_GRAPH:
-        _no_gradient_in_a_graph(what)
+    if levels and not GRAD_IN_A_GRAPH or len(levels) > 1 and not BREAKS_INSIDE_GRAD:
+        _end_of_tracing(what, len(levels))
     if len(levels) > 1:
         raise no_second_derivative(what)
     if "Vmap" in around and (y.requires_grad or "Grad" in around or torch._C._functorch.is_batchedtensor(y)):
@@ -62,15 +63,17 @@ def refuse_compiled(y: Tensor, what: str) -> None:
         )
 
 
-def _no_gradient_in_a_graph(what: str) -> None:
+def _end_of_tracing(what: str, levels: int) -> None:
+    if levels > 1:
+        raise no_second_derivative(what)
     raise RuntimeError(
         f"torch.func differentiates {what} inside torch.compile, which torch {torch.__version__} can't trace; expected torch 2.11 or later, or torch.func "
         "outside of torch.compile"
     )
 
 
-# called while torch.compile traces, so that it ends there: where the graph breaks inside of jacrev(grad), torch 2.10 gives zeros
-_no_gradient_in_a_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# called while torch.compile traces: what it raises is no break in the graph
+_end_of_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_group(what: str) -> None:
