@@ -56,11 +56,11 @@ def of_gramian(G_ptr, w_ptr, shifted_ptr, numbers, problem, k, P: tl.constexpr):
     plain, ours, moved = tl.sum(plain, axis=0), tl.sum(ours, axis=0), tl.sum(moved, axis=0)
     length = tl.sqrt(half * tl.maximum(squares, 0.0) * half)
     plain_reach, reach = tl.sum(length, axis=0), tl.sum(tl.abs(w) * length, axis=0)
-    least = MEASURED * precision
+    least = precision * MEASURED
     lift = number(rows) * precision
     settled = tl.where((plain >= least * plain_reach * plain_reach) & (ours >= least * reach * reach), 1.0, 0.0)
     moved = tl.sqrt(tl.maximum(moved + lift * tl.sum(change * change * length * length, axis=0), 0.0))
-    noise = tl.where(ours < KNOWN * lift * reach * reach, MARGIN * moved / half * unit, 0.0)
+    noise = tl.where(ours < lift * KNOWN * reach * reach, moved * MARGIN / half * unit, 0.0)
     factor = tl.sqrt(tl.where(ours > 0.0, tl.maximum(plain, 0.0) / tl.where(ours > 0.0, ours, 1.0), 0.0)) * inverse
     # weights that are no numbers stay what they are
     lost = tl.max(tl.where(tl.abs(given) < float("inf"), 0, 1), axis=0) > 0
