@@ -1,0 +1,58 @@
+"""The runs of the experiments on representation collapse."""
+
+from collections.abc import Sequence
+
+from mmfast.experiments.collapse.settings import CURABLE, CURES, NOISY, SMIL_DATA, WITH_BLOCK, Settings, settings
+from mmfast.experiments.settings import NONE
+
+NOISES = (0.5, 1.0, 2.0)
+
+
+def runs(
+    data: Sequence[str],
+    systems: Sequence[str],
+    cures: Sequence[str],
+    rules: Sequence[str],
+    noises: Sequence[float],
+    seeds: int,
+    epochs: int | None = None,
+    weight: float | None = None,
+    full: bool = False,
+) -> list[Settings]:
+    """Every system alone, those that take a cure with each, those that have a block with each rule, and early fusion with noise; seed by seed, so that a grid
+    that is stopped early has whole columns.
+
+    Raises:
+        SettingsError: an unknown name, or nothing is left of what was asked for.
+    """
+    made: list[Settings] = []
+    for seed in range(seeds):
+        for name in data:
+            for system in systems:
+                for cure in cures:
+                    for rule in rules:
+                        if _suits(name, system, cure, rule, alone=len(systems) == 1):
+                            made.append(settings(name, system, cure, rule, seed, epochs, weight=_weight(cure, weight), full=full))
+            if name in NOISY and "early" in systems:
+                for noise in noises:
+                    for cure in cures:
+                        if noise:
+                            made.append(
+                                settings(name, "early", cure, NONE, seed, epochs, noise=noise, weight=_weight(cure, weight), full=full)
+                            )
+    return list(dict.fromkeys(made))  # a rule may have been named in two ways
+
+
+def _weight(cure: str, weight: float | None) -> float | None:
+    return None if cure == NONE else weight
+
+
+def _suits(data: str, system: str, cure: str, rule: str, alone: bool) -> bool:
+    """Whether a cell of the grid exists; one that was asked for by itself is tried, so that `settings` says why it does not."""
+    if alone or cure not in CURES:
+        return True
+    if system == "smil" and data not in SMIL_DATA:
+        return False
+    if cure != NONE and system not in CURABLE:
+        return False
+    return rule.lower() == NONE or cure == "ebr" or system in WITH_BLOCK
