@@ -2,12 +2,13 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mmfast.console import fail, need
-from mmfast.experiments.commands import EXTRAS, OUT, Out, failed_at_the_end, train, train_grid
+from mmfast.experiments.commands import EXTRAS, OUT, Out, failed_at_the_end, report, train, train_grid
 
 NEEDS = {**EXTRAS, "sklearn": "scikit-learn"}
 FIGURES = {"matplotlib": "matplotlib"}
@@ -80,3 +81,43 @@ def _here(asked: Sequence[str] | None) -> list[str]:
             continue
         found.append(name)
     return found
+
+
+@report.command("collapse")
+def report_collapse(
+    out: Out = OUT,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file to write in: what stands between <!-- mmfast report collapse: page --> and <!-- end of mmfast report collapse -->."
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also draws the noise sweep and the ranks over the trainings, into this folder.")
+    ] = None,
+) -> None:
+    """Prints what the runs on representation collapse came to beside the tables of the paper, as markdown, or writes it into a file."""
+    need("the report", "train", EXTRAS)
+    from mmfast.experiments.collapse.page import markdown, write
+    from mmfast.experiments.collapse.report import sheets
+    from mmfast.experiments.collapse.results import RECORD, read
+    from mmfast.experiments.settings import SettingsError
+
+    try:
+        found = read(out)
+        if not found:
+            again = shlex.join(["mmfast", "train", "collapse", "--out", str(out)])
+            fail(f"there are no results in {out}: {out / RECORD} has none; {again} makes them")
+        if page is None:
+            print(markdown(found))
+        else:
+            write(page, found)
+            print(f"written into {page}")
+    except SettingsError as error:
+        fail(str(error))
+    if figures is not None:
+        need("the figures", "demo", FIGURES)
+        from mmfast.experiments.collapse.figures import draw
+
+        for path in draw(sheets(found), figures):
+            print(f"drawn into {path}")
