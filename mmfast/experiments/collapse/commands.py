@@ -19,7 +19,9 @@ def train_collapse(
     context: typer.Context,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="planted, Credit, Bank, avMNIST, MIMIC-IV; repeatable, all that are here but MIMIC-IV by default."),
+        typer.Option(
+            help="planted, Credit, Bank, avMNIST, MIMIC-IV, MIMIC-IV-readmission; repeatable, of the first four all that are here by default."
+        ),
     ] = None,
     system: Annotated[
         list[str] | None,
@@ -70,7 +72,7 @@ def _here(asked: Sequence[str] | None) -> list[str]:
     from mmfast.experiments.collapse.settings import EPOCHS, settings
 
     found = []
-    for name in asked or [name for name in EPOCHS if name != "MIMIC-IV"]:
+    for name in asked or [name for name in EPOCHS if not name.startswith("MIMIC")]:
         settings(name, "early")  # says what is wrong with the name
         try:
             modalities.load(name, 0)
