@@ -165,6 +165,15 @@ def test_encoders_and_fusion_begin_alike_whatever_the_cure():
     assert not torch.equal(plain["encoders.weak.0.weight"], systems.make(tiny(seed=1), data).model.state_dict()["encoders.weak.0.weight"])
 
 
+def test_the_factors_have_one_length_whatever_the_features():
+    data = parts.load(tiny(cure="ebr"))
+    model = systems.make(tiny(cure="ebr"), data).model
+    model.encoders["weak"][-1].weight.data *= 100
+    factors, _ = model.latents(data.valid.inputs)
+    for g in factors.values():
+        torch.testing.assert_close(g.square().mean(1), torch.ones(len(g)), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("system", ["early", "cmae", "mt", "grape", "m3care", "shaspec", "muse", "late"])
 def test_the_fused_features_are_what_the_logits_are_made_of(system):
     data = parts.load(tiny(system))

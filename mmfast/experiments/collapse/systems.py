@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import cast
 
 import torch
 from torch import nn
@@ -50,13 +51,13 @@ def make(run: Settings, parts: Parts) -> System:
     if run.cure == "kd":
         model: FusionModel = KD(encoders, fusion, parts.classes, run.weight, sizes=sizes)
     elif run.cure == "ebr":
-        model = EBR(encoders, fusion, WIDTH, HIDDEN, run.weight, resolver=rule, patience=PATIENCE, sizes=sizes)
+        model = EBR(encoders, fusion, WIDTH, HIDDEN, run.weight, resolver=rule, sizes=sizes)
+        for h in model.factors.values():  # else they escape the discriminator by growing without end, see docs/collapse_runs.md
+            cast(nn.Sequential, h).append(nn.LayerNorm(WIDTH, elementwise_affine=False))
     else:
         model = FusionModel(encoders, fusion, sizes)
     return System(model, _linear(fusion, 0) if run.system == "early" else None, None if run.system == "late" else _linear(fusion, -1))
 
-
-PATIENCE = 1  # of EBR: epochs below the best score until L_md stops
 
 FUSIONS: dict[str, Callable[[Mapping[str, int], int, ResolverLike | None], Fusion]] = {
     "late": lambda sizes, classes, rule: Late(sizes, classes),
