@@ -4,13 +4,17 @@ import math
 import statistics
 
 import pytest
+import torch
 from collapse_records import result
 from scipy import stats
 from typer.testing import CliRunner
 
 from mmfast.cli import app
+from mmfast.data import modalities
+from mmfast.data.planted import Planted, Source
+from mmfast.data.samples import Samples, Split
 from mmfast.experiments import published, results
-from mmfast.experiments.collapse import page, report, tables
+from mmfast.experiments.collapse import oracle, page, report, tables
 from mmfast.experiments.collapse.report import Variant
 from mmfast.experiments.collapse.results import RECORD
 from mmfast.experiments.settings import SettingsError
@@ -155,6 +159,30 @@ def test_the_inside_of_early_fusion_stands_beside_its_base():
     assert cells_of(text, ["contribution of weak (eliminated)"])[1:3] == ["0.010 [0.010, 0.010]", "0.012 [0.011, 0.013]"]
     assert cells_of(text, ["weak (eliminated) alone"])[1] == "0.750 [0.750, 0.750]"
     assert tables.diagnosis(sheet([result("late")])) is None
+
+
+def test_what_was_planted_stands_beside_what_was_found(monkeypatch):
+    """Scores of the function that the labels are drawn from, by its own latent features."""
+    small = Planted({"status": Source(8, 3, 2), "weak": Source(9, 2, 4, strength=0.5, loudness=3.0)}, 1, classes=8, sharpness=6.0, seed=5)
+    x, target = small.draw(500, 1)
+    there = {name: torch.ones(500, dtype=torch.bool) for name in x}
+    rows = Samples(x, there, target)
+    monkeypatch.setattr(modalities, "planted", lambda seed: small)
+    monkeypatch.setattr(modalities, "load", lambda name, seed: Split(rows, rows, rows, 8, name))
+    found = oracle.planted(0)
+    c = x["status"].double() @ small.predictive["status"][:1].T
+    own = [x[name].double() @ small.predictive[name][1:].T for name in x]
+
+    def accuracy(*kept):
+        latent = torch.cat([c, *(s * k for s, k in zip(own, kept, strict=True))], 1)
+        return float(((latent @ small._logits.T).argmax(1) == target).double().mean())
+
+    assert found["contribution"] == pytest.approx({"status": accuracy(1, 1) - accuracy(0, 1), "weak": accuracy(1, 1) - accuracy(1, 0)})
+    assert found["alone"] == pytest.approx({"status": accuracy(1, 0), "weak": accuracy(0, 1)})
+    # 3 features of strength 1, 2 of strength 1/2, and of the common one a half each, which is a quarter of its square
+    assert found["shares"] == pytest.approx({"status": 3.25 / 4, "weak": 0.75 / 4})
+    text = tables.diagnosis(sheet([result(data="planted", seed=s) for s in range(2)]))
+    assert cells_of(text, ["share of weak (eliminated) in the gradients"])[1:] == ["0.188", "0.100 [0.100, 0.100]"]
 
 
 def test_rules_and_noise_have_tables_of_their_own():

@@ -2,15 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from mmfast.experiments.collapse import report
+from mmfast.experiments.collapse import oracle, report
 from mmfast.experiments.collapse.report import Difference, Measure, Sheet, Value, Variant, with_cure
 from mmfast.experiments.collapse.settings import CURES, NOISY, SYSTEMS
 from mmfast.experiments.published import MISSING, PLUS
 from mmfast.experiments.settings import NONE
 from mmfast.experiments.tables import p
 
+ELIMINATED = " (eliminated)"
 TREATED = [cure for cure in CURES if cure != NONE]
 
 
@@ -62,14 +63,17 @@ def _paper_change(system: str, cure: str, place: int) -> str:
 
 
 def diagnosis(sheet: Sheet) -> str | None:
-    """What early fusion makes of each modality, without cure, distilled and reallocated; None without runs of it."""
+    """What early fusion makes of each modality, without cure, distilled and reallocated, and on the planted set what was planted; None without runs of it."""
     variants = [v for v in (with_cure(Variant("early"), cure) for cure in CURES) if v in sheet.runs]
     if not variants:
         return None
-    heads = ["", *(v.label for v in variants)] + [h for v in variants[1:] for h in (f"{CURES[v.cure]} less none", "p", "")]
-    lines = [_row(*heads), f"|---|{'--:|' * len(variants)}{'--:|--:|---|' * (len(variants) - 1)}"]
+    known = _planted(sheet.runs[variants[0]]) if sheet.data in report.DRAWN else {}
+    heads = ["", *(["planted"] if known else []), *(v.label for v in variants)]
+    heads += [h for v in variants[1:] for h in (f"{CURES[v.cure]} less none", "p", "")]
+    lines = [_row(*heads), f"|---|{'--:|' * (len(variants) + bool(known))}{'--:|--:|---|' * (len(variants) - 1)}"]
     for name, measure in diagnostics(sheet).items():
-        cells = [value(sheet.value(v, measure)) for v in variants]
+        cells = [known.get(name.replace(ELIMINATED, ""), "")] if known else []
+        cells += [value(sheet.value(v, measure)) for v in variants]
         for v in variants[1:]:
             d = sheet.difference(variants[0], v, measure)
             cells += ["", "", ""] if d is None else [difference(d), p(d.p), d.verdict]
@@ -77,10 +81,21 @@ def diagnosis(sheet: Sheet) -> str | None:
     return "\n".join(lines)
 
 
+def _planted(seeds: Iterable[int]) -> dict[str, str]:
+    """By the name of a line, mean over the seeds."""
+    found = [oracle.planted(seed) for seed in seeds]
+    titles = {"contribution": "contribution of {}", "shares": "share of {} in the gradients", "alone": "{} alone"}
+    return {
+        title.format(name): f"{statistics.mean(of[what][name] for of in found):.3f}"
+        for what, title in titles.items()
+        for name in found[0][what]
+    }
+
+
 def diagnostics(sheet: Sheet) -> dict[str, Measure]:
     """What is measured of early fusion, by what the table calls it."""
     names, gone = list(sheet.any.contribution), sheet.eliminated
-    marked = {name: f"{name} (eliminated)" if name == gone else name for name in names}
+    marked = {name: name + ELIMINATED if name == gone else name for name in names}
     measures: dict[str, Measure] = {
         f"participation, of {len(names)}": report.looked("participation"),
         "participation of the gradients' directions": report.looked("directions"),
