@@ -16,8 +16,7 @@ ROWS = {"train": 96, "valid": 60, "test": 60}
 def split(name, seed, classes=3):
     """Rows of two modalities; as avMNIST half of the training rows and a third of the validation rows lack the second."""
     names = ("image", "audio") if name == "avMNIST" else ("status" if name == "Credit" else "strong", "weak")
-    planted = Planted(dict(zip(names, (Source(8, 3, 2), Source(6, 2, 3)), strict=True)), classes=classes, sharpness=6.0, seed=seed)
-    made = {}
+    planted, made = source(seed, names, classes), {}
     for i, (part, rows) in enumerate(ROWS.items()):
         inputs, target = planted.draw(rows, 10 * seed + i)
         target[:classes] = torch.arange(classes)  # none is missing
@@ -29,8 +28,13 @@ def split(name, seed, classes=3):
     return Split(**made, classes=classes, name=name)
 
 
+def source(seed, names=("strong", "weak"), classes=3):
+    return Planted(dict(zip(names, (Source(8, 3, 2), Source(6, 2, 3)), strict=True)), classes=classes, sharpness=6.0, seed=seed)
+
+
 def use(monkeypatch, load=split):
     monkeypatch.setattr(modalities, "load", load)
+    monkeypatch.setattr(modalities, "planted", source)
 
 
 def tiny(system="early", cure="none", data="planted", **changes):

@@ -225,6 +225,8 @@ def test_the_grid_has_each_system_with_what_suits_it():
     noisy = [cell for cell in cells if cell[4]]
     assert noisy == [("planted", "early", cure, "none", 0.5) for cure in ("none", "kd", "ebr")]
     assert len([cell for cell in cells if cell[0] == "planted" and cell[1] == "smil"]) == 0
+    ruled = grid.runs(["Bank"], ["early"], ["none", "ebr"], ["none", "PCGrad"], [], 1)
+    assert [(r.cure, r.rule) for r in ruled] == [("none", "none"), ("ebr", "none"), ("ebr", "PCGrad")]
     weights = {r.cure: r.weight for r in grid.runs(["Bank"], ["early"], ["none", "ebr"], ["none"], [0.0], 1, weight=0.25)}
     assert weights == {"none": 0.0, "ebr": 0.25}
 
@@ -283,6 +285,7 @@ def test_data_that_are_not_here_are_left_out_unless_they_are_asked_for(tmp_path,
         (["--data", "MNIST"], "data is 'MNIST'"),
         (["--system", "mt", "--cure", "kd"], "cure is 'kd', which is for"),
         (["--data", "planted", "--system", "smil"], "system is 'smil', which imputes"),
+        (["--rule", "PCGrad", "--system", "early", "--cure", "none"], "early has no block"),
         (["--rule", "PCGrud", "--system", "mt", "--cure", "none"], "did you mean PCGrad"),
     ],
 )

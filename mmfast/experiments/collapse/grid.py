@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mmfast.experiments.collapse.settings import CURABLE, CURES, NOISY, SMIL_DATA, WITH_BLOCK, Settings, settings
+from mmfast.experiments.collapse.settings import CURABLE, CURES, NOISY, SMIL_DATA, SYSTEMS, WITH_BLOCK, Settings, settings
 from mmfast.experiments.settings import NONE
 
 NOISES = (0.5, 1.0, 2.0)
@@ -31,7 +31,7 @@ def runs(
             for system in systems:
                 for cure in cures:
                     for rule in rules:
-                        if _suits(name, system, cure, rule, alone=len(systems) == 1):
+                        if _suits(name, system, cure, rule):
                             made.append(settings(name, system, cure, rule, seed, epochs, weight=_weight(cure, weight), full=full))
             if name in NOISY and "early" in systems:
                 for noise in noises:
@@ -40,6 +40,8 @@ def runs(
                             made.append(
                                 settings(name, "early", cure, NONE, seed, epochs, noise=noise, weight=_weight(cure, weight), full=full)
                             )
+    if not made:
+        settings(data[0], systems[0], cures[0], rules[0])  # says why
     return list(dict.fromkeys(made))  # a rule may have been named in two ways
 
 
@@ -47,9 +49,9 @@ def _weight(cure: str, weight: float | None) -> float | None:
     return None if cure == NONE else weight
 
 
-def _suits(data: str, system: str, cure: str, rule: str, alone: bool) -> bool:
-    """Whether a cell of the grid exists; one that was asked for by itself is tried, so that `settings` says why it does not."""
-    if alone or cure not in CURES:
+def _suits(data: str, system: str, cure: str, rule: str) -> bool:
+    """Whether a cell of the grid exists; `settings` says what is wrong with a name."""
+    if system not in SYSTEMS or cure not in CURES:
         return True
     if system == "smil" and data not in SMIL_DATA:
         return False

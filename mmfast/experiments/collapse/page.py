@@ -1,7 +1,7 @@
 """What the report says: prose that is filled from the numbers. No sentence is here without the condition under which it is true."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmfast.experiments.collapse import report, tables
@@ -68,26 +68,25 @@ def claims(sheet: Sheet) -> list[str]:
         pairs = [(with_cure(Variant(s), "kd"), with_cure(Variant(s), "ebr")) for s in CURABLE]
         said += _of_systems(sheet, f"EBR raises {name} above KD's", measure, pairs)
     said += _best(sheet)
-    base = Variant("early")
     for cure in ("kd", "ebr"):
-        treated = with_cure(base, cure)
-        for text, inside, up in (
-            ("lowers participation (polysemanticity)", report.looked("participation"), False),
-            ("lowers the participation of the gradients' directions", report.looked("directions"), False),
-            *(
-                (
-                    ("raises the contribution of the eliminated modality, " + gone, report.contribution(gone), True),
-                    ("raises its share in the gradients", report.looked("shares", gone), True),
-                )
-                if (gone := sheet.eliminated)
-                else ()
-            ),
-            ("raises the effective rank of the fused features", report.looked("effective_rank", "fused"), True),
-        ):
-            d = sheet.difference(base, treated, inside)
+        for text, measure, up in _inside(sheet):
+            d = sheet.difference(Variant("early"), with_cure(Variant("early"), cure), measure)
             if d is not None:
                 said.append(f"In early fusion {CURES[cure]} {text}: {_judged(d, up)}.")
     return said
+
+
+def _inside(sheet: Sheet) -> Iterator[tuple[str, Measure, bool]]:
+    """What a cure is to do to early fusion, the number that tells, and whether it is to go up. Not only the eliminated modality is looked at, but all that contribute
+    less than the first: where it is noise that is left out, that is no reallocation."""
+    yield "lowers participation (polysemanticity)", report.looked("participation"), False
+    yield "lowers the participation of the gradients' directions", report.looked("directions"), False
+    for name in sheet.ranked[:-1]:
+        called = name + (", the eliminated modality" if name == sheet.eliminated else "")
+        yield f"raises the contribution of {called}", report.contribution(name), True
+        yield f"raises the share of {called} in the gradients", report.looked("shares", name), True
+        yield f"raises what {called} comes to alone", report.alone(name), True
+    yield "raises the effective rank of the fused features", report.looked("effective_rank", "fused"), True
 
 
 def _of_systems(sheet: Sheet, claim: str, measure: Measure, pairs: Sequence[tuple[Variant, Variant]]) -> list[str]:

@@ -116,14 +116,20 @@ class Sheet:
         return Difference(statistics.mean(xs), statistics.mean(ys), low, high, p, len(seeds))
 
     @property
-    def eliminated(self) -> str | None:
-        """The modality that early fusion without cure gets least from: least loss of validation score without it, mean over the seeds; None without such runs."""
+    def ranked(self) -> list[str]:
+        """The modalities by what early fusion without cure gets from them, the least first: loss of validation score without it, mean over the seeds; empty without
+        such runs."""
         runs = self.runs.get(Variant("early"), {}).values()
         lost = {}
         for name in self.any.contribution if runs else ():
             found = [r.contribution_validation[name] for r in runs]
             lost[name] = statistics.mean(math.inf if x is None else x for x in found)
-        return min(lost, key=lambda name: lost[name]) if lost else None
+        return sorted(lost, key=lambda name: lost[name])
+
+    @property
+    def eliminated(self) -> str | None:
+        """The first of those."""
+        return next(iter(self.ranked), None)
 
 
 def sheets(found: Sequence[Result]) -> list[Sheet]:
