@@ -33,7 +33,7 @@ def runs(
                     for rule in rules:
                         if _suits(name, system, cure, rule):
                             made.append(settings(name, system, cure, rule, seed, epochs, weight=_weight(cure, weight), full=full))
-            if name in NOISY and "early" in systems:
+            if name in NOISY and "early" in systems and NONE in (rule.lower() for rule in rules):
                 for noise in noises:
                     for cure in cures:
                         if noise:
