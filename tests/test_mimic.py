@@ -107,7 +107,8 @@ def hospital():
         tables["procedures_icd"] += [
             of | {"icd_version": 9, "icd_code": "0", "chartdate": day} for day in ("2150-06-05", "2150-06-06")[i % 2 :]
         ]
-        tables["prescriptions"].append(of | {"drug": DRUGS[i % 3], "starttime": "2150-06-05 12:00:00"})
+        drug = DRUGS[i % 3] if i % 2 else DRUGS[i % 3].upper()
+        tables["prescriptions"].append(of | {"drug": drug, "starttime": "2150-06-05 12:00:00"})
         tables["prescriptions"].append(of | {"drug": "late", "starttime": "2150-06-05 12:00:01"})
         tables["prescriptions"].append(of | {"drug": "some time", "starttime": ""})
         if i % 4:

@@ -125,8 +125,8 @@ def mfcc(samples: Tensor) -> Tensor:
         raise DataError("the sounds of avMNIST go through librosa: pip install 'mmfast[train]'") from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_fft=.* is too large", category=UserWarning)  # most are shorter than a frame
-        found = librosa.feature.mfcc(y=samples[::3].numpy(), sr=RATE, n_mfcc=20, pad_mode="reflect")[:, :FRAMES]
-    return F.pad(torch.from_numpy(found), (0, FRAMES - found.shape[1]))
+        found = librosa.feature.mfcc(y=samples[::3].numpy(), sr=RATE, n_mfcc=20, pad_mode="reflect")
+    return F.pad(torch.from_numpy(found), (0, FRAMES - found.shape[1]))  # cuts where that is negative
 
 
 def _train(takes: Mapping[Take, Tensor], audio: int) -> Samples:

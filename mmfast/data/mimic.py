@@ -24,18 +24,8 @@ NOTES = "MIMIC-IV/note/discharge.csv"
 MOST_DAYS, AGES = 10, range(18, 90)
 DEATH_DAYS, RETURN_DAYS = 90, 15
 CODES, WORDS = 1000, 1000  # the most frequent of the training rows
-LABS = (
-    "Hematocrit",
-    "Platelet",
-    "WBC",
-    "Bilirubin",
-    "pH",
-    "Bicarbonate",
-    "Creatinine",
-    "Lactate",
-    "Potassium",
-    "Sodium",
-)  # in an item's label
+# one is in an item's label
+LABS = ("Hematocrit", "Platelet", "WBC", "Bilirubin", "pH", "Bicarbonate", "Creatinine", "Lactate", "Potassium", "Sodium")
 _COURSE = re.compile(r"Brief Hospital Course:(.*?)Medications on Admission:", re.DOTALL)
 
 Bags = dict[str, set[str]]  # by stay
