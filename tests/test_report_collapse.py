@@ -193,6 +193,11 @@ def test_rules_and_noise_have_tables_of_their_own():
     made = sheet(runs)
     assert cells_of(tables.rules(made), ["MT", "PCGrad", "ROC"])[3:] == ["0.764", "0.802", "+0.038 [+0.032, +0.044]", "< .01", "better"]
     assert cells_of(tables.noise(made), ["Early fusion + EBR"])[1:] == ["0.760 [0.760, 0.760]", "0.660 [0.660, 0.660]"]
+    mixed = sheet([*runs, *[result(cure="ebr", seed=s, noise=2.0, weight=0.1) for s in range(2)]])
+    assert cells_of(tables.noise(mixed), ["Early fusion + EBR"])[2:] == [
+        "0.660 [0.660, 0.660] (weight 1)",
+        "0.760 [0.760, 0.760] (weight 0.1)",
+    ]
     assert "PCGrad" not in tables.missing(made) and tables.missing(made).count("Early fusion") == 2
 
 
@@ -214,7 +219,7 @@ def test_claims_are_judged_by_the_numbers():
         "EBR raises ROC: shown in 1 of 3 (Early fusion +0.038), the opposite in 1 of 3 (MUSE -0.062), no difference shown in 1 of 3 (Late fusion +0.002)."
     )
     assert "reproduced, 2.000 to 1.480, -0.520" in line_of(said, "In early fusion EBR lowers participation (polysemanticity): reproduced")
-    gone = line_of(said, "In early fusion EBR raises the contribution of weak, the eliminated modality")
+    gone = line_of(said, "In early fusion EBR raises the contribution of weak (eliminated)")
     assert "not reproduced, the opposite is shown, 0.010 to -0.120" in gone and "5 seeds" in gone
     assert "not reproduced, no difference is shown, 0.100 to 0.100" in line_of(said, "In early fusion EBR raises the share of weak")
     assert "Early fusion + EBR (0.802); reproduced, by the means." in line_of(said, "EBR is best")

@@ -82,7 +82,7 @@ def _inside(sheet: Sheet) -> Iterator[tuple[str, Measure, bool]]:
     yield "lowers participation (polysemanticity)", report.looked("participation"), False
     yield "lowers the participation of the gradients' directions", report.looked("directions"), False
     for name in sheet.ranked[:-1]:
-        called = name + (", the eliminated modality" if name == sheet.eliminated else "")
+        called = name + (tables.ELIMINATED if name == sheet.eliminated else "")
         yield f"raises the contribution of {called}", report.contribution(name), True
         yield f"raises the share of {called} in the gradients", report.looked("shares", name), True
         yield f"raises what {called} comes to alone", report.alone(name), True

@@ -127,7 +127,11 @@ def noise(sheet: Sheet) -> str | None:
         return None
     lines = [_row("noise in " + NOISY[sheet.data], *(f"{level:g}" for level in levels)), f"|---|{'--:|' * len(levels)}"]
     for cure in CURES:
-        cells = [value(sheet.value(Variant("early", cure, noise=level), report.main)) for level in levels]
+        variants = [Variant("early", cure, noise=level) for level in levels]
+        cells = [value(sheet.value(v, report.main)) for v in variants]
+        weights = [next((f"{r.settings.weight:g}" for r in sheet.runs.get(v, {}).values()), "") for v in variants]
+        if len({w for w in weights if w}) > 1:  # chosen among others at one level than at another
+            cells = [f"{cell} (weight {w})" if w else cell for cell, w in zip(cells, weights, strict=True)]
         if any(cells):
             lines.append(_row(with_cure(Variant("early"), cure).label, *cells))
     return "\n".join(lines)
