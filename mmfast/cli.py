@@ -16,8 +16,8 @@ from mmfast.plots.command import plot
 
 COMMANDS = {
     "demo": "Trains a small VAE without the block and with it, and shows what that changes.",
-    "train": "Trains a reference model; mmfast train table1 (or table5) trains the grid of a table.",
-    "report": "Shows what the runs of a grid came to: mmfast report table1 (table5, table9).",
+    "train": "Trains a reference model; mmfast train table1 (table5, collapse) trains the grid of a table.",
+    "report": "Shows what the runs of a grid came to: mmfast report table1 (table5, table9, collapse).",
     "plot": "Draws what an mmfast.Monitor wrote: mmfast plot run.csv; with --html as one page for a browser.",
     "doctor": "Prints what this installation can do, and why it cannot do the rest; --check tests its kernels on this device.",
 }
@@ -40,6 +40,7 @@ def make_app() -> Any:
     import typer
 
     from mmfast.demo.command import demo
+    from mmfast.experiments.collapse import commands as of_collapse  # noqa: F401 adds collapse to these
     from mmfast.experiments.commands import report, train
     from mmfast.experiments.multimodal import commands  # noqa: F401 adds table5 and table9 to these
 

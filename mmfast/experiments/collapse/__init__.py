@@ -1,0 +1,1 @@
+"""Runs and report of the experiments on representation collapse: `mmfast train collapse`, `mmfast report collapse`."""
