@@ -36,15 +36,7 @@ html_copy_source = False
 html_domain_indices = False
 
 
-def _only_what_is_there(app, name: str, source: list[str]) -> None:
-    """Leaves patterns that match no page out of the contents."""
-    if name == "index":
-        lines = source[0].split("\n")
-        source[0] = "\n".join(line for line in lines if not line.endswith("*") or any(Path(app.srcdir).glob(f"{line}.md")))
-
-
 def setup(app) -> None:
     warnings.filterwarnings("ignore", "mmfast runs in plain torch")  # without a compiler the pages come out alike, later
     app.connect("builder-inited", lambda app: rule_pages.write())
-    app.connect("source-read", _only_what_is_there)
     app.connect("autodoc-process-docstring", rst.from_plain, priority=400)  # before napoleon
