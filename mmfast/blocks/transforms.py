@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
-GRAD_IN_A_GRAPH = torch.__version__ >= (2, 11)  # before it no torch.func.grad over a function of autograd is traced
-BREAKS_INSIDE_GRAD = torch.__version__ >= (2, 12)  # before it jacrev(grad) gives zeros where the graph breaks inside, of any function
+GRAD_IN_A_GRAPH = TorchVersion(torch.__version__) >= "2.11"  # before it no torch.func.grad over a function of autograd is traced
+BREAKS_INSIDE_GRAD = TorchVersion(torch.__version__) >= "2.12"  # before it jacrev(grad) gives zeros where the graph breaks inside, of any function
 
 
 def active() -> bool:
