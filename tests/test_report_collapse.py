@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mmfast.data.samples import Samples, Split
 from mmfast.experiments import published, results
 from mmfast.experiments.collapse import oracle, page, report, tables
 from mmfast.experiments.collapse.report import Variant
-from mmfast.experiments.collapse.results import RECORD
+from mmfast.experiments.collapse.results import RECORD, read
 from mmfast.experiments.settings import SettingsError
 
 BASE, KD, EBR = (Variant("early", cure) for cure in ("none", "kd", "ebr"))
@@ -269,3 +270,12 @@ def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path):
     from mmfast.experiments.collapse.figures import draw
 
     assert draw(report.sheets([result("muse")]), tmp_path / "other") == []
+
+
+def test_the_docs_say_what_the_record_says(tmp_path):
+    """Where this fails, `make collapse` writes them anew."""
+    root = Path(__file__).parent.parent
+    copy = tmp_path / "page.md"
+    copy.write_text((root / "docs/collapse_runs.md").read_text())
+    page.write(copy, read(root / "benchmarks/results/collapse"))
+    assert copy.read_text() == (root / "docs/collapse_runs.md").read_text()
