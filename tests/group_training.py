@@ -96,6 +96,7 @@ def case_compiled(rank, world):
     """The first rank's forward and backward pass are one graph, with the all-reduces in it; the others, for tracing takes seconds, run in eager mode."""
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")  # torch.compile itself uses what torch calls so
     warnings.filterwarnings("ignore", ".*should not be instantiated")
+    warnings.filterwarnings("ignore", "Guards may run slower")  # on Python 3.13.0
     rule, whole_rule = seeded(rank, lambda k: mf.GradVac())
     blocks = []
     for resolver, options in ((rule, {"group": dist.group.WORLD}), (whole_rule, {})):

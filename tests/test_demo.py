@@ -193,7 +193,8 @@ def test_a_whole_run(tmp_path, source, rule):
     with (out / "speed.csv").open() as f:
         speeds = list(csv.DictReader(f))
     assert speeds[0]["block"] == "no block" and {row["block"] for row in speeds} == {"no block", "mmfast", "TorchJD", "naive loops"}
-    assert {row["rule"] for row in speeds[1:]} == ({"PCGrad"} if rule == "pcgrad" else {"GradDrop", "PCGrad"})
+    told = {"PCGrad"} if rule == "pcgrad" else {"GradDrop", "PCGrad"}
+    assert {row["rule"] for row in speeds[1:]} == told | (set() if peer.rule("PCGrad") else {peer.COMMON})  # where TorchJD is not there
     assert all(bool(row["steps_per_second"]) != row["remark"].startswith("not installed") for row in speeds)
 
 

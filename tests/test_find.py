@@ -170,8 +170,8 @@ def test_blocks_on_the_way_are_looked_through(kind):
 
 
 def test_time_is_linear_in_the_graph():
-    times = []
-    for length in (2_000, 20_000):
+    times = {2_000: [], 20_000: []}
+    for length in (2_000, 20_000) * 3:
         y = nn.Linear(4, 3)(X)
         a = b = y
         for _ in range(length // 2):
@@ -179,9 +179,10 @@ def test_time_is_linear_in_the_graph():
         losses = [a.sum(), b.sum()]
         start = time.process_time()
         (block,) = mf.find_blocks(losses)
-        times.append(time.process_time() - start)
+        times[length].append(time.process_time() - start)
         assert block.shape == (6, 3)
-    assert times[1] < 3 and times[1] < 40 * times[0]  # ten times the nodes; 10,000 of them are to take less than a second
+    short, long = map(min, times.values())  # other work on the machine slows both, at times
+    assert long < 3 and long < 40 * short  # ten times the nodes; 10,000 of them are to take less than a second
 
 
 def test_the_table_and_the_drawing(tmp_path):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # bytes, of gram on sm_100 (with Triton 3.6 8 of combine) and of combine on sm_90, with the norm of four rows (with Triton 3.8 16, of eight): up to four
 # registers, which the assembler gives for one more program on a processor
 SPILLS = {"cuda:90": 16, "cuda:100": 24}
+WARNINGS = ("-W", "error", "-W", "ignore:AnnAssign.__init__ missing:DeprecationWarning")  # of Triton 3.8 on Python 3.13
 
 
 def run(folder, *arguments):
@@ -27,7 +28,7 @@ def run(folder, *arguments):
 
 
 def ask(what, folder, *sizes):
-    return [json.loads(line) for line in run(folder, "-W", "error", "tests/triton_variants.py", what, *sizes)]
+    return [json.loads(line) for line in run(folder, *WARNINGS, "tests/triton_variants.py", what, *sizes)]
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"] if LONG else ["cuda:90"])

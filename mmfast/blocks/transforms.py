@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-GRAD_IN_A_GRAPH = TorchVersion(torch.__version__) >= "2.11"  # before it no torch.func.grad over a function of autograd is traced
-BREAKS_INSIDE_GRAD = TorchVersion(torch.__version__) >= "2.12"  # before it jacrev(grad) gives zeros where the graph breaks inside, of any function
+# no torch.func.grad over a function of autograd is traced before torch 2.11; where the graph breaks inside jacrev(grad), torch gives zeros before 2.12
+GRAD_IN_A_GRAPH = TorchVersion(torch.__version__) >= "2.11"
+BREAKS_INSIDE_GRAD = TorchVersion(torch.__version__) >= "2.12"
 
 
 def active() -> bool:
