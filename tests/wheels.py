@@ -68,6 +68,7 @@ def environment(folder, interpreter, torch):
     python = folder / "bin/python"
     if not python.exists():
         run(interpreter, "-m", "venv", folder)
+    if "torch" not in packages(python):  # also where an earlier time was cut off
         wanted = "torch" if torch == "newest" else f"torch=={torch}"
         run(python, *PIP, "install", "--quiet", *os.environ.get("PIP_FLAGS", "").split(), wanted)
     return python
