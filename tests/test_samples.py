@@ -374,7 +374,9 @@ def test_avmnist_itself():
     names = sorted(f"{i}.png" for i in (labels == 3).nonzero().flatten().tolist())[:105]
     expected = torch.stack([images[int(name[:-4])] for name in names]) / 127.5 - 1
     torch.testing.assert_close(first.flatten(1).sum(1).sort().values, expected.flatten(1).sum(1).sort().values)
-    torch.testing.assert_close(avmnist._test(takes).inputs["audio"][45 * 3 + 2, 0], 2 * direct(takes[3, "jackson", 10]) - 1, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        avmnist._test(takes).inputs["audio"][45 * 3 + 2, 0], 2 * direct(takes[3, "jackson", 10]) - 1, rtol=1e-4, atol=1e-3
+    )
 
 
 # the planted set
