@@ -66,6 +66,17 @@ def test_every_part_has_its_share_of_each_group(n):
         assert not torch.equal(found[0], found[0].sort().values)
 
 
+@pytest.mark.parametrize("cuts", [(0.8, 0.2), (-0.1,), (0.5, 1.2), (float("nan"),)])
+def test_cuts_that_do_not_increase_are_refused(cuts):
+    with pytest.raises(ValueError, match=r"cuts is .*, expected increasing shares in \[0, 1\]"):
+        stratified(torch.zeros(10, dtype=torch.int64), cuts, 0)
+
+
+def test_a_mask_is_bool():
+    with pytest.raises(ValueError, match=r"present\['a'\] is torch.float32, expected bool"):
+        Samples({"a": torch.zeros(2, 1)}, {"a": torch.ones(2)}, torch.zeros(2, dtype=torch.int64))
+
+
 def test_columns_are_standardised_by_the_training_rows():
     x = torch.randn(50, 3, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 1e6]) + 7
     x[:, 1] = 7
