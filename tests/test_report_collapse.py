@@ -199,6 +199,9 @@ def test_rules_and_noise_have_tables_of_their_own():
         "0.660 [0.660, 0.660] (weight 1)",
         "0.760 [0.760, 0.760] (weight 0.1)",
     ]
+    fewer = sheet([*runs, result(cure="ebr", seed=0, noise=2.0)])
+    assert cells_of(tables.noise(fewer), ["Early fusion + EBR"])[2:] == ["0.660 [0.660, 0.660] (2 seeds)", "0.760 (1 seed)"]
+    assert "seed" not in tables.noise(made)
     assert "PCGrad" not in tables.missing(made) and tables.missing(made).count("Early fusion") == 2
 
 
@@ -270,6 +273,18 @@ def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path):
     from mmfast.experiments.collapse.figures import draw
 
     assert draw(report.sheets([result("muse")]), tmp_path / "other") == []
+
+
+def test_the_figure_of_noise_says_where_its_weights_differ():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from mmfast.experiments.collapse.figures import _noise
+
+    runs = [result(cure=cure, noise=n) for cure in ("none", "kd") for n in (0.0, 1.0)]
+    runs += [result(cure="ebr", weight=weight, noise=n) for weight, n in ((0.1, 0.0), (1.0, 1.0))]
+    figure, ax = pyplot.subplots()
+    _noise(ax, sheet(runs))
+    assert [line.get_label() for line in ax.lines] == ["no cure", "KD", "EBR, weight 0.1, 1"]
+    pyplot.close(figure)
 
 
 def test_the_docs_say_what_the_record_says(tmp_path):

@@ -14,7 +14,7 @@ from mmfast.cli import app
 from mmfast.data import DataError, modalities
 from mmfast.experiments import grid as grids
 from mmfast.experiments import results
-from mmfast.experiments.collapse import grid, measures, parts, run, systems
+from mmfast.experiments.collapse import grid, measures, parts, report, run, systems, tables
 from mmfast.experiments.collapse.results import RECORD, Result, read
 from mmfast.experiments.collapse.settings import settings
 from mmfast.experiments.settings import SettingsError
@@ -200,6 +200,36 @@ def test_one_that_diverges_ends_with_what_was_kept_before(monkeypatch):
     monkeypatch.setattr(measures, "score", lambda *_: None)
     found = run.train(tiny(epochs=5))
     assert found.best_epoch is None and found.look is None and Result.of(json.loads(found.line())) == found
+
+
+@pytest.mark.parametrize(("system", "cure", "data"), [("early", "kd", "planted"), ("cmae", "none", "planted"), ("smil", "none", "avMNIST")])
+def test_one_that_diverges_before_the_last_stage_has_nothing_to_show(system, cure, data, monkeypatch):
+    epoch = run._epoch
+
+    def broken(state, *rest):
+        epoch(state, *rest)
+        for p in state.system.model.parameters():
+            p.data.fill_(float("nan"))
+
+    monkeypatch.setattr(run, "_epoch", broken)
+    found = run.train(tiny(system, cure, data, epochs=1))  # the stage's last epoch
+    assert (found.epochs_done, found.best_epoch, found.validation, found.step_us) == (1, None, [], None)
+    assert set(found.test.values()) == {None} and Result.of(json.loads(found.line())) == found
+    assert "nan" not in tables.missing(report.sheets([found])[0])
+
+
+def test_one_that_diverged_and_is_taken_up_ends_in_the_same_place(monkeypatch, tmp_path):
+    validate, path = run._validate, tmp_path / "state.pt"
+
+    def broken(state, *rest):
+        validate(state, *rest)
+        if state.epoch == 2:
+            next(state.system.model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(run, "_validate", broken)
+    of = tiny(epochs=5)
+    whole, again = run.train(of, path), run.train(of, path)  # as when it was killed before its line was in the record
+    assert whole.epochs_done == 2 and numbers(again) == numbers(whole)
 
 
 # the grid and the commands

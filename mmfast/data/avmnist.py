@@ -33,10 +33,11 @@ def load(seed: int, audio: int = 15) -> Split:
 
     Training: of each digit 105 images of MNIST's training part, 35 recordings of each speaker. Test: 45 images of its test part, 15 recordings of each
     speaker, all present. Images and recordings are paired by their places, in the order of SMIL's file names. SMIL chooses its epoch by the test rows;
-    here a tenth of the training rows is for validation.
+    here a tenth of the training rows is for validation. Rows are in random order: batches of one digit would give its label away to systems whose
+    predictions depend on the batch.
 
     Args:
-        seed: of the validation rows, which hold a tenth of each digit's images with sound, and of those without.
+        seed: of the order, and of the validation rows, which hold a tenth of each digit's images with sound, and of those without.
         audio: training images of each digit that have sound, a third of them from each speaker: a multiple of 3 up to 105. The others are alone.
 
     Returns:
@@ -58,7 +59,9 @@ def load(seed: int, audio: int = 15) -> Split:
     rows = _train(takes, audio)
     groups = 2 * rows.target + rows.present["audio"]
     valid, train = stratified(groups, (0.1,), seed)
-    return Split(rows.part(train), rows.part(valid), _test(takes), 10, "avMNIST")
+    test = _test(takes)
+    mixed = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
+    return Split(rows.part(train), rows.part(valid), test.part(mixed), 10, "avMNIST")
 
 
 def recordings() -> dict[Take, Tensor]:

@@ -17,7 +17,7 @@ class Samples:
         target: classes, int64 [n].
 
     Raises:
-        ValueError: modalities or numbers of rows that do not agree.
+        ValueError: modalities or numbers of rows that do not agree, or a mask that is not bool.
 
     Example:
         >>> present = {"image": torch.tensor([True, True, True]), "sound": torch.tensor([True, False, True])}
@@ -37,6 +37,9 @@ class Samples:
             for name, x in given.items():
                 if len(x) != len(self.target):
                     raise ValueError(f"{kind}[{name!r}] has {len(x)} rows, expected {len(self.target)}, as target")
+        for name, there in self.present.items():
+            if there.dtype != torch.bool:
+                raise ValueError(f"present[{name!r}] is {there.dtype}, expected bool")
 
     def __len__(self) -> int:
         return len(self.target)
@@ -70,17 +73,22 @@ def stratified(groups: Tensor, cuts: Sequence[float], seed: int) -> list[Tensor]
 
     Args:
         groups: int64 [n], what is to be spread evenly, such as the label.
-        cuts: increasing shares of the rows where one part ends and the next begins.
+        cuts: increasing shares of the rows, in [0, 1], where one part ends and the next begins.
         seed: the same one gives the same parts; the caller's random stream is left alone.
 
     Returns:
         `len(cuts) + 1` tensors int64, each in random order; every row is in one of them.
+
+    Raises:
+        ValueError: cuts that do not increase, or are outside of [0, 1].
 
     Example:
         >>> parts = stratified(torch.tensor([0] * 30 + [1] * 10), (0.7, 0.8), seed=0)
         >>> [(int((part < 30).sum()), int((part >= 30).sum())) for part in parts]
         [(21, 7), (3, 1), (6, 2)]
     """
+    if not all(a <= b for a, b in zip((0.0, *cuts), (*cuts, 1.0), strict=True)):
+        raise ValueError(f"cuts is {tuple(cuts)}, expected increasing shares in [0, 1]")
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
     shuffled = groups[order]
     part = torch.empty_like(order)

@@ -39,7 +39,7 @@ def draw(table: Sequence[Sheet], folder: Path) -> list[Path]:
             ax.set_title(sheet.data, fontsize=9, loc="left")
             ax.spines[["top", "right"]].set_visible(False)
             ax.tick_params(labelsize=7)
-        axes[0, 0].legend(frameon=False, fontsize=7)
+            ax.legend(frameon=False, fontsize=7)
         made.append(_written(figure, folder / name))
     return made
 
@@ -49,7 +49,9 @@ def _noise(ax: Axes, sheet: Sheet) -> None:
     for cure, colour in COLOURS.items():
         found = [(level, sheet.value(Variant("early", cure, noise=level), report.main)) for level in levels]
         known = [(level, v) for level, v in found if v is not None]
-        ax.plot([level for level, _ in known], [v.mean for _, v in known], color=colour, label=CURES[cure] or "no cure", lw=1.4, marker=".")
+        weights = [f"{next(iter(sheet.runs[Variant('early', cure, noise=level)].values())).settings.weight:g}" for level, _ in known]
+        label = (CURES[cure] or "no cure") + (f", weight {', '.join(weights)}" if len(set(weights)) > 1 else "")  # level by level
+        ax.plot([level for level, _ in known], [v.mean for _, v in known], color=colour, label=label, lw=1.4, marker=".")
         ax.fill_between(
             [level for level, _ in known], [v.low for _, v in known], [v.high for _, v in known], color=colour, alpha=0.15, lw=0
         )

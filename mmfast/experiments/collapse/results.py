@@ -34,7 +34,7 @@ class Result:
     contribution: dict[str, float | None]  # test score less that without this modality, of the rows that have another, too
     contribution_validation: dict[str, float | None]
     look: Look | None  # at test rows as they are
-    step_us: float  # a training step of the last stage, median, of the thread's processor time
+    step_us: float | None  # a training step of the last stage, median, of the thread's processor time; None where it was not reached
     evaluation_s: float  # of the thread's processor time: what came after the training
     rows: dict[str, int]
     parameters: int

@@ -104,20 +104,18 @@ def _train(run: Settings, checkpoint: Path | None, tick: Tick, data: Parts) -> R
     stages = plan(run, len(data.names))
     ends = {sum(stages[:i]) for i in range(1, len(stages))}  # of all stages but the last
     total, saved = sum(stages), time.monotonic()
-    while state.epoch < total:
+    while state.epoch < total and not diverged(system.model):  # looked at here, a run that is taken up ends in the same place
         last = state.epoch >= total - stages[-1]
         _epoch(state, run, data, last)
         if last:
             _validate(state, run, data)
-        if state.epoch in ends:
+        if state.epoch in ends and not diverged(system.model):
             _next_stage(state, run, data)
         shown = state.validation[-1] if state.validation else None
         tick(state.epoch / total * run.epochs, "" if shown is None else f"validation {shown:.3f}")
         if checkpoint is not None and (time.monotonic() - saved >= SAVE_SECONDS or state.epoch == total):
             state.save(checkpoint, run)
             saved = time.monotonic()
-        if diverged(system.model):  # what was kept before stands
-            break
     return _finished(run, state, data)
 
 
@@ -221,7 +219,7 @@ def _finished(run: Settings, state: State, data: Parts) -> Result:
         contribution["test"],
         contribution["valid"],
         looked,
-        statistics.median(state.step_us),
+        statistics.median(state.step_us) if state.step_us else None,
         time.thread_time() - start,
         {"train": len(data.train), "valid": len(data.valid), "test": len(whole)},
         sum(p.numel() for p in model.parameters()),

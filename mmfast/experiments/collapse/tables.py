@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from mmfast.experiments.collapse import oracle, report
 from mmfast.experiments.collapse.report import Difference, Measure, Sheet, Value, Variant, with_cure
+from mmfast.experiments.collapse.results import Result
 from mmfast.experiments.collapse.settings import CURES, NOISY, SYSTEMS
 from mmfast.experiments.published import MISSING, PLUS
 from mmfast.experiments.settings import NONE
@@ -28,7 +29,8 @@ def missing(sheet: Sheet) -> str:
     lines = [_row(*heads), f"|---|--:|{'--:|' * (len(heads) - 2)}"]
     for variant in sheet.plain:
         runs = sheet.runs[variant].values()
-        step = f"{statistics.median(r.step_us for r in runs) / 1e3:.1f} ms"
+        steps = [r.step_us for r in runs if r.step_us is not None]
+        step = f"{statistics.median(steps) / 1e3:.1f} ms" if steps else ""
         paper = MISSING.get("ebr" if variant.cure == "ebr" else "" if variant.cure != NONE else variant.system)
         published = [f"{x:.3f}" for x in paper[:2]] if paper else ["", ""]
         lines.append(_row(variant.label, len(runs), *(value(sheet.value(variant, m)) for m in measures.values()), step, *published))
@@ -129,12 +131,24 @@ def noise(sheet: Sheet) -> str | None:
     for cure in CURES:
         variants = [Variant("early", cure, noise=level) for level in levels]
         cells = [value(sheet.value(v, report.main)) for v in variants]
-        weights = [next((f"{r.settings.weight:g}" for r in sheet.runs.get(v, {}).values()), "") for v in variants]
-        if len({w for w in weights if w}) > 1:  # chosen among others at one level than at another
-            cells = [f"{cell} (weight {w})" if w else cell for cell, w in zip(cells, weights, strict=True)]
+        made = [list(sheet.runs.get(v, {}).values()) for v in variants]
+        remarks: list[list[str]] = [[] for _ in made]
+        for what in (_weight, _seeds):  # said where levels differ in it: then they are not to be compared as they are
+            said = [what(of) if of else "" for of in made]
+            if len({s for s in said if s}) > 1:
+                remarks = [[*before, s] for before, s in zip(remarks, said, strict=True)]
+        cells = [f"{cell} ({', '.join(of)})" if cell and of else cell for cell, of in zip(cells, remarks, strict=True)]
         if any(cells):
             lines.append(_row(with_cure(Variant("early"), cure).label, *cells))
     return "\n".join(lines)
+
+
+def _weight(runs: Sequence[Result]) -> str:
+    return f"weight {runs[0].settings.weight:g}"
+
+
+def _seeds(runs: Sequence[Result]) -> str:
+    return f"{len(runs)} seed{'' if len(runs) == 1 else 's'}"
 
 
 def _row(*values: object) -> str:
