@@ -127,9 +127,10 @@ def hospital():
 
 
 def stay_numbers(split):
-    """Which stays are in the parts, found by the patients' permutation."""
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(4)).tolist()
-    return sorted(order[:42]), sorted(order[42:48]), sorted(order[48:])
+    """Which stays are in the parts, in their order: by the patients' permutation, then by that of the stays."""
+    generator = torch.Generator().manual_seed(4)
+    order, mixed = (torch.randperm(N, generator=generator).tolist() for _ in range(2))
+    return [[i for i in mixed if i in part] for part in (order[:42], order[42:48], order[48:])]
 
 
 def test_features_are_those_of_the_tables(write):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mmfast as mf
+from mmfast.data import modalities
 from mmfast.data.planted import DataError, Planted, Source
 
 SOURCES = {"image": Source(30, 5, 9, loudness=2.0), "sound": Source(16, 3, 6), "text": Source(12, 2, 0, strength=0.0)}
@@ -142,3 +143,31 @@ def test_labels_follow_the_teacher(planted):
 def test_errors(call, message):
     with pytest.raises(DataError, match=message):
         call()
+
+
+def test_the_planted_set_is_what_its_source_says():
+    split, source = modalities.load("planted", 3), modalities.planted(3)
+    assert [len(part) for part in (split.train, split.valid, split.test)] == [4000, 1000, 4000] and split.classes == 10
+    for seed, part in zip((10, 11, 12), (split.train, split.valid, split.test), strict=True):
+        inputs, target = source.draw(len(part), seed)
+        assert torch.equal(part.target, target) and all(torch.equal(x, inputs[name]) for name, x in part.inputs.items())
+        assert all(there.all() for there in part.present.values())
+    assert not torch.equal(split.train.target[:1000], split.valid.target)
+    assert not torch.equal(split.train.target, modalities.load("planted", 4).train.target)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_weak_modality_is_needed_and_the_loudest_tells_least(seed):
+    """By the logits that made the labels: all .83 right, without the weak one at most .7, without the strong one less; noise is most of what is loud."""
+    split, source = modalities.load("planted", seed), modalities.planted(seed)
+
+    def right(*without):
+        x = torch.cat([x * (name not in without) for name, x in split.test.inputs.items()], 1).double()
+        return float(((x @ source.teacher.T).argmax(1) == split.test.target).double().mean())
+
+    assert right() > 0.8
+    assert right("strong") < right("weak") < right("loud") < right() - 0.05
+    assert right("weak") < 0.7 and right("strong", "loud") > 0.2
+    for name, x in split.test.inputs.items():
+        noise = float((x.double() @ source.noise[name].T).square().sum() / x.double().square().sum())
+        assert noise > 0.98 if name != "strong" else noise < 0.6

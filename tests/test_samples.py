@@ -390,37 +390,6 @@ def test_avmnist_itself():
     )
 
 
-# the planted set
-
-
-def test_the_planted_set_is_what_its_source_says():
-    split, source = modalities.load("planted", 3), modalities.planted(3)
-    assert [len(part) for part in parts(split)] == [4000, 1000, 4000] and split.classes == 10
-    for seed, part in zip((10, 11, 12), parts(split), strict=True):
-        inputs, target = source.draw(len(part), seed)
-        assert torch.equal(part.target, target) and all(torch.equal(x, inputs[name]) for name, x in part.inputs.items())
-        assert all(there.all() for there in part.present.values())
-    assert not torch.equal(split.train.target[:1000], split.valid.target)
-    assert not torch.equal(split.train.target, modalities.load("planted", 4).train.target)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_weak_modality_is_needed_and_the_loudest_tells_least(seed):
-    """By the logits that made the labels: all .83 right, without the weak one at most .7, without the strong one less; noise is most of what is loud."""
-    split, source = modalities.load("planted", seed), modalities.planted(seed)
-
-    def right(*without):
-        x = torch.cat([x * (name not in without) for name, x in split.test.inputs.items()], 1).double()
-        return float(((x @ source.teacher.T).argmax(1) == split.test.target).double().mean())
-
-    assert right() > 0.8
-    assert right("strong") < right("weak") < right("loud") < right() - 0.05
-    assert right("weak") < 0.7 and right("strong", "loud") > 0.2
-    for name, x in split.test.inputs.items():
-        noise = float((x.double() @ source.noise[name].T).square().sum() / x.double().square().sum())
-        assert noise > 0.98 if name != "strong" else noise < 0.6
-
-
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(DataError, match="expected one of Credit, Bank, avMNIST, planted, MIMIC-IV"):
         modalities.load("credit", 0)

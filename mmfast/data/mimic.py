@@ -44,7 +44,7 @@ class Stay:
 def load(seed: int, task: str = "mortality") -> Split:
     """MIMIC-IV as MUSE (Wu et al., ICLR 2024) chooses and labels its stays, with plainer features.
 
-    As there: stays of at most 10 days, age 18 to 89, left alive. Mortality is death within 90 days after discharge; one who has no date of death but came
+    As there: stays of at most 10 days, age 18 to 89, left alive. Days are whole ones. Mortality is death within 90 days after discharge; one who has no date of death but came
     back after 90 days lived, of others it is not known. Readmission is a next stay that begins within 15 days; where there is none it is not known. Stays
     without a known label are left out. Codes are there of every stay, notes and laboratory values of some.
 
@@ -124,16 +124,19 @@ def stays() -> dict[str, Stay]:
 
 
 def _by_patient(kept: Mapping[str, Stay], seed: int) -> list[Tensor]:
-    """Places of the stays of 70, 10 and 20 % of the patients."""
+    """Places of the stays of 70, 10 and 20 % of the patients, in random order: a batch that holds all stays of a patient would tell of them to systems that see
+    batches."""
     patients = list(dict.fromkeys(stay.patient for stay in kept.values()))
     n = len(patients)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n, generator=generator).tolist()
     ends = (round(0.7 * n), round(0.8 * n))
     if not 0 < ends[0] < ends[1] < n:
         raise DataError(f"MIMIC-IV has {n} patients with a known label, too few for a training, a validation and a test part")
     part = {patients[p]: sum(i >= end for end in ends) for i, p in enumerate(order)}
     of = torch.tensor([part[stay.patient] for stay in kept.values()])
-    return [(of == i).nonzero().squeeze(1) for i in range(3)]
+    mixed = torch.randperm(len(of), generator=generator)
+    return [mixed[of[mixed] == i] for i in range(3)]
 
 
 def _codes(kept: Mapping[str, Stay]) -> Bags:

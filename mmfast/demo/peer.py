@@ -42,7 +42,7 @@ def in_place(name: str) -> Join:
 def mtl_stepper(model: VAE, name: str) -> Callable[[Tensor, Tensor], None]:
     """A training step by `mtl_backward` and `jac_to_grad`, as its manual shows: the rule is at the shared parameters, a backward pass for each loss.
 
-    All losses go back at once (vmap), which is faster here than one after the other: 23 ms against 28, without a block 2.6.
+    All losses go back at once (vmap), which takes 0.8 of the time of one after the other.
     """
     from torchjd.autojac import jac_to_grad, mtl_backward
 
