@@ -213,7 +213,8 @@ def _branches(graph: Graph, slot: Slot, names: Mapping[int, str], model: nn.Modu
     apart = all(
         p and not any(q == p or f"{q}.".startswith(f"{p}.") for j, q in enumerate(prefixes) if j != i) for i, p in enumerate(prefixes)
     )
-    return tuple(sorted(prefixes)) if apart and len(prefixes) > 1 else ()
+    # in the order of the losses, so that branch 0 of the line is the first loss's
+    return tuple(prefix for _, prefix in sorted(zip(by_terms, prefixes, strict=True))) if apart and len(prefixes) > 1 else ()
 
 
 def _common(names: set[str]) -> str:
