@@ -19,7 +19,7 @@ EXTRAS = {
 }
 # docs/environment.md says what each of them does
 VARIABLES = (
-    *(f"MMFAST_{name}" for name in ("BACKEND", "VERIFY", "LIBRARY", "CPU_ISA", "CUDA_PATH", "CUDA_OVERLAP", "POISON")),
+    *(f"MMFAST_{name}" for name in ("BACKEND", "VERIFY", "LIBRARY", "CPU_ISA", "CUDA_PATH", "CUDA_OVERLAP", "POISON", "DATA")),
     *("TRITON_INTERPRET", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_MODULE_LOADING"),
 )
 USAGE = """Usage: mmfast doctor [--check] [--thorough] [--json]

@@ -353,3 +353,16 @@ def test_gradient_accumulation():
     for part in X.split(3):
         loss([h(y) for h, y in zip(same.heads, mf.fork(same.encoder(part), 3, rule), strict=True)]).backward()
     assert_same(grads(mine), grads(same))
+
+
+def test_branches_that_are_attached_already():
+    """As a cell of a notebook does that is run twice: the last one counts, and a warning says so."""
+    net = model()
+    mf.attach(list(net.heads), mf.Sum())
+    with pytest.warns(UserWarning, match="attached already: b; from now on .* resolves nothing there; call remove"):
+        mf.attach({"a": net.encoder, "b": net.heads[0]}, mf.Sum()).remove()
+    with pytest.warns(UserWarning, match="attached already: 0, 1, 2;"):
+        mf.attach(list(net.heads), mf.IMTLG())
+    with pytest.warns(UserWarning, match="share no input"):  # the earlier one sees an alias for each
+        loss(net(X)).backward()
+    assert all(torch.equal(g, built_in(mf.IMTLG())[name]) for name, g in grads(net).items())

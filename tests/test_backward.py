@@ -153,6 +153,13 @@ def test_sparse_gradients():
         (lambda net, losses: mf.backward([None, None], mf.MGDA()), ValueError, "all None"),
         (lambda net, losses: mf.backward([losses[0], 1.0], mf.MGDA()), TypeError, r"losses\[1\] is a float"),
         (lambda net, losses: mf.backward([losses[0].detach()], mf.MGDA()), ValueError, r"losses\[0\] has shape \(\) and no graph"),
+        (lambda net, losses: mf.backward(sum(losses), mf.MGDA()), TypeError, "losses is one number, expected a list or dict of the losses"),
+        (lambda net, losses: mf.backward(mf.MGDA(), losses), TypeError, "losses is a MGDA, expected a list or dict"),
+        (
+            lambda net, losses: mf.backward(losses, mf.MGDA(), nn.Linear(2, 1)),
+            TypeError,
+            "params is a Linear, expected a list of parameters",
+        ),
         (lambda net, losses: mf.backward(losses, mf.MGDA(), params=[3]), TypeError, r"params\[0\] is a int"),
         (lambda net, losses: mf.backward(losses, mf.MGDA(), params=[losses[0]]), ValueError, r"params\[0\] is no leaf"),
         (lambda net, losses: mf.backward(losses, mf.MGDA(), params=[net.heads[0].weight] * 2), ValueError, "holds a parameter twice"),

@@ -173,7 +173,9 @@ def test_a_whole_run(tmp_path, source, rule):
     result = CliRunner().invoke(app, ["demo", "--quick", "--data", choice, "--seeds", "2", "--rule", rule, "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert all(text in result.output for text in ("1. What got better", "2. What conflicted", "3. What it costs", "What to try next"))
-    assert "Better on" in result.output and "It need not fall" in result.output
+    assert "Better on" in result.output and "It need not fall" in result.output and "does not pay" not in result.output
+    told = " ".join(result.output.split())
+    assert 0 < told.index("no number below means anything") < told.index("1. What got better")
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     table = data.builtin("wine") if source == "wine" else data.read_csv(path)
     with (out / "errors.csv").open() as f:

@@ -275,5 +275,7 @@ def test_what_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             EBR(encoders(), Concat(nn.Linear(18, 3)), **change)
+    with pytest.raises(TypeError, match="batches holds a dict, expected pairs"):
+        EBR({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}, Concat(nn.Linear(4, 2)), 4, 4).fit_substitutes([{"a": None, "b": None}])
     with pytest.raises(ValueError, match="inputs has 'x'"):
         ebr()({"x": torch.ones(2, 2)})

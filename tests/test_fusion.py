@@ -166,6 +166,7 @@ def test_what_is_refused():
         (lambda: early()(x["text"]), TypeError, "inputs is a Tensor, expected a dict"),
         (lambda: early()({"txt": x["text"]}), ValueError, "inputs has 'txt', expected names among image, sound, text"),
         (lambda: early()(x, {"text": present["text"].float()}), ValueError, r"present\['text'\] is torch.float32"),
+        (lambda: early().loss(x, present["text"], target), TypeError, "present is a Tensor, expected a dict from names to bool tensors"),
         (lambda: early().loss(x, target[1:], present), ValueError, r"target is torch.int64 \(11,\), expected int64 \(12,\)"),
     ]:
         with pytest.raises(error, match=message):

@@ -290,6 +290,7 @@ def test_errors(call, error, message):
         call()
 
 
+@pytest.mark.filterwarnings("ignore:attached already")
 def test_names():
     """Of blocks in the model, of attached ones, of one alone, of what torch.compile wraps."""
     model = Model()

@@ -171,6 +171,20 @@ def test_an_exception_in_the_loop_loses_no_row(tmp_path):
     assert steps_of(tmp_path / "run.csv") == [4, 6]
 
 
+def test_a_monitor_that_goes_loses_no_row(tmp_path):
+    """A local of a function that trains is gone before the program ends."""
+
+    def training(path, every):
+        block = mf.ImpartialityBlock([nn.Linear(3, 1), nn.Linear(3, 2)], mf.UPGrad())
+        monitor = mf.Monitor(block, to=path, every=every)
+        for _ in range(7):
+            sum(out.square().mean() for out in block(torch.randn(4, 3, requires_grad=True))).backward()
+            monitor.step()
+
+    training(tmp_path / "run.csv", 2)
+    assert [int(step) for step in read(tmp_path / "run.csv").steps] == [2, 4, 6, 7]
+
+
 def test_the_end(tmp_path):
     block = block_of(2)
     monitor = mf.Monitor(block, to=tmp_path / "run.csv")

@@ -305,6 +305,10 @@ def test_data_that_are_not_here_are_left_out_unless_they_are_asked_for(tmp_path,
     assert "left out: Credit is not here" in shown.output and [r.data for r in asked] == ["planted", "Bank"]
     shown = CliRunner().invoke(app, ["train", "collapse", "--data", "Credit", "--out", str(tmp_path)])
     assert shown.exit_code == 2 and "Credit is not here" in shown.output
+    shown = CliRunner().invoke(
+        app, ["train", "collapse", "--system", "middle", "--out", str(tmp_path)]
+    )  # before any data set is looked for
+    assert shown.exit_code == 2 and "system is 'middle'" in shown.output and "not here" not in shown.output
 
 
 @pytest.mark.parametrize(

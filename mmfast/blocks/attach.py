@@ -335,4 +335,11 @@ def attach(
             )
     if len({id(branch) for branch in named.values()}) < len(named):
         raise ValueError("branches holds a module twice, expected each once: all of its calls are one branch")
-    return Attached(named, resolver, local, per, preserve_norm, group)
+    taken = [n for n, b in named.items() if any(isinstance(getattr(h, "handle", None), Attached) for h in b._forward_pre_hooks.values())]
+    handle = Attached(named, resolver, local, per, preserve_norm, group)
+    if taken:  # its aliases are all that the earlier one's hooks see from now on, one branch each
+        contract.tell(
+            f"attached already: {', '.join(taken)}; from now on the block of the earlier mmfast.attach resolves nothing there; "
+            "call remove() of its handle first"
+        )
+    return handle

@@ -4,7 +4,7 @@ The detection of impartiality blocks of Javaloy, Meghdadi, Valera, "Mitigating m
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -138,6 +138,9 @@ def walk(roots: Sequence[Slot]) -> Graph:
 
 def by_name(losses: Mapping[str, T] | Sequence[T]) -> dict[str, T]:
     """The losses by their names; those of a list are "0", "1", ..."""
+    if not isinstance(losses, Iterable) or (isinstance(losses, Tensor) and not losses.dim()):
+        what = "one number" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise TypeError(f"losses is {what}, expected a list or dict of the losses, not yet their sum")
     return dict(losses.items()) if isinstance(losses, Mapping) else {str(i): term for i, term in enumerate(losses)}
 
 
@@ -210,7 +213,8 @@ def _branches(graph: Graph, slot: Slot, names: Mapping[int, str], model: nn.Modu
     apart = all(
         p and not any(q == p or f"{q}.".startswith(f"{p}.") for j, q in enumerate(prefixes) if j != i) for i, p in enumerate(prefixes)
     )
-    return tuple(sorted(prefixes)) if apart and len(prefixes) > 1 else ()
+    # in the order of the losses, so that branch 0 of the line is the first loss's
+    return tuple(prefix for _, prefix in sorted(zip(by_terms, prefixes, strict=True))) if apart and len(prefixes) > 1 else ()
 
 
 def _common(names: set[str]) -> str:

@@ -143,6 +143,8 @@ def _shared(params: Iterable[Tensor] | Iterable[Iterable[Tensor]] | None, reache
     """The shared parameters of each problem, in the order given, or those that two losses or more reach."""
     if params is None:
         return [[p for p, terms in reached.values() if terms & (terms - 1)]]
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params is a {type(params).__name__}, expected a list of parameters, such as model.trunk.parameters()")
     given = [params] if isinstance(params, Tensor) else list(params)
     lists = any(isinstance(x, Iterable) and not isinstance(x, (Tensor, str)) for x in given)
     problems = [_checked(x, f"params[{i}]") for i, x in enumerate(given)] if lists else [_checked(given, "params")]

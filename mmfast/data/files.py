@@ -97,7 +97,9 @@ def _download(name: str, file: str, digest: str, address: str, source: str, norm
         try:
             pooch.HTTPDownloader(timeout=_TIMEOUT)(address, str(part), None)
         except OSError as error:  # as those of requests are
-            raise DataError(f"{nowhere}, and {address} gives {type(error).__name__}: {error}") from None
+            raise DataError(
+                f"{nowhere}, and {address} gives {type(error).__name__}: {error}; put it there by hand, or name its folder in MMFAST_DATA"
+            ) from None
         raw = part.read_bytes()
         found = _checked(name, address, normal(gzip.decompress(raw) if packed else raw), digest)
         if path.suffix == ".gz" and not packed:

@@ -76,15 +76,18 @@ def demo(
     report.show_columns(console, table)
     settings = run.Settings(rule=rule, seeds=seeds, epochs=epochs)
     if quick:
-        settings.steps, settings.timing_rounds, settings.timing_steps = 40, 2, 2
+        settings.steps, settings.timing_rounds, settings.timing_steps, settings.quick = 40, 2, 2, True
     try:
         with Progress() as progress:
             result = run.run(table, settings, progress)
     except KeyboardInterrupt:
         fail("stopped; nothing was written", INTERRUPTED)
-    report.show(console, result)
     if quick:
-        console.print("\n[yellow]note:[/] --quick trains and times far too briefly for these numbers to mean anything")
+        console.print(
+            f"\n[yellow]note:[/] --quick trains {settings.steps} steps in place of {run.Settings.steps:,}, and times far too briefly: "
+            "no number below means anything, huge errors among them"
+        )
+    report.show(console, result)
     written = [figure.draw(result, out / "demo.png"), *report.write_csv(result, out)]
     console.print(
         f"\nWritten to {out}: {', '.join(path.name for path in written)}  ({time.perf_counter() - started:.0f} s in all)",

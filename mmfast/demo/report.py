@@ -82,7 +82,7 @@ def verdict(result: Result) -> list[str]:
     lines.append(
         f"Better on {helped} of {len(names)} features" + (f", no better on {len(no_better)}: {shortened(no_better)}." if no_better else ".")
     )
-    if not b < a:
+    if not b < a and not result.settings.quick:
         lines.append(f"On these data {result.settings.rule} does not pay; another --rule may.")
     return lines
 

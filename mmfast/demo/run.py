@@ -82,6 +82,7 @@ class Settings:
     batch: int = 64
     timing_rounds: int = 20
     timing_steps: int = 8
+    quick: bool = False  # too few steps for the errors to mean anything
 
 
 @dataclass

@@ -178,7 +178,7 @@ class Monitor:
         draw(read(self.to), path)
 
     def remove(self) -> None:
-        """Writes what there is since the last row, and ends; leaving a `with`, or the program, does too. The model was never changed."""
+        """Writes what there is since the last row, and ends; leaving a `with`, the function whose local it is, or the program, does too. The model was never changed."""
         if self._removed:
             return
         self._removed = True
@@ -197,6 +197,10 @@ class Monitor:
         self._write(wait=True)
         if not self._rows:
             contract.tell("no block that an mmfast.Monitor watched had a backward pass, so it wrote nothing")
+
+    def __del__(self) -> None:  # a local of a function that trains goes before the program ends, and its last rows would go with it
+        if "_removed" in self.__dict__:  # else the constructor raised
+            self.remove()
 
     def __enter__(self) -> "Monitor":  # noqa: PYI034 typing has Self from Python 3.11 on
         return self

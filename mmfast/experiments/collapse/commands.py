@@ -57,7 +57,9 @@ def train_collapse(
 
     try:
         systems, cures = system or list(SYSTEMS), cure or list(CURES)
-        runs = grid.runs(_here(data), systems, cures, rule or [NONE], noise or grid.NOISES, seeds, epochs, weight, full)
+        options = systems, cures, rule or [NONE], noise or grid.NOISES, seeds, epochs, weight, full
+        grid.runs(data or _FREE, *options)  # says what is wrong with them before anything is downloaded
+        runs = grid.runs(_here(data), *options)
     except (SettingsError, DataError) as error:
         fail(str(error))
     found, wrong = train_grid(context, "mmfast train collapse", runs, out, processes, EXPERIMENT)
@@ -66,14 +68,15 @@ def train_collapse(
     failed_at_the_end(wrong)
 
 
+_FREE = ["planted", "Credit", "Bank", "avMNIST"]  # what anybody can have
+
+
 def _here(asked: Sequence[str] | None) -> list[str]:
     """The data sets that were asked for, each of which must be here; else those that are."""
     from mmfast.data import DataError, modalities
-    from mmfast.experiments.collapse.settings import EPOCHS, settings
 
     found = []
-    for name in asked or [name for name in EPOCHS if not name.startswith("MIMIC")]:
-        settings(name, "early")  # says what is wrong with the name
+    for name in asked or _FREE:
         try:
             modalities.load(name, 0)
         except DataError as error:

@@ -188,11 +188,17 @@ class EBR(FusionModel):
 
         Returns:
             The similarity [m, m], float64; NaN of a pair that no sample has, which comes last. Kept in the `state_dict`, with the order.
+
+        Raises:
+            TypeError: an entry of batches is no pair.
         """
         was_training = self.training
         self.eval()
         sums, counts = torch.zeros_like(self.similarity), torch.zeros_like(self.similarity)
-        for inputs, present in batches:
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise TypeError(f"batches holds a {type(batch).__name__}, expected pairs (inputs, present)")
+            inputs, present = batch
             factors, there = self.latents(inputs, present)
             seen = there.double()
             g = F.normalize(torch.stack(list(factors.values()), 1).double(), dim=2) * seen.unsqueeze(2)

@@ -44,6 +44,8 @@ def batch_of(
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs is a {type(inputs).__name__}, expected a dict from names to tensors")
     _check_names(inputs, known, "inputs")
+    if present is not None and not isinstance(present, Mapping):
+        raise TypeError(f"present is a {type(present).__name__}, expected a dict from names to bool tensors [B]")
     if isinstance(subset, str):
         raise TypeError(f"subset is the string {subset!r}, expected several names, such as [{subset!r}]")
     asked = set(known) if subset is None else set(subset)
