@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mmfast.experiments import results
+from mmfast.experiments.checkpoint import part_of
 from mmfast.experiments.results import Result
-from mmfast.experiments.run import part_of, train
+from mmfast.experiments.run import train
 from mmfast.experiments.settings import Settings, SettingsError, settings
 from mmfast.experiments.together import groups, train_together
 

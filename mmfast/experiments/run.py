@@ -1,7 +1,6 @@
 """One training run, which can be cut off at any moment and goes on where its last checkpoint was."""
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import mmfast
 from mmfast import data
 from mmfast.data.prepare import Part, Prepared, errors, prepare
 from mmfast.data.table import Table
+from mmfast.experiments.checkpoint import taken_up, write_checkpoint
 from mmfast.experiments.results import REVISION, Result
 from mmfast.experiments.settings import NONE, Settings, SettingsError, make_resolver
 from mmfast.models.hivae import HIVAE
@@ -68,40 +68,15 @@ class State:
         Raises:
             SettingsError: it cannot be read, or the model has changed since.
         """
-        if not path.exists():
-            return
-        try:
-            saved = torch.load(path)
-            if saved["settings"] != vars(settings):
+        with taken_up(path, vars(settings)) as saved:
+            if saved is None:
                 return
             self.model.load_state_dict(saved["model"])
             self.best = saved["best"]
-        except Exception as error:  # a file that is not a checkpoint fails in many ways
-            reason = str(error).partition("\n")[0]
-            raise SettingsError(f"{path} cannot be taken up ({reason}); delete it to start this run over") from error
         assert self.optimizer is not None
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["random"])
         self.epoch, self.kept = saved["epoch"], saved["kept"]
-
-
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replaces a checkpoint in one move: a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path)
-    try:
-        with part.open("wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)  # what Ctrl-C or a full disk left
-
-
-def part_of(checkpoint: Path) -> Path:
-    """Where a checkpoint is written before it takes its place."""
-    return checkpoint.with_suffix(".part")
 
 
 def make_model(settings: Settings, parts: Prepared) -> nn.Module:

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from mmfast import data
 from mmfast.resolvers import Compose, resolver
@@ -18,6 +19,12 @@ NONE = "none"  # the rule of a run without a block
 
 class SettingsError(ValueError):
     """What cannot be run, for the person who asked for it."""
+
+
+def name_of(run: Any, *parts: object) -> str:
+    """What tells a run for people, and a digest of all its settings, as a file may be called."""
+    digest = hashlib.sha256(json.dumps(asdict(run)).encode()).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9.+=]+", "-", "-".join(map(str, (*parts, digest))))
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Short, unique, and fit for a file."""
-        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
-        return re.sub(r"[^A-Za-z0-9.+=]+", "-", f"{self.model}-{self.data}-{self.rule}-{self.seed}-{digest}")
+        return name_of(self, self.model, self.data, self.rule, self.seed)
 
 
 def settings(

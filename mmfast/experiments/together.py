@@ -3,16 +3,16 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mmfast import data
 from mmfast.data.prepare import prepare
 from mmfast.data.table import Table
+from mmfast.experiments.checkpoint import taken_up, write_checkpoint
 from mmfast.experiments.results import Result
-from mmfast.experiments.run import LEARNING_RATE, SAVE_SECONDS, State, Tick, diverged, finished, make_model, validate, write_checkpoint
-from mmfast.experiments.settings import Settings, SettingsError
+from mmfast.experiments.run import LEARNING_RATE, SAVE_SECONDS, State, Tick, diverged, finished, make_model, validate
+from mmfast.experiments.settings import Settings
 from mmfast.models.together import Together
 
 MOST = 20  # models in one go: a step of each costs a third less than at five, and more of them save nothing
@@ -89,17 +89,11 @@ def _save(path: Path, runs: Sequence[Settings], states: Sequence[State], togethe
 
 def _load(path: Path, runs: Sequence[Settings], states: Sequence[State], together: Together) -> int:
     """Takes up a checkpoint, if there is one of these very runs; returns the epochs that are done."""
-    if not path.exists():
-        return 0
-    try:
-        saved: dict[str, Any] = torch.load(path)
-        if saved["settings"] != [vars(run) for run in runs]:
+    with taken_up(path, [vars(run) for run in runs], "these runs") as saved:
+        if saved is None:
             return 0
         for state, (weights, epoch, kept, best) in zip(states, saved["runs"], strict=True):
             state.model.load_state_dict(weights)
             state.epoch, state.kept, state.best = epoch, kept, best
         together.load_state_dict(saved["together"])
-    except Exception as error:  # a file that is not a checkpoint fails in many ways
-        reason = str(error).partition("\n")[0]
-        raise SettingsError(f"{path} cannot be taken up ({reason}); delete it to start these runs over") from error
     return saved["epoch"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import mmfast
+from mmfast.experiments.checkpoint import taken_up, write_checkpoint
 from mmfast.experiments.collapse import measures, parts
 from mmfast.experiments.collapse.measures import Scores
 from mmfast.experiments.collapse.parts import Parts
@@ -20,8 +21,7 @@ from mmfast.experiments.collapse.results import RECORD, Result
 from mmfast.experiments.collapse.settings import Settings
 from mmfast.experiments.collapse.systems import System, make, plan
 from mmfast.experiments.grid import Experiment, Tick
-from mmfast.experiments.run import diverged, write_checkpoint
-from mmfast.experiments.settings import SettingsError
+from mmfast.experiments.run import diverged
 from mmfast.models.fusion import CMAE, EBR, KD, SMIL
 
 LEARNING_RATE = 1e-3
@@ -56,20 +56,15 @@ class State:
         Raises:
             SettingsError: it cannot be read, or the model has changed since.
         """
-        if not path.exists():
-            return
-        try:
-            saved = torch.load(path)
-            if saved.pop("settings") != asdict(run):
+        with taken_up(path, asdict(run)) as saved:
+            if saved is None:
                 return
+            del saved["settings"]
             self.system.model.load_state_dict(saved.pop("model"))
             self.optimizer.load_state_dict(saved.pop("optimizer"))
             torch.set_rng_state(saved.pop("random"))
             for name, value in saved.items():
                 setattr(self, name, value)
-        except Exception as error:  # a file that is not a checkpoint fails in many ways
-            reason = str(error).partition("\n")[0]
-            raise SettingsError(f"{path} cannot be taken up ({reason}); delete it to start this run over") from error
 
 
 def train(run: Settings, checkpoint: Path | None = None, tick: Tick = lambda epochs, remark: None) -> Result:

@@ -1,13 +1,10 @@
 """What one run on representation collapse is: data, system, cure, and how long."""
 
-import hashlib
-import json
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from mmfast.experiments.settings import NONE, SettingsError, canonical
+from mmfast.experiments.settings import NONE, SettingsError, canonical, name_of
 
 SYSTEMS = {
     "late": "Late fusion",
@@ -59,8 +56,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Short, unique, and fit for a file."""
-        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
-        return re.sub(r"[^A-Za-z0-9.+=]+", "-", f"{self.data}-{self.system}-{self.cure}-{self.rule}-{self.seed}-{digest}")
+        return name_of(self, self.data, self.system, self.cure, self.rule, self.seed)
 
 
 def settings(

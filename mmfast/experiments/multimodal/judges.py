@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from mmfast.data import triplets
 from mmfast.data.triplets import MODALITIES
+from mmfast.experiments.checkpoint import write_checkpoint
 from mmfast.experiments.grid import Tick
 from mmfast.experiments.multimodal import metrics
 from mmfast.experiments.multimodal.settings import Size
-from mmfast.experiments.run import write_checkpoint
 from mmfast.models.multimodal.classifiers import classifier
 
 BATCH = 128

@@ -15,13 +15,14 @@ import mmfast
 from mmfast.console import missing
 from mmfast.data import triplets
 from mmfast.data.triplets import Triplets
+from mmfast.experiments.checkpoint import taken_up, write_checkpoint
 from mmfast.experiments.grid import Experiment, Tick
 from mmfast.experiments.multimodal import judges, metrics
 from mmfast.experiments.multimodal.conflict import Probe
 from mmfast.experiments.multimodal.results import RECORD, Result, Scores
 from mmfast.experiments.multimodal.settings import LATENT, MIXTURES, OBJECTIVES, Settings
-from mmfast.experiments.run import diverged, write_checkpoint
-from mmfast.experiments.settings import NONE, SettingsError, make_resolver
+from mmfast.experiments.run import diverged
+from mmfast.experiments.settings import NONE, make_resolver
 from mmfast.models.multimodal import MultimodalVAE
 from mmfast.models.multimodal.networks import mnist_svhn_text
 
@@ -64,11 +65,8 @@ class State:
         Raises:
             SettingsError: it cannot be read, or the model has changed since.
         """
-        if not path.exists():
-            return
-        try:
-            saved = torch.load(path)
-            if (saved["settings"], saved["size"]) != (asdict(settings), asdict(settings.sizes)):
+        with taken_up(path, asdict(settings)) as saved:
+            if saved is None or saved["size"] != asdict(settings.sizes):
                 return
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -77,9 +75,6 @@ class State:
                 torch.cuda.set_rng_state(saved["random_cuda"])
             for name in ("step", "nll", "best", "conflict", "step_us"):
                 setattr(self, name, saved[name])
-        except Exception as error:  # a file that is not a checkpoint fails in many ways
-            reason = str(error).partition("\n")[0]
-            raise SettingsError(f"{path} cannot be taken up ({reason}); delete it to start this run over") from error
 
 
 def device_of() -> torch.device:

@@ -1,13 +1,10 @@
 """What one training run of a multimodal VAE is, and the sizes in which the experiment can be run."""
 
-import hashlib
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mmfast.data import triplets
-from mmfast.experiments.settings import NONE, SettingsError, canonical
+from mmfast.experiments.settings import NONE, SettingsError, canonical, name_of
 
 MODELS = {"mvae": "MVAE", "mmvae": "MMVAE", "mopoe": "MoPoE"}
 MIXTURES = {"mvae": "poe", "mmvae": "moe", "mopoe": "mopoe"}
@@ -69,9 +66,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Short, unique, and fit for a file."""
-        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
-        text = f"{self.model}-{self.objective}-{self.blocks}-{self.rule}-{self.seed}-{self.size}-{digest}"
-        return re.sub(r"[^A-Za-z0-9.+=]+", "-", text)
+        return name_of(self, self.model, self.objective, self.blocks, self.rule, self.seed, self.size)
 
     @property
     def sizes(self) -> Size:
