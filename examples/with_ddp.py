@@ -21,4 +21,5 @@ for resolver in (None, mf.IMTLG()):
         optimizer.step()
     if rank == 0:
         print(f"worst task with {resolver} on {ranks} processes: {worst(model):.3f}")
+dist.barrier()  # no rank ends while another still hears from it
 dist.destroy_process_group()

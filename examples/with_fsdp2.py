@@ -25,4 +25,5 @@ for resolver in (None, mf.IMTLG()):
     error = worst(model)  # a call in which all ranks take part
     if rank == 0:
         print(f"worst task with {resolver} on {ranks} processes: {error:.3f}")
+dist.barrier()  # no rank ends while another still hears from it
 dist.destroy_process_group()

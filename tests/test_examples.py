@@ -35,7 +35,10 @@ def output(name, folder=ROOT):
     paths = [str(ROOT), *([str(ROOT / "tests" / "stand_ins")] if name in STAND_INS else []), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *how, str(ROOT / f"examples/with_{name}.py")]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    for _ in range(3):
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        if "terminate called without an active exception" not in run.stderr:
+            break  # else torch's own fault: a thread of gloo that gives up its last tensor while Python ends (PyTorch issue 190489)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 

@@ -295,6 +295,7 @@ rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=2)
 print(sorted(proof.agree({"cuda cluster"} if rank else {"cuda heads"})))
 dist.barrier()
+dist.destroy_process_group()
 """
 
 
