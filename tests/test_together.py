@@ -83,3 +83,19 @@ def test_each_is_what_it_is_by_itself(rules, objective, samples):
         for (name, mine), right in zip(made[e].state_dict().items(), model.state_dict().values(), strict=True):
             if mine.is_floating_point():
                 assert (mine - right).norm() <= 2e-5 * right.norm() + 1e-6, (name, e)
+
+
+def test_what_cannot_be_trained_together_is_said():
+    one, two = models([None, None])
+    (dreg,), (wide,), (iwae,) = models([None], "dreg", 2), models([None], hidden=8), models([None], "iwae", 2)
+    for arguments, message in (
+        (([], []), "models is empty"),
+        (([one, one], [0, 1]), "models holds a model twice"),
+        (([one, two], [0]), "seeds has 1 numbers, expected one for each of 2 models"),
+        (([one, two], [0, 1], [1e-3] * 3), r"lr has shape \[3\], expected one number or one for each of 2 models"),
+        (([dreg], [0]), "objective 'dreg'"),
+        (([one, wide], [0, 1]), r"models\[1\] is of another shape"),
+        (([one, iwae], [0, 1]), r"models\[1\] is of another shape, objective"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Together(*arguments)

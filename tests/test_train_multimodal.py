@@ -68,6 +68,7 @@ def test_settings_fill_in_what_the_size_says():
         (("mvae", "elbo", "none", None, 0, "MST"), "data is 'MST', expected one of 'MNIST-SVHN-Text'"),
         (("mvae", "elbo", "none", None, 0, DATA, "huge"), "size is 'huge', expected one of 'full', 'small'"),
         (("mvae", "elbo", "none", None, 0, DATA, "tiny", 0), "epochs is 0"),
+        (("mvae", "elbo", "none", None, -1, DATA), "seed is -1, expected a whole number, 0 at least"),
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, message):

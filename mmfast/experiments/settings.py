@@ -76,12 +76,18 @@ def settings(
         (1000 if model == "hivae" else 128) if batch is None else batch,
         (1 if one else 20) if samples is None else samples,
     )
-    for name in ("epochs", "batch", "samples"):
-        if getattr(found, name) < 1:
-            raise SettingsError(f"{name} is {getattr(found, name)}, expected at least 1")
+    check_whole(found, seed=0, epochs=1, batch=1, samples=1)
     if found.batch == 1 and model != "hivae":
         raise SettingsError("batch is 1, expected at least 2: the encoder normalises over the batch")
     return found
+
+
+def check_whole(settings: object, **least: int) -> None:
+    """Refuses settings whose numbers of that name are not whole or less than that."""
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            raise SettingsError(f"{name} is {value!r}, expected a whole number, {lowest} at least")
 
 
 def _steps(rule: str) -> list[tuple[str, dict[str, object]]]:

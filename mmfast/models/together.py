@@ -102,7 +102,7 @@ class Together:
         lr: Adam's learning rate, one for all or one for each.
 
     Raises:
-        ValueError: the models differ in what must be equal, or there are not as many seeds as models.
+        ValueError: there is no model, one twice, or models that differ in what must be equal; not as many seeds or rates as models.
 
     Example:
         >>> from mmfast.models.likelihoods import Joint, Normal
@@ -114,6 +114,10 @@ class Together:
     """
 
     def __init__(self, models: Sequence[VAE], seeds: Sequence[int], lr: float | Sequence[float] = 1e-3) -> None:
+        if not models:
+            raise ValueError("models is empty, expected one at least")
+        if len({id(model) for model in models}) < len(models):
+            raise ValueError("models holds a model twice, expected each once")
         first = models[0]
         if len(seeds) != len(models):
             raise ValueError(f"seeds has {len(seeds)} numbers, expected one for each of {len(models)} models")
@@ -126,7 +130,10 @@ class Together:
                 raise ValueError(f"models[{e}] is of another shape, objective or number of samples than models[0]")
         self.models, self.samples = list(models), first.samples
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.lr = torch.tensor(lr, dtype=torch.float32).expand(len(models)).unsqueeze(1)
+        rates = torch.tensor(lr, dtype=torch.float32)
+        if rates.shape not in ((), (len(models),)):
+            raise ValueError(f"lr has shape {list(rates.shape)}, expected one number or one for each of {len(models)} models")
+        self.lr = rates.expand(len(models)).unsqueeze(1)
         self._share()
         k = len(first.joint.sizes)
         self.head_of = torch.arange(k).repeat_interleave(torch.tensor(first.joint.sizes))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmfast.experiments.settings import NONE, SettingsError, canonical, name_of
+from mmfast.experiments.settings import NONE, SettingsError, canonical, check_whole, name_of
 
 SYSTEMS = {
     "late": "Late fusion",
@@ -106,8 +106,7 @@ def settings(
         WEIGHT[cure] if weight is None else float(weight),
         full,
     )
-    if found.epochs < 1 or found.batch < 2:
-        raise SettingsError(f"epochs is {found.epochs} and batch {found.batch}, expected at least 1 and 2")
+    check_whole(found, seed=0, epochs=1, batch=2)
     for name in ("noise", "weight"):
         if not 0 <= getattr(found, name) < math.inf:
             raise SettingsError(f"{name} is {getattr(found, name):g}, expected a number, 0 at least")

@@ -1,10 +1,10 @@
 """What one training run of a multimodal VAE is, and the sizes in which the experiment can be run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmfast.data import triplets
-from mmfast.experiments.settings import NONE, SettingsError, canonical, name_of
+from mmfast.experiments.settings import NONE, SettingsError, canonical, check_whole, name_of
 
 MODELS = {"mvae": "MVAE", "mmvae": "MMVAE", "mopoe": "MoPoE"}
 MIXTURES = {"mvae": "poe", "mmvae": "moe", "mopoe": "mopoe"}
@@ -97,7 +97,6 @@ def settings(
     for name, known in expected.items():
         if getattr(found, name) not in known:
             raise SettingsError(f"{name} is {getattr(found, name)!r}, expected one of {', '.join(map(repr, known))}")
-    epochs = found.sizes.epochs if epochs is None else epochs
-    if epochs < 1:
-        raise SettingsError(f"epochs is {epochs}, expected at least 1")
-    return Settings(model, objective, blocks, rule, seed, found.data, size, epochs)
+    found = replace(found, epochs=found.sizes.epochs if epochs is None else epochs)
+    check_whole(found, seed=0, epochs=1)
+    return found
