@@ -19,7 +19,10 @@ def models(rules, objective="elbo", samples=1, hidden=16):
     for seed, rule in enumerate(rules):
         torch.manual_seed(seed)
         joint = Joint(FEATURES, torch.rand(len(FEATURES)) + 0.5)
-        made.append(VAE(joint, hidden, 3, None if rule is None else [copy.deepcopy(rule)], objective, samples))
+        own = [] if rule is None else [copy.deepcopy(rule)]
+        for part in (part for of in own for part in of.chain()):
+            part.reset_parameters()  # draws its seed, which else depends on what else the process has drawn
+        made.append(VAE(joint, hidden, 3, own or None, objective, samples))
     return made
 
 
@@ -70,7 +73,8 @@ def train(together, x, seen, steps):
     ids=["none", "MGDA", "many", "state", "draws"],
 )
 def test_each_is_what_it_is_by_itself(rules, objective, samples):
-    """100 steps: losses, parameters, running means and what rules keep, to 1e-5 of what they are. Of PCGrad 30: a product within rounding of 0 has either sign."""
+    """100 steps: losses, parameters, running means and what rules keep, to 1e-5 of what they are. 30 of rules that draw: of 400 seeds of theirs some three in a
+    hundred lead a hidden unit within rounding of its ReLU's bend, where each of the two goes its own way by up to 1e-3."""
     steps = 30 if any(isinstance(rule, mf.PCGrad) for rule in rules) else 100
     made = models(rules, objective, samples)
     single = copy.deepcopy(made)

@@ -59,8 +59,8 @@ def run(*command, **options):
 
 
 def packages(python):
-    """Names of what is installed."""
-    return {package["name"] for package in json.loads(run(python, *PIP, "list", "--format=json", capture_output=True))}
+    """Names of what is installed, and their versions."""
+    return {package["name"]: package["version"] for package in json.loads(run(python, *PIP, "list", "--format=json", capture_output=True))}
 
 
 def environment(folder, interpreter, torch):
@@ -68,7 +68,11 @@ def environment(folder, interpreter, torch):
     python = folder / "bin/python"
     if not python.exists():
         run(interpreter, "-m", "venv", folder)
-    if "torch" not in packages(python):  # also where an earlier time was cut off
+    there = packages(python).get("torch", "").split("+")[0]
+    if not there or torch not in (
+        "newest",
+        there,
+    ):  # also where an earlier time was cut off, and another version came in with the tests' packages
         wanted = "torch" if torch == "newest" else f"torch=={torch}"
         run(python, *PIP, "install", "--quiet", *os.environ.get("PIP_FLAGS", "").split(), wanted)
     return python
@@ -78,11 +82,11 @@ def install(python, wheel):
     """Installs the wheel, which must bring nothing else; prints how long it took and how much it is."""
     if "mmfast" in packages(python):
         run(python, *PIP, "uninstall", "--quiet", "-y", "mmfast")
-    before, start = packages(python), time.perf_counter()
+    before, start = packages(python).keys(), time.perf_counter()
     run(python, *PIP, "install", "--quiet", wheel)
     seconds = time.perf_counter() - start
-    if packages(python) - before != {"mmfast"}:
-        sys.exit(f"the wheel brought {packages(python) - before}")
+    if packages(python).keys() - before != {"mmfast"}:
+        sys.exit(f"the wheel brought {packages(python).keys() - before}")
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", capture_output=True).strip())
     size = sum(path.stat().st_size for path in (site / "mmfast").rglob("*") if path.is_file() and path.suffix != ".pyc")
     print(f"installed in {seconds:.1f} s: {wheel.stat().st_size / 1e6:.1f} MB, {size / 1e6:.1f} MB on disk", flush=True)
@@ -109,7 +113,10 @@ def check(python, wheel, tests, arguments):
     else:
         run(python, *PIP, "install", "--quiet", "pytest", "hypothesis")
         run(python, *PYTEST, *WITHOUT_NUMPY, **quiet)
+    torch = packages(python)["torch"]
     run(python, *PIP, "install", "--quiet", f"{wheel}[dev]")
+    if packages(python)["torch"] != torch:
+        sys.exit(f"the tests' packages brought torch {packages(python)['torch']} in place of {torch}")
     run(python, *PYTEST, *(arguments or ["-n", "2", "--dist", "worksteal"]), **quiet)
 
 
