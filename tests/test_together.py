@@ -96,7 +96,7 @@ def test_what_cannot_be_trained_together_is_said():
         (([], []), "models is empty"),
         (([one, one], [0, 1]), "models holds a model twice"),
         (([one, two], [0]), "seeds has 1 numbers, expected one for each of 2 models"),
-        (([one, two], [0, 1], [1e-3] * 3), r"lr has shape \[3\], expected one number or one for each of 2 models"),
+        (([one, two], [0, 1], [1e-3] * 3), "lr has 3 numbers, expected one or one for each of 2 models"),
         (([dreg], [0]), "objective 'dreg'"),
         (([one, wide], [0, 1]), r"models\[1\] is of another shape"),
         (([one, iwae], [0, 1]), r"models\[1\] is of another shape, objective"),

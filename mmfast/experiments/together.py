@@ -57,12 +57,13 @@ def _train(runs: Sequence[Settings], checkpoint: Path | None, tick: Tick, table:
     together = Together([state.model for state in states], [run.seed + 1 for run in runs], LEARNING_RATE)  # type: ignore[misc]
     epoch = 0 if checkpoint is None else _load(checkpoint, runs, states, together)
     x, seen = (torch.stack([getattr(part.train, name) for part in parts]) for name in ("x", "seen"))
-    which = torch.arange(len(runs)).unsqueeze(1)
+    first = torch.arange(len(runs)).unsqueeze(1) * x.shape[1]
     saved = time.monotonic()
     going = [e for e, state in enumerate(states) if not diverged(state.model)]
     while epoch < runs[0].epochs and going:
         for places in together.batches(x.shape[1], min(runs[0].batch, x.shape[1])):
-            together.step(x[which, places], seen[which, places])
+            rows = first + places
+            together.step(*(part.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape) for part in (x, seen)))
         epoch += 1
         for e in going:
             validate(states[e], parts[e], epoch)

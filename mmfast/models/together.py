@@ -130,11 +130,14 @@ class Together:
                 raise ValueError(f"models[{e}] is of another shape, objective or number of samples than models[0]")
         self.models, self.samples = list(models), first.samples
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        rates = torch.tensor(lr, dtype=torch.float32)
-        if rates.shape not in ((), (len(models),)):
-            raise ValueError(f"lr has shape {list(rates.shape)}, expected one number or one for each of {len(models)} models")
-        self.lr = rates.expand(len(models)).unsqueeze(1)
+        rates = [lr] * len(models) if isinstance(lr, (int, float)) else list(lr)
+        if len(rates) != len(models):
+            raise ValueError(f"lr has {len(rates)} numbers, expected one or one for each of {len(models)} models")
         self._share()
+        # a tensor for each model: where its numbers lie in the processor's vectors, and so their rounding, is the same in every group
+        self.rows = list(self.flat)
+        of_rate = {rate: [row for row, own in zip(self.rows, rates, strict=True) if own == rate] for rate in dict.fromkeys(rates)}
+        self.optimizer = torch.optim.Adam([{"params": rows, "lr": rate} for rate, rows in of_rate.items()], fused=True)
         k = len(first.joint.sizes)
         self.head_of = torch.arange(k).repeat_interleave(torch.tensor(first.joint.sizes))
         self.of_heads = F.one_hot(self.head_of, k).double()
@@ -145,10 +148,9 @@ class Together:
         self._positive = torch.tensor([isinstance(part, LogNormal) for part in first.joint.likelihoods])
 
     def _share(self) -> None:
-        """One tensor [E, all numbers of a model] for the parameters, of which those of the models are views; Adam's means beside it."""
+        """One tensor [E, all numbers of a model] for the parameters, of which those of the models are views."""
         rows = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in self.models]
         self.flat = torch.stack(rows)
-        self.mean, self.square, self.steps = torch.zeros_like(self.flat), torch.zeros_like(self.flat), 0
         self.parameters: dict[str, Tensor] = {}
         begin = 0
         for name, p in self.models[0].named_parameters():
@@ -183,17 +185,15 @@ class Together:
         return orders[:, : rows // batch * batch].view(len(self.models), -1, batch).movedim(1, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the models' own `state_dict` do not have: Adam's means and the random streams."""
-        return {"mean": self.mean, "square": self.square, "steps": self.steps, "random": [g.get_state() for g in self.generators]}
+        """What the models' own `state_dict` do not have: Adam's state and the random streams."""
+        return {"optimizer": self.optimizer.state_dict(), "random": [g.get_state() for g in self.generators]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave, and what the models' rules have loaded."""
         for _, block in self.blocks:
             if block is not None:
                 block.gather()
-        self.mean.copy_(state["mean"])
-        self.square.copy_(state["square"])
-        self.steps = state["steps"]
+        self.optimizer.load_state_dict(state["optimizer"])
         for g, random in zip(self.generators, state["random"], strict=True):
             g.set_state(random)
 
@@ -202,13 +202,10 @@ class Together:
         losses = self._losses(x, seen)
         grads = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
         flat = torch.cat([g.flatten(1) for g in grads], 1)
-        self.steps += 1
         self.batches_tracked += 1
-        b1, b2 = 0.9, 0.999
-        self.mean.lerp_(flat, 1 - b1)
-        self.square.mul_(b2).addcmul_(flat, flat, value=1 - b2)
-        spread = (self.square / (1 - b2**self.steps)).sqrt_().add_(1e-8)
-        self.flat.sub_(self.lr / (1 - b1**self.steps) * self.mean / spread)
+        for row, grad in zip(self.rows, flat, strict=True):
+            row.grad = grad
+        self.optimizer.step()
         return losses.detach()
 
     def _losses(self, x: Tensor, seen: Tensor) -> Tensor:
