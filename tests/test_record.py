@@ -1,5 +1,7 @@
 """What stats() says where there is nothing to show: the message names what happened, and no stale numbers are shown."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -62,7 +64,12 @@ def test_an_empty_batch(make):
     assert block.stats().missing.all()
 
 
+# CPython issue 125608: it does not tell who watches an object's attributes that one has changed, so guards of torch 2.10's that rely on it pass
+UNSEEN = sys.version_info[:3] == (3, 13, 0) and getattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", False)
+
+
 @every
+@pytest.mark.skipif(UNSEEN, reason="on Python 3.13.0 this torch does not see that a block's record has changed")
 def test_a_compiled_block_per_sample(make):
     torch._dynamo.reset()
     block = make(per="sample")

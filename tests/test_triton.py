@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def test_the_kernels_interpreted(part):
         "-W",
         "ignore:Conversion of an array with ndim:DeprecationWarning",
     ]  # by Triton 3.6's interpreter
+    if part == "_likelihoods" and version("triton") < "3.7" and not version("numpy").startswith(("1.", "2.0", "2.1", "2.2", "2.3", "2.4")):
+        pytest.skip("NumPy 2.5 refuses what Triton 3.6's interpreter makes of a loop's bound; a GPU's compiler knows nothing of either")
     done = run("-m", "pytest", *options, f"tests/triton{part}_interpreted.py", TRITON_INTERPRET="1", **asked)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
