@@ -7,6 +7,7 @@ import torch
 from fusion_models import CLASSES, NAMES, ROWS, SIZES, features_of
 from torch.nn import functional as F
 
+import mmfast as mf
 from mmfast.models.fusion import MUSE, Grape, M3Care
 from mmfast.models.fusion.graph import Graph, Messages
 from mmfast.models.fusion.m3care import gaussian_kernel
@@ -169,6 +170,22 @@ def test_muse_goes_through_its_graph_twice():
     u, v = (F.normalize(fusion.projection(of).tanh(), dim=1) for of in (z, again))
     expected = F.cross_entropy(fusion.classifier(z), target) + 0.5 * info_nce(u, v) + 0.5 * same_label(u, v, target)
     torch.testing.assert_close(found, expected)
+
+
+def test_muse_resolves_what_its_losses_send_to_the_nodes():
+    features, there, target = features_of()
+    fusion = MUSE(SIZES, CLASSES, 8, dropout=0.0, resolver=mf.IMTLG()).double()
+    nodes = [torch.randn(ROWS, 8).double().requires_grad_() for _ in range(2)]
+    given = iter(nodes)
+    fusion._samples = lambda *_: next(given)
+    fusion.loss(features, there, target).backward()
+    u, v = (F.normalize(fusion.projection(of).tanh(), dim=1) for of in nodes)
+    losses = F.cross_entropy(fusion.classifier(nodes[0]), target), 0.5 * info_nce(u, v), 0.5 * same_label(u, v, target)
+    each = [torch.autograd.grad(loss, nodes, retain_graph=True, materialize_grads=True) for loss in losses]
+    expected = mf.resolve([torch.stack(g).flatten() for g in each], mf.IMTLG(), preserve_norm=True)
+    torch.testing.assert_close(torch.stack([of.grad for of in nodes]).flatten(), expected)
+    assert fusion.block.stats().names == ("task", "passes", "labels")
+    torch.testing.assert_close(fusion.block.stats().gram.diagonal(), torch.stack([torch.stack(g).square().sum() for g in each]))
 
 
 def test_muse_leaves_out_edges_of_half_of_the_samples():

@@ -33,6 +33,7 @@ FUSIONS = {
     "Grape": lambda **c: Grape(SIZES, CLASSES, 32, **c),
     "M3Care": lambda **c: M3Care(SIZES, CLASSES, 8, 2, 0.0, **c),
     "MUSE": lambda **c: MUSE(SIZES, CLASSES, 16, dropout=0.0, **c),
+    "MUSE block": lambda **c: MUSE(SIZES, CLASSES, 16, dropout=0.0, resolver="mgda", **c),
 }
 
 

@@ -29,7 +29,7 @@ def train_collapse(
     ] = None,
     cure: Annotated[list[str] | None, typer.Option(help="none, kd, ebr; repeatable, all by default.")] = None,
     rule: Annotated[
-        list[str] | None, typer.Option(help="Of the block of cmae, mt, shaspec and EBR; repeatable, none alone by default.")
+        list[str] | None, typer.Option(help="Of the block of cmae, mt, shaspec, muse and EBR; repeatable, none alone by default.")
     ] = None,
     noise: Annotated[
         list[float] | None,

@@ -19,7 +19,7 @@ SYSTEMS = {
 }
 CURES = {NONE: "", "kd": "KD", "ebr": "EBR"}
 CURABLE = ("late", "early", "grape", "m3care", "muse")  # a fusion of features, which KD and EBR take
-WITH_BLOCK = ("mt", "shaspec", "cmae")  # and all with EBR
+WITH_BLOCK = ("mt", "shaspec", "cmae", "muse")  # and all with EBR
 EPOCHS = {"planted": 20, "Credit": 20, "Bank": 20, "avMNIST": 30, "MIMIC-IV": 20, "MIMIC-IV-readmission": 20}
 BATCH = {"avMNIST": 64}
 SMIL_DATA = ("avMNIST",)  # all modalities but one are always there

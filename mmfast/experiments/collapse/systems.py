@@ -47,7 +47,7 @@ def make(run: Settings, parts: Parts) -> System:
     if run.system == "smil":
         smil = SMIL(encoders, _may_be_missing(run, parts), parts.classes, WIDTH, sizes=sizes)
         return System(smil, smil.fusion.fuse, smil.fusion.classify)
-    fusion = FUSIONS[run.system](sizes, parts.classes, rule)
+    fusion = FUSIONS[run.system](sizes, parts.classes, None if run.cure == "ebr" else rule)  # of EBR it is in EBR's own block
     if run.cure == "kd":
         model: FusionModel = KD(encoders, fusion, parts.classes, run.weight, sizes=sizes)
     elif run.cure == "ebr":
@@ -66,7 +66,7 @@ FUSIONS: dict[str, Callable[[Mapping[str, int], int, ResolverLike | None], Fusio
     "grape": lambda sizes, classes, rule: Grape(sizes, classes),
     "m3care": lambda sizes, classes, rule: M3Care(sizes, classes, WIDTH),
     "shaspec": lambda sizes, classes, rule: ShaSpec(sizes, classes, WIDTH, resolver=rule),
-    "muse": lambda sizes, classes, rule: MUSE(sizes, classes, WIDTH),
+    "muse": lambda sizes, classes, rule: MUSE(sizes, classes, WIDTH, resolver=rule),
 }
 
 

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from mmfast.models.fusion.base import Features, Fusion, network, random_subset, task_loss
 from mmfast.models.fusion.graph import Graph
+from mmfast.models.multimodal.junction import Junction
+from mmfast.resolvers.names import ResolverLike
 
 SCALE = 1 / 0.07  # of cosines, in the contrastive losses
 
@@ -39,7 +41,8 @@ class MUSE(Fusion):
     pass half of the samples keep a random number of their n modalities, 1 to n - 1. With u the normalised tanh of a linear map of a
     sample's node, and v that of the second pass, training adds half of the symmetric InfoNCE of u and v, and half of the binary
     cross-entropy of uu', uv' and vu' (weights 1/2, 1/4, 1/4) against "same label"; cosines are multiplied by 1/0.07. Predictions take the
-    first pass; they depend on the batch, as with `Grape`.
+    first pass; they depend on the batch, as with `Grape`. The three losses meet at the samples' nodes of both passes; with a `resolver` a block
+    resolves their gradients there (`block.stats()`).
 
     Wu et al., "Multimodal patient representation learning with missing modalities and labels", ICLR 2024, as released (no rows without
     labels).
@@ -50,6 +53,7 @@ class MUSE(Fusion):
         width: of nodes, edges and u.
         layers: of messages.
         dropout: of the edges' first attributes and between layers.
+        resolver: the rule of the block; None adds the gradients.
 
     Example:
         >>> features, present = {"image": torch.randn(8, 4), "sound": torch.randn(8, 3)}, torch.rand(8, 2) > 0.3
@@ -58,7 +62,15 @@ class MUSE(Fusion):
         (torch.Size([8, 10]), torch.Size([]))
     """
 
-    def __init__(self, sizes: Mapping[str, int], outputs: int, width: int = 128, layers: int = 2, dropout: float = 0.25) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        outputs: int,
+        width: int = 128,
+        layers: int = 2,
+        dropout: float = 0.25,
+        resolver: ResolverLike | None = None,
+    ) -> None:
         super().__init__()
         self.edges = nn.ModuleDict({name: nn.Linear(d, width) for name, d in sizes.items()})
         self.modalities = nn.Parameter(torch.randn(len(sizes), width) / math.sqrt(width))
@@ -66,15 +78,21 @@ class MUSE(Fusion):
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(width, width)
         self.classifier = network(width, width, outputs)
+        self.block = None if resolver is None else Junction(("task", "passes", "labels"), resolver)
 
     def forward(self, features: Features, present: Tensor) -> Tensor:
         return self.classifier(self._samples(self._attributes(features), present))
 
     def loss(self, features: Features, present: Tensor, target: Tensor) -> Tensor:
         attributes = self._attributes(features)
-        z, again = (self._samples(attributes, there) for there in (present, self._fewer(present)))
-        u, v = (F.normalize(self.projection(of).tanh(), dim=1) for of in (z, again))
-        return task_loss(self.classifier(z), target) + 0.5 * info_nce(u, v) + 0.5 * same_label(u, v, target)
+        nodes = [self._samples(attributes, there) for there in (present, self._fewer(present))]
+        to_task, to_passes, to_labels = (nodes,) * 3 if self.block is None else self.block(nodes)
+        passes = info_nce(*map(self._projected, to_passes))
+        u, v = map(self._projected, to_labels)
+        return task_loss(self.classifier(to_task[0]), target) + 0.5 * passes + 0.5 * same_label(u, v, target)
+
+    def _projected(self, nodes: Tensor) -> Tensor:
+        return F.normalize(self.projection(nodes).tanh(), dim=1)
 
     def _fewer(self, present: Tensor) -> Tensor:
         """Where half of the samples that have several modalities keep some of them."""
