@@ -77,7 +77,10 @@ def choose(device: torch.device, backend: str, k: int, needs: str = "two_pass") 
         raise ValueError(f"{name} is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "reference":
         return backend
-    reason = {"cpu": cpu.why_not, "cuda": cuda.why_not, "triton": why_no_triton}[backend]()
+    if backend == "cuda":
+        reason = cuda.why_not(device.index if device.type == "cuda" else None)
+    else:
+        reason = cpu.why_not() if backend == "cpu" else why_no_triton()
     if reason:
         raise RuntimeError(f"{name} {backend!r} is not available: {reason}")
     wanted = triton_kernels().DEVICES if backend == "triton" else (backend,)

@@ -54,7 +54,7 @@ def gpu(monkeypatch, tmp_path, request):
     monkeypatch.setattr(cuda, "_exports", device.exports)
     monkeypatch.setattr(proof, "CudaTarget", StandIn)
     monkeypatch.setattr(verdict, "facts", lambda place: {"device": str(place)})
-    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(cuda, "why_not", lambda index=None: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("_serves", "_results", "_reasons"):
         monkeypatch.setattr(proof, name, {})
