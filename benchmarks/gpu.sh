@@ -44,7 +44,7 @@ step() {
 visit() {
   local capability
   failed=0
-  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) # 9.0 of an H100 or H200
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | grep -xm 1 '[0-9]*\.[0-9]') # 9.0 of an H100 or H200; other words where there is none
   if [ -z "$capability" ]; then
     echo "nvidia-smi names no GPU: there is nothing to visit"
     exit 3

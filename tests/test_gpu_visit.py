@@ -121,8 +121,9 @@ def test_a_step_is_cut_off_at_its_limit(tmp_path):
     assert re.search(r"^\| tests \| \d+ \| 1 \| CUT OFF \| as far as here \|$", table, re.MULTILINE) and "| sanitizers |" in table
 
 
-def test_no_gpu(tmp_path):
-    done = visit(tmp_path, gpus="")
+@pytest.mark.parametrize("said", ["", "No devices were found\\n", "NVIDIA-SMI has failed because it could not reach the driver.\\n\\n"])
+def test_no_gpu(tmp_path, said):
+    done = visit(tmp_path, gpus=said)
     assert done.returncode == 3 and "nothing to visit" in done.stdout
 
 
