@@ -102,7 +102,7 @@ def test_verify_does_not_test_triton_on_a_device_that_an_error_or_a_hang_has_end
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(verifying, "why_no_triton", lambda: None)
-    monkeypatch.setattr(verifying, "triton_kernels", lambda: None)
+    monkeypatch.setattr(verifying, "triton_kernels", lambda: SimpleNamespace(DEVICES=("cuda", "xpu")))
     monkeypatch.setattr(verifying, "CudaTarget", Fake)
     tried = []
 
@@ -124,6 +124,26 @@ def test_verify_does_not_test_triton_on_a_device_that_an_error_or_a_hang_has_end
     with pytest.warns(UserWarning, match="leaves out"):
         report = mf.verify(GPU)
     assert tried == ["triton"] and not report.skipped and ("triton", "heads") in kept()
+
+
+def test_what_triton_interprets_is_no_test_of_a_gpu(gpu, monkeypatch):
+    """TRITON_INTERPRET: its kernels take no address of a GPU, and what they give on the CPU is no verdict for processes that compile them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(cuda, "why_not", lambda index=None: "built without CUDA")
+    monkeypatch.setattr(verifying, "why_no_triton", lambda: None)
+    monkeypatch.setattr(verifying, "GpuTarget", lambda *_: pytest.fail("it was tested"))
+    for module in (verifying, choice):
+        monkeypatch.setattr(module, "triton_kernels", lambda: SimpleNamespace(DEVICES=("cpu",)))
+    report = mf.verify(GPU)
+    assert "TRITON_INTERPRET" in report.skipped["triton"] and not report.results and not kept()
+    new_process(monkeypatch)
+    verdict.Kept({"library": "x"}).save({("triton", "two_pass"): verdict.Result("triton", "two_pass", True)})  # of another process
+    assert choice.choose(GPU, "auto", 3) == "reference"
+    for module in (verifying, choice):
+        monkeypatch.setattr(module, "triton_kernels", lambda: SimpleNamespace(DEVICES=("cuda", "xpu")))
+    assert choice.choose(GPU, "auto", 3) == "triton"
 
 
 @pytest.mark.parametrize("served", [0, 1, 3])

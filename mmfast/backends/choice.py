@@ -97,7 +97,8 @@ def _triton_serves(k: int) -> bool:
 
 def _proved_choice(device: torch.device, needs: str, compiling: bool) -> str:
     """Asked while a graph is traced, not part of it: a verdict is read, and nothing is tested."""
-    return proof.serving(device, needs, compiling)
+    found = proof.serving(device, needs, compiling)
+    return "reference" if found == "triton" and device.type not in triton_kernels().DEVICES else found  # they are interpreted, on the CPU
 
 
 _proved_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in blocks/transforms.py

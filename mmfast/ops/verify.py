@@ -93,6 +93,8 @@ def verify(device: torch.device | str | None = None, thorough: bool = False) -> 
     found = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
     with torch.cuda.device(found):
         no_cuda, no_triton = cuda.why_not(), why_no_triton()
+        if no_triton is None and found.type not in triton_kernels().DEVICES:
+            no_triton = "TRITON_INTERPRET is set: its kernels are interpreted on the CPU"
         kept = verdict.Kept(verdict.facts(found))
         targets: list[Target] = [CudaTarget(found)] if no_cuda is None else []
         report, results = _report(torch.cuda.get_device_name(found), targets, {"cuda": no_cuda}, kept, thorough)
