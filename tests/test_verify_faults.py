@@ -14,7 +14,7 @@ import torch
 from test_verify import ALL_CUDA, GPU, Fake, new_process, serving
 
 import mmfast as mf
-from mmfast.backends import choice, cuda, ladder, library, proof, verdict
+from mmfast.backends import choice, cpu, cuda, ladder, library, proof, target, verdict
 from mmfast.ops import verify as verifying
 
 pytestmark = test_verify.pytestmark
@@ -46,6 +46,28 @@ def test_no_problem_begins_on_a_device_that_hangs(path, gpu, started):
     serving(f"leaves out the {path} kernels.*did not end within two seconds")
     assert started.count(path) == 1 and Fake.climbed[-1] == path
     assert not kept()["cuda", path].passed and kept()["cuda", path].problems == 1
+
+
+@pytest.mark.parametrize("path", ["two_pass", "per_sample", "heads", "elementwise"])
+def test_what_the_caller_has_begun_before_is_no_hang(path, gpu, monkeypatch):
+    """With CUDA_DEVICE_MAX_CONNECTIONS=1 all streams stand in one queue, which may hold seconds of a training step."""
+    queued = ["a training step"]
+
+    class Event:
+        def record(self, stream):
+            pass
+
+        def query(self):
+            return not queued
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: queued.clear())
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(target, "PATIENCE", 0.05)
+    result, usable = proof.climb(target.GpuTarget("triton", ladder.CPU, cpu), path)
+    assert result.passed and usable, result
 
 
 @pytest.mark.parametrize("dtype", ladder.DTYPES[:3])
@@ -108,9 +130,9 @@ def test_verify_does_not_test_triton_on_a_device_that_an_error_or_a_hang_has_end
 
     def triton(name, device, functions):
         tried.append(name)
-        target = Fake()
-        target.backend, target.paths = "triton", ("two_pass", "heads", "elementwise")
-        return target
+        fake = Fake()
+        fake.backend, fake.paths = "triton", ("two_pass", "heads", "elementwise")
+        return fake
 
     monkeypatch.setattr(verifying, "GpuTarget", triton)
     for fault in ("hang", RuntimeError("an illegal memory access: the context is dead")):
