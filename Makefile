@@ -92,7 +92,8 @@ clean:
 	rm -rf .venv build dist *.egg-info mmfast/_*.so mmfast/_build.json
 
 # For the GPU that is here, or one kind where none is, in place of all that a wheel holds: five times as fast.
-HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd';')
+# What nvidia-smi says where it finds no GPU, or does not know the question, it says on its standard output.
+HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9]*\.[0-9]' | sort -u | paste -sd';')
 .venv/installed-% .venv/built: export TORCH_CUDA_ARCH_LIST ?= $(or $(HERE),9.0)+PTX
 
 .venv/created:

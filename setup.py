@@ -71,13 +71,19 @@ def find_cuda():
 RELEASE_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # what torch calls them in its list
 GENERATIONS = {
+    "native": RELEASE_ARCHITECTURES,  # the GPUs that torch sees here; none need be there to compile
     **dict.fromkeys(["Kepler", "Kepler+Tesla", "Maxwell", "Maxwell+Tegra", "Pascal", "Volta", "Volta+Tegra", "Turing"], "7.5"),
     "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
     "Ada": "8.9+PTX",
     "Hopper": "9.0+PTX",
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
     "Blackwell+Tegra": "11.0",
 }
+
+
+class NoneLeft(SystemExit):
+    """A list that names no GPU to compile for: an end where CUDA was asked for."""
 
 
 def known_architectures(home):
@@ -104,7 +110,7 @@ def architectures(wanted, known):
         else:
             chosen[number, letter] = chosen.get((number, letter), False) or ptx
     if not chosen:
-        sys.exit(
+        raise NoneLeft(
             f"mmfast: TORCH_CUDA_ARCH_LIST={wanted} names no GPU to compile for: the kernels need 8.0 or later, nvcc knows {sorted(known)}"
         )
     if ptx_of_dropped:
@@ -150,8 +156,16 @@ def decide(wanted):
     return "cuda", cxx, cuda, None
 
 
-BUILD, CXX, CUDA, WHY_NOT_MORE = decide(os.environ.get("MMFAST_BUILD") or "auto")
-ARCHITECTURES = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or RELEASE_ARCHITECTURES, known_architectures(CUDA)) if CUDA else []
+BUILD, CXX, CUDA, WHY_NOT_MORE = decide(WANTED := os.environ.get("MMFAST_BUILD") or "auto")
+try:
+    ARCHITECTURES = (
+        architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or RELEASE_ARCHITECTURES, known_architectures(CUDA)) if CUDA else []
+    )
+except NoneLeft as none_left:
+    if WANTED == "cuda":
+        raise
+    BUILD, CUDA, WHY_NOT_MORE, ARCHITECTURES = "cpu", None, str(none_left).removeprefix("mmfast: "), []
+    print(f"{none_left}; without CUDA then", file=sys.stderr)
 
 
 def first_line(*command):
@@ -185,6 +199,14 @@ def note_facts(package, version, build=BUILD, why_not_more=WHY_NOT_MORE):
 def remove_compiled(package):
     for stale in package.glob("_*.so"):
         stale.unlink()  # rather than written over: a running Python may have it mapped
+
+
+def host_compiler(cxx):
+    """What nvcc takes for CXX: a compiler alone, its options behind -Xcompiler, and no ccache before it."""
+    words = shlex.split(cxx)
+    if len(words) > 1 and Path(words[0]).name in ("ccache", "sccache", "distcc"):
+        del words[0]
+    return " ".join(["-ccbin", shlex.quote(words[0]), *(f"-Xcompiler {shlex.quote(word)}" for word in words[1:])])
 
 
 class Package(build_py):
@@ -254,7 +276,7 @@ class Ninja(build_ext):
             # what the assembler says of registers and spills is kept: tests/test_cuda_build.py has limits
             holds = "'-DMMFAST_CUDA_ARCHITECTURES=\"" + ";".join(ARCHITECTURES) + "\"'"
             threads = max(1, len(os.sched_getaffinity(0)) // 2)  # two of the files take most of the time, once for each architecture
-            nvcc = f"{shlex.quote(str(CUDA / 'bin/nvcc'))} -ccbin {shlex.quote(CXX)} {NVCC_FLAGS} {gencodes(ARCHITECTURES)} {holds}"
+            nvcc = f"{shlex.quote(str(CUDA / 'bin/nvcc'))} {host_compiler(CXX)} {NVCC_FLAGS} {gencodes(ARCHITECTURES)} {holds}"
             nvcc += f" -Xptxas -v --threads {threads}"
             lines.append(f"rule cuda\n  command = {nvcc} -MD -MF $out.d -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; false)")
             lines.append("  depfile = $out.d\n  deps = gcc")

@@ -11,6 +11,7 @@ wheels=${WHEELS:-build/gpu-wheels}
 # Seconds of each step, and two more each to end: nine minutes in all.
 declare -A limit=([packages]=20 [build]=130 [verify]=20 [tests]=75 [benchmark]=110 [triton]=90 [sanitizers]=65 [summary]=10)
 grace=2
+site=$PWD/build/gpu-site # for packages that cannot go where torch is
 
 # such a machine has torch, NumPy and SciPy
 packages=('setuptools>=77' ninja pytest iniconfig pluggy packaging pygments pytest-xdist execnet hypothesis sortedcontainers torchjd qpsolvers quadprog)
@@ -42,18 +43,22 @@ step() {
 }
 
 visit() {
-  local capability
+  local capability elsewhere=()
   failed=0
-  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) # 9.0 of an H100 or H200
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | grep -xm 1 '[0-9]*\.[0-9]') # 9.0 of an H100 or H200; other words where there is none
   if [ -z "$capability" ]; then
     echo "nvidia-smi names no GPU: there is nothing to visit"
     exit 3
   fi
   mkdir -p "$out" && rm -f "$out"/{visit.log,steps.tsv,gpu.csv,summary.md}
-  export TORCH_CUDA_ARCH_LIST=$capability PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+  export TORCH_CUDA_ARCH_LIST=$capability PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
   export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive # eight processes on sixteen cores; Triton's compile, each on one
   if [ -d "$wheels" ]; then
-    step packages "$python" -m pip install --quiet --no-index --no-deps --find-links "$wheels" "${packages[@]}"
+    if ! "$python" -c 'import os, sysconfig; raise SystemExit(not os.access(sysconfig.get_path("purelib"), os.W_OK))' >/dev/null; then
+      elsewhere=(--target "$site")
+      export PYTHONPATH="$PYTHONPATH:$site" PATH="$site/bin:$PATH"
+    fi
+    PIP_BREAK_SYSTEM_PACKAGES=1 step packages "$python" -m pip install --quiet --no-index --no-deps --find-links "$wheels" "${elsewhere[@]}" "${packages[@]}"
   fi
   if [ "${BUILD:-yes}" != no ]; then
     MMFAST_BUILD=cuda step build "$python" setup.py --quiet build_ext --inplace

@@ -57,9 +57,10 @@ def doctor(arguments: list[str]) -> None:
 def _check(thorough: bool) -> Any:
     try:
         from mmfast.ops.verify import verify
-    except Exception as error:  # noqa: BLE001 whatever a broken torch dies of, the person must be told
+
+        return verify(thorough=thorough)
+    except Exception as error:  # noqa: BLE001 whatever a broken torch or GPU dies of, the person must be told
         fail(f"nothing can be tested: {type(error).__name__}: {error}")
-    return verify(thorough=thorough)
 
 
 def facts() -> dict[str, Any]:
@@ -84,9 +85,13 @@ def _torch_facts() -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 whatever a broken torch dies of, the person must be told
         return {"torch": f"does not load ({type(error).__name__}: {error}): {cure}"}
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    for name, (available, reason) in backends().items():
-        found[f"backend {name}"] = reason if available else f"not available: {reason}"
-    return found | {"GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"}
+    try:
+        for name, (available, reason) in backends().items():
+            found[f"backend {name}"] = reason if available else f"not available: {reason}"
+        found["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    except Exception as error:  # noqa: BLE001 a GPU that is there and does not answer, say: that is what is asked about
+        found["GPU"] = f"does not answer: {type(error).__name__}: {error}"
+    return found
 
 
 def _build_facts() -> dict[str, Any]:
@@ -94,6 +99,7 @@ def _build_facts() -> dict[str, Any]:
     library = os.environ.get("MMFAST_LIBRARY")
     folder = Path(library).parent if library else Path(__file__).parent
     try:
-        return json.loads((folder / "_build.json").read_text())
+        facts = json.loads((folder / "_build.json").read_text())
     except (OSError, ValueError):
         return {}
+    return facts if isinstance(facts, dict) else {}

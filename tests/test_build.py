@@ -120,6 +120,32 @@ def test_reasons(tmp_path, monkeypatch):
     assert library.load(tmp_path / "none.so").endswith("the compiled code is for Linux, this is darwin")
 
 
+@compiled
+@pytest.mark.parametrize("name", ["_C.so", "./_C.so", "../place/_C.so"])
+def test_a_library_by_a_relative_path_is_found_from_everywhere(tmp_path, name):
+    place = tmp_path / "place"
+    place.mkdir()
+    for file in (library.PATH, *library.PATH.parent.glob("_direct*.so")):
+        (place / file.name).symlink_to(file)
+    code = "import os, mmfast as mf; from mmfast.backends import cpu, direct; os.chdir('/'); print(cpu.isa(), mf.backends()['cpu'], direct.missing_reason)"
+    run = python("-c", code, folder=place, MMFAST_LIBRARY=name)
+    assert run.stdout == f"{cpu.isa()} {mf.backends()['cpu']} {direct.missing_reason}\n", run.stdout + run.stderr
+
+
+@compiled
+@pytest.mark.parametrize("facts", [{"version": "0.0.9"}, {}, [], {"version": mf.__version__, "git": "other"}])
+def test_a_library_of_another_version_is_not_taken(tmp_path, facts):
+    """Its operators may have the same names and take other arguments: an editable install whose source moved on."""
+    path = tmp_path / "_C.so"
+    path.symlink_to(library.PATH)
+    (tmp_path / "_build.json").write_text(json.dumps(facts))
+    reason = library.load(path)
+    if facts == {"version": "0.0.9"}:
+        assert f"{path} (version: 0.0.9) is not of this mmfast, {mf.__version__}; build it again with: " in reason
+    else:
+        assert reason is None
+
+
 def test_without_a_library_the_reference_serves(tmp_path):
     library = tmp_path / "_C.so"
     library.write_bytes(b"\x7fELF broken")

@@ -1,5 +1,6 @@
 """The command line: what works without torch, what is set before it, how commands end."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import mmfast
-from mmfast import cli, console
+from mmfast import cli, console, doctor
 
 PACKAGE = Path(mmfast.__file__).parent
 
@@ -69,6 +71,27 @@ def test_doctor_with_a_torch_that_does_not_load(tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libgomp.so.1: cannot open shared object file')\n")
     run = command("doctor", folder=tmp_path)
     assert run.returncode == 0 and "does not load (OSError: libgomp.so.1" in run.stdout and not run.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["--check"]])
+def test_doctor_where_a_gpu_does_not_answer(arguments, monkeypatch, capsys):
+    """It is what somebody runs then."""
+
+    def fails(*_):
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("current_device", "get_device_name", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, fails)
+    if arguments == ["--check"]:
+        with pytest.raises(SystemExit) as end:
+            doctor.doctor(arguments)
+        assert end.value.code == 2 and "nothing can be tested: RuntimeError: CUDA-capable device(s)" in capsys.readouterr().err
+        return
+    doctor.doctor(arguments)
+    said = capsys.readouterr().out
+    assert "does not answer: RuntimeError: CUDA-capable device(s)" in said and "mmfast demo" in said
+    assert not arguments or json.loads(said)["torch"] == torch.__version__
 
 
 def test_doctor_without_numpy_is_quiet(tmp_path):

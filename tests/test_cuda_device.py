@@ -1,6 +1,10 @@
 """What the CUDA library is compiled for, what it says of a device, and what calls may take of it: all without a GPU."""
 
+import os
+import re
 import runpy
+import shutil
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -34,6 +38,8 @@ def build():
         ("7.5 8.0 9.0a", KNOWN, ["80", "90a"], "7.5"),
         ("7.0+PTX;9.0", KNOWN, ["90"], "7.0+PTX"),
         ("Volta;Ampere;8.0+PTX", KNOWN, ["80+PTX", "86+PTX"], "7.5"),
+        ("native", {80, 90}, ["80", "90+PTX"], "8.6, 8.9, 10.0, 12.0+PTX"),
+        ("Ampere+Tegra;Hopper", KNOWN, ["87", "90+PTX"], ""),
         ("Hopper;Blackwell", {80, 90, 100}, ["90+PTX", "100+PTX"], "10.3, 12.0, 12.1+PTX"),
     ],
 )
@@ -50,6 +56,72 @@ def test_what_an_inherited_list_compiles_for(build, capsys, wanted, known, chose
 def test_a_list_that_leaves_nothing_or_is_none(build, wanted, complaint):
     with pytest.raises(SystemExit, match=complaint):
         build["architectures"](wanted, KNOWN)
+
+
+@pytest.mark.parametrize("wanted", ["7.5", "6.1 7.0", "Volta;Turing", "99.0"])
+@pytest.mark.parametrize("asked", [None, "auto", "cuda"])
+def test_an_inherited_list_of_old_gpus_leaves_the_cpu_where_nobody_asked_for_cuda(asked, wanted, tmp_path, monkeypatch, capsys):
+    """A machine whose GPU is too old for the kernels: an installation that would end there is none."""
+    if not setuptools_is_new:
+        pytest.skip("setuptools is too old for setup.py")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64/libcudart_static.a").touch()
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.write_text("#!/bin/sh\n[ $1 = --version ] && echo 'release 13.0, V13.0.1' || printf 'compute_75\\ncompute_80\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    compiler = tmp_path / "bin/g++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    for name, value in {"CUDA_HOME": str(tmp_path), "CXX": str(compiler), "TORCH_CUDA_ARCH_LIST": wanted, "MMFAST_BUILD": asked}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    if asked == "cuda":
+        with pytest.raises(SystemExit, match="names no GPU to compile for"):
+            runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+        return
+    found = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    assert (found["BUILD"], found["CUDA"], found["ARCHITECTURES"]) == ("cpu", None, []) and f"TORCH_CUDA_ARCH_LIST={wanted}" in found[
+        "WHY_NOT_MORE"
+    ]
+    assert "without CUDA then" in capsys.readouterr().err
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"{wanted};9.0")
+    found = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    assert found["BUILD"] == "cuda" and found["ARCHITECTURES"] == ["90"]
+
+
+@pytest.mark.parametrize(
+    ("cxx", "words"),
+    [
+        ("g++", "-ccbin g++"),
+        ("ccache g++", "-ccbin g++"),
+        ("/usr/bin/sccache clang++-18 -m64 '-DA=b c'", "-ccbin clang++-18 -Xcompiler -m64 -Xcompiler '-DA=b c'"),
+        ("'/opt/my gcc/g++' -m64", "-ccbin '/opt/my gcc/g++' -Xcompiler -m64"),
+        ("ccache", "-ccbin ccache"),  # that stands for the compiler by a link of its name
+    ],
+)
+def test_nvcc_gets_a_compiler_alone(build, cxx, words):
+    assert build["host_compiler"](cxx) == words
+
+
+NO_GPU = ["", "No devices were found", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 'Field "compute_cap" is not a valid field to query.', "[N/A]"]  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("said", "here"), [*((words, "9.0+PTX") for words in NO_GPU), ("12.0", "12.0+PTX"), ("9.0\n8.0\n9.0", "8.0;9.0+PTX")]
+)
+def test_make_compiles_for_the_gpus_that_are_here(said, here, tmp_path):
+    """nvidia-smi tells on its standard output what is wrong."""
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)
+    rule = ".venv/built: ; @echo $$TORCH_CUDA_ARCH_LIST"
+    makefile = re.sub(r"^\.venv/built: .*\n(\t.*\n)+", rule + "\n", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    done = subprocess.run(
+        ["make", "-s", "-f", "-", ".venv/built"], input=makefile, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{here}\n"
 
 
 def test_words_for_nvcc(build):

@@ -112,6 +112,21 @@ def test_a_visit(tmp_path):
     assert len(list(out.iterdir())) <= 8  # so many files come back from a machine that is lent
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_packages_go_where_they_can_and_what_python_finds_stays(tmp_path, monkeypatch, writable):
+    """torch in a folder that is only read, packages that somebody laid down before: both come to the steps."""
+    monkeypatch.setattr(sys, "path", [*sys.path, "/laid/down/before"])
+    python = PYTHON.replace(
+        '\n*) echo "', f'\n*sysconfig*) exit {int(not writable)} ;;\n*) echo "$PIP_BREAK_SYSTEM_PACKAGES $PATH:$PYTHONPATH '
+    )
+    visit(tmp_path, python)
+    log = (tmp_path / "results" / "visit.log").read_text()
+    site = str(ROOT / "build" / "gpu-site")
+    packages, build = (re.search(rf"^##### {name}\n(.*)$", log, re.MULTILINE)[1] for name in ("packages", "build"))
+    assert packages.startswith("1 ") and (f"--target {site} setuptools" in packages) == (not writable)
+    assert "/laid/down/before" in build and (f"{site}/bin:" in build) == (build.count(site) == 2) == (not writable)
+
+
 def test_a_step_is_cut_off_at_its_limit(tmp_path):
     short = tmp_path / "benchmarks" / "gpu.sh"
     short.parent.mkdir()
@@ -121,8 +136,9 @@ def test_a_step_is_cut_off_at_its_limit(tmp_path):
     assert re.search(r"^\| tests \| \d+ \| 1 \| CUT OFF \| as far as here \|$", table, re.MULTILINE) and "| sanitizers |" in table
 
 
-def test_no_gpu(tmp_path):
-    done = visit(tmp_path, gpus="")
+@pytest.mark.parametrize("said", ["", "No devices were found\\n", "NVIDIA-SMI has failed because it could not reach the driver.\\n\\n"])
+def test_no_gpu(tmp_path, said):
+    done = visit(tmp_path, gpus=said)
     assert done.returncode == 3 and "nothing to visit" in done.stdout
 
 

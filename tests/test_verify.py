@@ -84,7 +84,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(Fake, "climbed", [])
     monkeypatch.setattr(proof, "CudaTarget", Fake)
     monkeypatch.setattr(verdict, "facts", lambda device: {"library": "x"})
-    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(cuda, "why_not", lambda index=None: None)
     monkeypatch.setattr(cuda, "code", lambda index: "machine")
     monkeypatch.setattr(cuda, "allow", lambda index, paths: allowed.append(set(paths)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -158,7 +158,7 @@ from unittest.mock import patch
 import test_verify as t, torch
 t.Fake.faults = dict({faults!r})
 t.proof.CudaTarget, t.verdict.facts = t.Fake, lambda device: {{"library": "x"}}
-t.cuda.why_not, t.cuda.code, t.cuda.allow = lambda: None, lambda index: "machine", lambda index, paths: None
+t.cuda.why_not, t.cuda.code, t.cuda.allow = lambda index=None: None, lambda index: "machine", lambda index, paths: None
 torch.cuda.is_current_stream_capturing = lambda: False
 {code}
 """
@@ -247,7 +247,7 @@ def test_a_device_whose_code_the_driver_must_compile_is_not_tested_unasked(gpu, 
 
 
 def test_where_cuda_cannot_run_triton_serves_once_it_was_verified(gpu, monkeypatch):
-    monkeypatch.setattr(cuda, "why_not", lambda: "built without CUDA")
+    monkeypatch.setattr(cuda, "why_not", lambda index=None: "built without CUDA")
     verdict.Kept({"library": "x"}).save({("cuda", "two_pass"): Result("cuda", "two_pass", True)})  # whatever it could do before
     assert serving("plain torch serves cuda:0: built without CUDA") == dict.fromkeys(ALL_CUDA, "reference")
     verdict.Kept({"library": "x"}).save(

@@ -77,7 +77,10 @@ def choose(device: torch.device, backend: str, k: int, needs: str = "two_pass") 
         raise ValueError(f"{name} is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "reference":
         return backend
-    reason = {"cpu": cpu.why_not, "cuda": cuda.why_not, "triton": why_no_triton}[backend]()
+    if backend == "cuda":
+        reason = cuda.why_not(device.index if device.type == "cuda" else None)
+    else:
+        reason = cpu.why_not() if backend == "cpu" else why_no_triton()
     if reason:
         raise RuntimeError(f"{name} {backend!r} is not available: {reason}")
     wanted = triton_kernels().DEVICES if backend == "triton" else (backend,)
@@ -94,7 +97,8 @@ def _triton_serves(k: int) -> bool:
 
 def _proved_choice(device: torch.device, needs: str, compiling: bool) -> str:
     """Asked while a graph is traced, not part of it: a verdict is read, and nothing is tested."""
-    return proof.serving(device, needs, compiling)
+    found = proof.serving(device, needs, compiling)
+    return "reference" if found == "triton" and device.type not in triton_kernels().DEVICES else found  # they are interpreted, on the CPU
 
 
 _proved_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in blocks/transforms.py

@@ -44,8 +44,8 @@ def _current(device: int) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
 
 
-def why_not() -> str | None:
-    """Why the compiled CUDA kernels can't run on the current device, or None when they can; nothing is loaded or compiled to find out."""
+def why_not(device: int | None = None) -> str | None:
+    """Why the compiled CUDA kernels can't run on a device, or None when they can; nothing is loaded or compiled to find out. None is the current one."""
     if not library.available:
         return library.missing_reason
     if not library.built_with_cuda:
@@ -53,8 +53,8 @@ def why_not() -> str | None:
         return f"{library.PATH} was built without CUDA ({reason}); build it again with: {library.BUILD_LINE.replace('=cpu', '=cuda')}"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
-    # a device that is not yet made ready, which a forked process must not do to find out, is the first
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    if device is None:  # one that is not yet made ready, which a forked process must not do to find out, is the first
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     if device not in _served:
         if reason := _exports().mmfast_cuda_why_not(device):
             return f"{library.PATH}: {reason.decode()}"

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from mmfast import contract
+from mmfast import __version__, contract
 
 IN_SOURCE = (Path(__file__).parents[2] / "setup.py").exists()  # else it was installed, and from where is not known
 BUILD_LINE = "MMFAST_BUILD=cpu pip install " + (
     "-e . (in mmfast's source folder)" if IN_SOURCE else "--force-reinstall --no-deps --no-binary mmfast mmfast (with a C++ compiler)"
 )
-PATH = Path(os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "_C.so")
+PATH = Path(
+    os.environ.get("MMFAST_LIBRARY") or Path(__file__).parent.parent / "_C.so"
+).absolute()  # it is opened again later, from wherever
 ASKED = os.environ.get("MMFAST_BACKEND") or "auto"  # the backend of calls that name none
 OPERATORS = ["gram", "combine", "lengths", "weights", "resolve", "graddrop", "trimmed_mean", "heads"]
 CPU_OPERATORS = ["gram_lists", "combine_lists", "log_prob", "log_prob_backward"]  # that no other device has
@@ -23,9 +25,10 @@ CPU_OPERATORS = ["gram_lists", "combine_lists", "log_prob", "log_prob_backward"]
 def read_facts(path: Path) -> dict[str, Any]:
     """What the build of the library at `path` wrote down about itself: version, git, torch, compiler, flags, ..."""
     try:
-        return json.loads(path.with_name("_build.json").read_text())
+        facts = json.loads(path.with_name("_build.json").read_text())
     except (OSError, ValueError):
         return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _why_absent(path: Path) -> str:
@@ -56,6 +59,8 @@ def load(path: Path) -> str | None:
     missing = [name for name in OPERATORS + CPU_OPERATORS if not hasattr(torch.ops.mmfast, name)]
     if missing:
         return f"{path} ({facts}) has no operator {', '.join(missing)}; build it again with: {BUILD_LINE}"
+    if read_facts(path).get("version", __version__) != __version__:  # whose operators may take other arguments
+        return f"{path} ({facts}) is not of this mmfast, {__version__}; build it again with: {BUILD_LINE}"
     return None
 
 

@@ -1,6 +1,7 @@
 """Whether the kernels of a GPU may serve backend="auto": they have proved themselves on this device, driver and torch, path by path."""
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -17,6 +18,8 @@ from mmfast.backends.target import CudaTarget, Target
 from mmfast.backends.verdict import Result
 
 CHECK = "python -m mmfast doctor --check"
+NOT_TAKEN = "is none that these gradients and rules, or this device, take"  # csrc/ops_cuda.cpp of a forced path
+OUT_OF_MEMORY = "out of memory"  # torch's word and the driver's: it says nothing of the kernels
 Results = dict[tuple[str, str], Result]
 
 
@@ -38,6 +41,7 @@ def apart() -> Iterator[None]:
 def climb(target: Target, path: str, thorough: bool = False) -> tuple[Result, bool]:
     """(what one path does with its problems; whether the device still serves afterwards)."""
     start, problems, found, usable = time.monotonic(), ladder.problems(path, thorough), [], True
+    hung = "it did not end within two seconds; restart this process before you use the device again"
     oracle = cpu if library.available and target.backend != "cpu" else reference
     worst, why, wanted = 0.0, "", []
     try:
@@ -50,14 +54,16 @@ def climb(target: Target, path: str, thorough: bool = False) -> tuple[Result, bo
                     found.append(problem.run(target.functions, target.device, seed))
                     tried.append((seed, problem))
                 except RuntimeError as error:
-                    if "do not take" not in str(error):
+                    if NOT_TAKEN not in str(error):
                         raise
+                if not target.finished():  # the inputs of the next problem would wait for it, and for ever
+                    return Result(target.backend, path, False, len(tried), seconds=time.monotonic() - start, why=hung), False
             if not tried:
                 raise RuntimeError("the device refused every launch of it")
             together = torch.cat([x.contiguous().view(-1).view(torch.uint8) for tensors in found for x in tensors])
-            wanted = [ladder.wanted(problem, oracle, seed) for seed, problem in tried]  # while the device works
+            wanted = [ladder.wanted(problem, oracle, seed) for seed, problem in tried]
             if not target.finished():
-                why, usable = "it did not end within two seconds; restart this process before you use the device again", False
+                why, usable = hung, False
             else:
                 host = iter(split(together.to("cpu"), [x for tensors in found for x in tensors]))
                 for (_, problem), tensors in zip(tried, wanted, strict=True):
@@ -88,15 +94,23 @@ def prove(target: Target, kept: verdict.Kept, known: Results, thorough: bool = F
                 continue
             if alone:
                 kept.mark(target.backend, path)
-            results[target.backend, path], usable = climb(target, path, thorough)
+            try:
+                results[target.backend, path], usable = climb(target, path, thorough)
+            except BaseException:  # somebody's Ctrl-C: this process is not gone
+                if alone:
+                    kept.unmark()
+                raise
             if not usable:
                 break
         else:
             if alone:
                 kept.unmark()
         if alone and results != known:
-            kept.save(results)
+            kept.save({key: result for key, result in results.items() if OUT_OF_MEMORY not in result.why})
     return results
+
+
+_rounds = itertools.count()  # in which the ranks of a job agree: what a rank said in an earlier one is no answer
 
 
 def agree(left_out: set[str], patience: float = 30.0) -> set[str]:
@@ -105,7 +119,8 @@ def agree(left_out: set[str], patience: float = 30.0) -> set[str]:
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return left_out
     store = distributed.distributed_c10d._get_default_store()
-    keys = [f"mmfast left out by {rank}" for rank in range(distributed.get_world_size())]
+    turn = next(_rounds)
+    keys = [f"mmfast left out by {rank}, {turn}" for rank in range(distributed.get_world_size())]
     store.set(keys[distributed.get_rank()], json.dumps(sorted(left_out)))
     try:
         store.wait(keys, timedelta(seconds=patience))
@@ -138,7 +153,7 @@ def serving(device: torch.device, needs: str, compiling: bool = False) -> str:
 
 def _decide(device: torch.device, compiling: bool) -> dict[str, str]:
     known = _known(device)
-    if reason := cuda.why_not():  # whatever it could do before
+    if reason := cuda.why_not(device.index):  # whatever it could do before
         return _settle(device, {key: result for key, result in known.items() if key[0] != "cuda"}, reason)
     ready = ("cuda", "two_pass") in known
     if compiling or torch.cuda.is_current_stream_capturing():

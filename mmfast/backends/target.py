@@ -45,6 +45,7 @@ class GpuTarget(Target):
     @contextlib.contextmanager
     def taking(self, path: str) -> Iterator[None]:
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            torch.cuda.synchronize()  # streams may share a queue: what the caller has begun before is no hang of ours
             yield
 
     def finished(self) -> bool:

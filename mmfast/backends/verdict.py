@@ -111,8 +111,13 @@ class Kept:
             if kept["key"] != self.key:
                 return {}
             results = [Result(**result) for result in kept["results"]]
-            return {(r.backend, r.path): r for r in results if isinstance(r.passed, bool)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            whole = (
+                r
+                for r in results
+                if f"{r.backend} {r.path}".split() == [r.backend, r.path] and type(r.passed) is bool and type(r.why) is str
+            )
+            return {(r.backend, r.path): r for r in whole}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
 
     def save(self, results: dict[tuple[str, str], Result]) -> bool:

@@ -72,7 +72,7 @@ def _why(backend: str, asked: str, device: torch.device) -> str:
     if asked == "triton":
         return f"plain torch; the Triton kernels take at most {TRITON_ROWS} gradients, and none that torch.func transforms"
     if device.type == "cuda":
-        return "plain torch; " + (cuda.why_not() or backends()["cuda"][1])
+        return "plain torch; " + (cuda.why_not(device.index) or backends()["cuda"][1])
     if device.type == "cpu":
         return "plain torch; " + (library.missing_reason or "asked for")
     return f"plain torch; no compiled kernels for {device.type}"

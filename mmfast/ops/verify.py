@@ -17,6 +17,7 @@ from mmfast.backends.target import CudaTarget, GpuTarget, Target
 from mmfast.backends.verdict import Result
 from mmfast.ops.resolve import resolve
 from mmfast.resolvers.chain import bind
+from mmfast.resolvers.elementwise import GradDrop
 from mmfast.resolvers.names import ResolverLike, instance_of
 
 
@@ -92,10 +93,14 @@ def verify(device: torch.device | str | None = None, thorough: bool = False) -> 
     found = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
     with torch.cuda.device(found):
         no_cuda, no_triton = cuda.why_not(), why_no_triton()
+        if no_triton is None and found.type not in triton_kernels().DEVICES:
+            no_triton = "TRITON_INTERPRET is set: its kernels are interpreted on the CPU"
         kept = verdict.Kept(verdict.facts(found))
         targets: list[Target] = [CudaTarget(found)] if no_cuda is None else []
         report, results = _report(torch.cuda.get_device_name(found), targets, {"cuda": no_cuda}, kept, thorough)
         if not any(r.passed and r.path == "two_pass" for r in report.results):
+            if any(("cuda", path) not in results for target in targets for path in target.paths):  # an error or a hang ended the test
+                no_triton = "the device no longer serves this process; verify again in another"
             targets = [GpuTarget("triton", found, triton_kernels())] if no_triton is None else []
             report, results = _report(report.device, targets, report.skipped | {"triton": no_triton}, kept, thorough, results)
     proof.replace(found, results)
@@ -144,12 +149,16 @@ def warmup(
     start = time.monotonic()
     on = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
     for shape in shapes:
+        if isinstance(shape, (int, str)):
+            raise TypeError(f"shapes holds {shape!r}, expected a list of shapes, each [K, ...] of K gradients")
         if len(shape) < 1:
             raise ValueError("shapes has one without numbers, expected [K, ...] of K gradients")
         rule = instance_of(resolver, shape[0])
         chain = rule.chain()
         if chain is not None:
             bind(chain, tuple(shape[1:2]) if per == "sample" else (), shape[0], on)
+        if isinstance(rule, GradDrop):
+            rule.stream(on)
         with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
             resolve(torch.ones(*shape, dtype=dtype, device=on), deepcopy(rule), per, preserve_norm=preserve_norm, backend=backend)
     if on.type == "cuda":

@@ -54,7 +54,7 @@ def gpu(monkeypatch, tmp_path, request):
     monkeypatch.setattr(cuda, "_exports", device.exports)
     monkeypatch.setattr(proof, "CudaTarget", StandIn)
     monkeypatch.setattr(verdict, "facts", lambda place: {"device": str(place)})
-    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(cuda, "why_not", lambda index=None: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("_serves", "_results", "_reasons"):
         monkeypatch.setattr(proof, name, {})
@@ -83,6 +83,32 @@ def test_kernels_that_are_right_pass_and_serve(gpu, monkeypatch):
     assert (
         (("cuda", "cluster") in results) == (("cuda", "overlap") in results) == ("overlap" in cuda.paths(gpu.index))
     )  # A100 and L4 have neither
+
+
+# a GeForce RTX 5090 in numbers, and two processors of a small GPU: what the largest problems need a path does not have there
+SMALLER = {
+    "clusters, 99 KB": {
+        "processors": 170,
+        "shared_block": 101376,
+        "shared_processor": 102400,
+        "capability": 120,
+        "cluster": 8,
+        "blocks": 24,
+    },
+    "two processors": {"processors": 2, "shared_block": 101376, "shared_processor": 102400, "capability": 87, "cluster": 0, "blocks": 16},
+}
+
+
+@pytest.mark.parametrize("numbers", SMALLER.values(), ids=SMALLER)
+def test_a_path_is_tested_by_the_problems_that_a_gpu_has_room_for(numbers, monkeypatch):
+    monkeypatch.setattr(cuda, "_exports", device.exports)
+    with device.chip("H100", **numbers):
+        there = StandIn(torch.device("cuda", device.number()))
+        found = {path: proof.climb(there, path) for path in there.paths if path in ("persistent", "cluster", "per_sample")}
+        assert ("cluster" in found) == (numbers["cluster"] > 0)
+        for path, (result, usable) in found.items():
+            assert result.passed and usable and result.problems >= 4, (path, result)
+        assert min(result.problems for result, _ in found.values()) < len(ladder.problems("cluster", False))
 
 
 def taken(per="batch"):
