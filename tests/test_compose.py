@@ -7,7 +7,7 @@ import torch
 from problems import gramian
 
 from mmfast import ops
-from mmfast.resolvers import CRMOGM, NSGD, Compose, Constant, GradDrop, GradNorm, GradVac, Mean, PCGrad, Random, Resolver, Sum, resolver
+from mmfast.resolvers import CRMOGM, MGDA, NSGD, Compose, Constant, GradDrop, GradNorm, GradVac, Mean, PCGrad, Random, Resolver, Sum, resolver
 
 BACKENDS = ["auto", "reference"]
 
@@ -89,6 +89,20 @@ def test_python_and_compiled_steps_agree_over_calls():
     for call in range(4):
         G = torch.stack([gramian(5, seed=10 * call + b) for b in range(3)])
         mask = torch.tensor([[True] * 5, [True, False, True, True, True], [call != 1, True, True, False, True]])
+        torch.testing.assert_close(python(G, mask), compiled(G, mask), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("held", [lambda: PCGrad(every=3), lambda: GradVac(every=3), lambda: MGDA(every=2)], ids=["PCGrad", "GradVac", "MGDA"])
+def test_a_python_step_leaves_held_weights_alone(held):
+    """`every` means the same beside a step of one's own: weights are kept, also those of a rule that maps rows."""
+    torch.manual_seed(0)
+    compiled = Compose(held(), Sum())
+    python = copy.deepcopy(compiled)
+    python.parts[1] = Own(python.parts[1])
+    assert compiled.chain() is not None and python.chain() is None
+    for call in range(7):
+        G = gramian(5, seed=call)
+        mask = torch.tensor([True, True, call != 2, True, True])
         torch.testing.assert_close(python(G, mask), compiled(G, mask), rtol=1e-9, atol=1e-12)
 
 
