@@ -7,7 +7,22 @@ import torch
 from problems import gramian
 
 from mmfast import ops
-from mmfast.resolvers import CRMOGM, MGDA, NSGD, Compose, Constant, GradDrop, GradNorm, GradVac, Mean, PCGrad, Random, Resolver, Sum, resolver
+from mmfast.resolvers import (
+    CRMOGM,
+    MGDA,
+    NSGD,
+    Compose,
+    Constant,
+    GradDrop,
+    GradNorm,
+    GradVac,
+    Mean,
+    PCGrad,
+    Random,
+    Resolver,
+    Sum,
+    resolver,
+)
 
 BACKENDS = ["auto", "reference"]
 
@@ -92,7 +107,9 @@ def test_python_and_compiled_steps_agree_over_calls():
         torch.testing.assert_close(python(G, mask), compiled(G, mask), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("held", [lambda: PCGrad(every=3), lambda: GradVac(every=3), lambda: MGDA(every=2)], ids=["PCGrad", "GradVac", "MGDA"])
+@pytest.mark.parametrize(
+    "held", [lambda: PCGrad(every=3), lambda: GradVac(every=3), lambda: MGDA(every=2)], ids=["PCGrad", "GradVac", "MGDA"]
+)
 def test_a_python_step_leaves_held_weights_alone(held):
     """`every` means the same beside a step of one's own: weights are kept, also those of a rule that maps rows."""
     torch.manual_seed(0)
