@@ -7,7 +7,25 @@ import torch
 from problems import gramian
 
 from mmfast import ops
-from mmfast.resolvers import CRMOGM, NSGD, Compose, Constant, GradDrop, GradNorm, GradVac, Mean, PCGrad, Random, Resolver, Sum, resolver
+from mmfast.resolvers import (
+    CRMOGM,
+    DBMTL,
+    MGDA,
+    NSGD,
+    Compose,
+    Constant,
+    GradDrop,
+    GradNorm,
+    GradVac,
+    Mean,
+    MMPareto,
+    PCGrad,
+    Random,
+    Resolver,
+    Sum,
+    Unit,
+    resolver,
+)
 
 BACKENDS = ["auto", "reference"]
 
@@ -90,6 +108,41 @@ def test_python_and_compiled_steps_agree_over_calls():
         G = torch.stack([gramian(5, seed=10 * call + b) for b in range(3)])
         mask = torch.tensor([[True] * 5, [True, False, True, True, True], [call != 1, True, True, False, True]])
         torch.testing.assert_close(python(G, mask), compiled(G, mask), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "held", [lambda: PCGrad(every=3), lambda: GradVac(every=3), lambda: MGDA(every=2)], ids=["PCGrad", "GradVac", "MGDA"]
+)
+def test_a_python_step_leaves_held_weights_alone(held):
+    """`every` means the same beside a step of one's own: weights are kept, also those of a rule that maps rows."""
+    torch.manual_seed(0)
+    compiled = Compose(held(), Sum())
+    python = copy.deepcopy(compiled)
+    python.parts[1] = Own(python.parts[1])
+    assert compiled.chain() is not None and python.chain() is None
+    for call in range(7):
+        G = gramian(5, seed=call)
+        mask = torch.tensor([True, True, call != 2, True, True])
+        torch.testing.assert_close(python(G, mask), compiled(G, mask), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first", [lambda: MGDA(), lambda: MGDA("l2"), lambda: MMPareto()], ids=["MGDA", "MGDA l2", "MMPareto"])
+def test_a_row_without_weight_is_gone(first, backend):
+    """Rows that have no part in the shortest vector get weight 0, not nearly 0: a later step that looks at directions alone would make them whole again."""
+    for seed in range(6):
+        J = gradients(6, seed)
+        J[1] -= 2 * J[0]  # a conflict, for MMPareto
+        J[3:] = 4 * J.norm(dim=1).max() * (J[:3] / J[:3].norm(dim=1, keepdim=True)).sum(0) + J[3:]
+        G = J @ J.mT
+        w = ops.weights(G, first(), backend=backend)
+        there = w > 1e-6
+        assert there.sum() >= 2 and (w[~there] == 0).all() and not there.all()
+        norm = J[there].norm(dim=1)
+        for rule, expected in ((Unit(), 1 / norm), (DBMTL(), (w[there] * norm).max() / norm)):
+            found = ops.weights(G, Compose(first(), rule), backend=backend)
+            torch.testing.assert_close(found[there], expected, rtol=1e-6, atol=0)
+            assert (found[~there] == 0).all()
 
 
 @pytest.mark.parametrize("make", [lambda: Compose(Halves(), PCGrad()), lambda: Compose(Halves(), Mean()), lambda: CRMOGM(Halves())])

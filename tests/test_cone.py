@@ -67,6 +67,29 @@ def test_opposite_gradients_cancel(rule, backend):
     torch.testing.assert_close(w @ J, double([0, 3, 0]), rtol=1e-12, atol=1e-12)
 
 
+def nearly_opposite(k, n, count, seed=0):
+    """[count, k, n], float64: one pair opposite to 10^-6 ... 10^-12, or two with more rows: what of it is left is squared below the rounding of a Gramian."""
+    g = torch.Generator().manual_seed(seed)
+    J = torch.randn(count, k, n, dtype=torch.float64, generator=g)
+    apart = 10 ** -(6 + 6 * torch.rand(count, 1, dtype=torch.float64, generator=g))
+    J[:, 1] = apart * J[:, 1] - J[:, 0] * (0.1 + 2 * torch.rand(count, 1, dtype=torch.float64, generator=g))
+    if k > 5:
+        J[: count // 2, 3] = apart[: count // 2] * J[: count // 2, 3] - 3 * J[: count // 2, 2]
+    return J[:, torch.randperm(k, generator=g)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("k", "n", "count"), [(4, 9, 800), (6, 12, 300), (12, 30, 60)])
+def test_nearly_opposite_gradients(k, n, count, backend):
+    """A projection is no longer than what it projects and harms no row, also where no factor of the Gramian tells two opposite rows apart."""
+    J = nearly_opposite(k, n, count)
+    size, G = J.norm(dim=-1), J @ J.mT
+    for rule in (cone.UPGrad(), cone.DualProj()):
+        d = (ops.weights(G, rule, backend=backend).unsqueeze(1) @ J).squeeze(1)
+        assert (d.norm(dim=-1) / size.mean(-1)).max() <= 1 + 1e-6, rule
+        assert ((J @ d.unsqueeze(-1)).squeeze(-1) / size).min() >= -1e-6 * size.mean(), rule
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", [cone.UPGrad, cone.DualProj])
 def test_preference_belongs_to_the_row(rule, backend):

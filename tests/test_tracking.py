@@ -164,6 +164,23 @@ def test_missing_rows(make):
             assert torch.equal(getattr(rules[0], rules[0].of_elements[0])[1], before[0][1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tiny", [1e-24, 1e-30, 1e-44])
+@every_rule
+def test_a_row_whose_squares_vanish_is_missing(make, tiny, backend):
+    """In float32 nothing is in proportion to it: it makes no number infinite, at its first call or later, and the others go on as without it."""
+    for first in (0, 2):
+        rule, without = make(), make()
+        for n, J in enumerate(calls(torch.float32)):
+            small = J.clone()
+            small[1] *= tiny if n == first else 1
+            out = mf.resolve(list(small), rule, backend=backend)
+            expected = mf.resolve([J[0], None, J[2]] if n == first else list(J), without, backend=backend)
+            assert all(x.isfinite().all() for x in rule.buffers()), n
+            if type(rule) in (mf.MoCo, mf.ExcessMTL):  # the others keep its running mean, however small
+                torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
 @every_rule
 def test_lists_shapes_and_order(make):
     """Several tensors are one problem; the order of the gradients does not matter."""

@@ -9,6 +9,7 @@ from precision_conditions import conditions
 from precision_problems import KINDS, gradients
 from problems import gramian, kinds
 from rule_table import RULES
+from test_cone import nearly_opposite
 from test_minnorm import hard, randn
 from test_precision import CAGRAD_ONE, CAGRAD_TWO, UPGRAD
 
@@ -137,6 +138,15 @@ def test_hard_gramians(name, tolerance, step):
     G = torch.stack([j @ j.mT for j in J])
     for i, w in enumerate(solve(RULES[name].make(4), G)):
         assert RULES[name].residual(G[i], w) <= tolerance, i
+
+
+def test_nearly_opposite_gradients():
+    """Projections stay as long as what they project and harm no row, where the pivot of a row is rounding."""
+    J = nearly_opposite(4, 9, 400)[[46, 144, 145]]
+    w = solve(resolvers.UPGrad(), J @ J.mT)
+    d, size = (w.unsqueeze(1) @ J).squeeze(1), J.norm(dim=-1)
+    assert (d.norm(dim=-1) <= size.mean(-1)).all()
+    assert ((J @ d.unsqueeze(-1)).squeeze(-1) / size).min() >= -1e-6 * size.mean()
 
 
 def test_rounded_gramian():

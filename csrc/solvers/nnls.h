@@ -25,6 +25,7 @@ struct NonNegative {
   static constexpr double kSafePivot = 1e-10;  // a guess takes only rows clearly independent of those before
   static constexpr double kSlack = 1e-13;  // a slack counts as violated beyond this share of the sums it is made of
   static constexpr double kDependentSlack = 1e-10;  // for a row dependent on the set: near-opposite members amplify its rounding
+  static constexpr double kHidden = 4e-8;  // times its weights, where it cannot contradict the set: a pivot of rounding hides sqrt(kRounding) of its length
   static constexpr double kZero = 1e-12;  // a weight below this share of all is rounding and never reaches a bound
   static constexpr int kSweeps = 4;
   enum Status { kFree = 0, kInSet = 1, kRejected = 2 };
@@ -173,6 +174,11 @@ struct NonNegative {
       const double pivot = column(j, &rhs);
       if (pivot > kSafePivot) add_row(j, pivot, rhs);
     }
+    settle();
+  }
+
+  // The minimiser over the set, without those that turn out not to be positive.
+  MMFAST_APART void settle() {
     while (minimise() > 0) filter([&](int c) { return z[c] > 0.0; });
     each(team, set_size, [&](int c) { l[c] = z[c]; });
   }
@@ -206,11 +212,12 @@ struct NonNegative {
           }
         const double full = pivot > kRounding * weights * weights ? -slack_j / pivot : INFINITY;
         const bool dependent = !(full < INFINITY);
-        const bool noise = dependent && slack_j >= -kDependentSlack * scale;
+        const bool noise = dependent && slack_j >= -(in_range ? kHidden * weights : kDependentSlack) * scale;
         if (noise || (dependent && first < 0)) {
           bounded = noise || in_range;
           if (team.rank() == 0) status[j] = kRejected;
           team.sync();
+          if (multiplier > 0.0) settle();  // what the others gave way to is not there
           break;
         }
         const double step = full <= partial ? full : partial;

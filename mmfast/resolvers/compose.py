@@ -86,7 +86,7 @@ class Compose(Resolver):
 
 def _row_map(G: Tensor, resolver: Resolver, mask: Tensor) -> Tensor:
     """What a resolver does to the rows, [..., K, K]: gradient i becomes sum_j A[i, j] g_j."""
-    if not isinstance(resolver, Rule) or not resolver.maps_rows:
+    if not isinstance(resolver, Rule) or not resolver.maps_rows or resolver.hold is not None:  # what is held are weights
         return torch.diag_embed(call_resolver(resolver, G, mask, known_precision()))
     k, rng = G.shape[-1], resolver.rng
     states = [None if s is None else s.view(-1, s.shape[-1]) for s in states_of([resolver], tuple(G.shape[:-2]), k, G.device)]

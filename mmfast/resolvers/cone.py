@@ -36,6 +36,7 @@ def _nonnegative(C: Tensor, q: Tensor, free: Tensor) -> Tensor:
     C = _identity_where(free, C)
     ridge = _RIDGE * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     l, s = torch.ones_like(q), torch.ones_like(q)  # the solution and its slacks C l + q
+    best = l  # of all steps: near-opposite rows leave a factor without digits, and what follows goes astray
     for _ in range(_ITERATIONS):
         mu = (l * s).mean(-1, keepdim=True)
         residual = times(C, l) + _RIDGE * l + q - s
@@ -50,6 +51,7 @@ def _nonnegative(C: Tensor, q: Tensor, free: Tensor) -> Tensor:
         next_l, next_s = l + 0.995 * longest * dl, s + 0.995 * longest * ds
         go_on = (mu > 1e-24) & (next_l + next_s).isfinite().all(-1, keepdim=True)
         l, s = torch.where(go_on, next_l, l), torch.where(go_on, next_s, s)
+        best = torch.where(_distance(C, q, l) < _distance(C, q, best), l, best)
     # on the set that was found the ridge is refined away
     inside = l > s
     factor, _ = torch.linalg.cholesky_ex(_identity_where(inside, C) + ridge)
@@ -58,8 +60,8 @@ def _nonnegative(C: Tensor, q: Tensor, free: Tensor) -> Tensor:
         slack = torch.where(inside, times(C, exact) + q, 0)
         exact = exact - torch.cholesky_solve(slack.unsqueeze(-1), factor).squeeze(-1)
     exact = exact.clamp(min=0)
-    better = _distance(C, q, exact) <= _distance(C, q, l)
-    return torch.where(free, torch.where(better, exact, l) * size, 0)
+    better = _distance(C, q, exact) <= _distance(C, q, best)
+    return torch.where(free, torch.where(better, exact, best) * size, 0)
 
 
 class UPGrad(PreferringRule):

@@ -16,6 +16,7 @@ from mmfast.resolvers.linalg import cosines, times
 CANCELLED = 1e-14
 HULL = 1e-12  # square of the shortest vector of the hull of unit rows: below it, zero counts as inside
 ITERATIONS = 40
+NOTHING = 1e-9  # a share of the largest below which a weight that has a slack is zero
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -66,6 +67,8 @@ def _quadratic(C: Tensor, q: Tensor, a: Tensor, active: Tensor, simplex: bool) -
             dx = torch.where(active, dx + along * dy, 0)
             ds = (target - s * dx) / x
         x, s, y = _advance(_longest_step((x, dx), (s, ds)), (x, dx), (s, ds), (y, dy))
+    if simplex:  # what only its barrier keeps above zero is none: a step after this one would take the row for a gradient
+        x = torch.where((x < s) & (x < NOTHING * torch.where(active, x, 0).amax(-1, keepdim=True)), 0, x)
     return torch.where(active, x, 0)
 
 

@@ -223,6 +223,7 @@ class MoCo(TrackingRule):
         if losses.shape != calls.shape:
             raise ValueError(f"MoCo: losses has shape {tuple(losses.shape)}, expected {tuple(calls.shape)}, one per gradient")
         norm = _gramian(functions, x, there).diagonal().sqrt()
+        there = there & (norm != 0)  # of a row whose squares vanish there is no unit gradient
         unit = (losses / torch.where(there, norm, 1)).unsqueeze(-1).to(x.dtype) * x
         calls = calls + there
         rate = self.beta * calls.clamp(min=1) ** -self.beta_sigma
@@ -268,6 +269,7 @@ class ExcessMTL(TrackingRule):
         square = x.square()
         squares = squares + square
         excess = torch.where(squares > 0, square / squares.sqrt(), 0).double().sum(-1)
+        there = there & (excess != 0)  # a row whose squares vanish is missing, as to rules of Gramians: nothing is in proportion to it
         calls = calls + there
         begins = there & (calls <= self.n_warmup_steps)
         first = torch.where(begins, first + excess / self.n_warmup_steps, first)

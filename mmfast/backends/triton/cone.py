@@ -6,6 +6,8 @@ from mmfast.backends.triton.nonnegative import nonnegative
 from mmfast.backends.triton.problem import column, cosines, load, pick, preference, store, times
 from mmfast.backends.triton.rows import kernel
 
+HIDDEN = tl.constexpr(4e-8)  # kHidden of csrc/solvers/nnls.h
+
 
 @kernel
 def upgrad(
@@ -24,7 +26,7 @@ def upgrad(
         share = pick(u, at)
         if (tl.min(q, axis=0) < 0.0) & (share > 0.0):
             free = active & ~at  # projecting g_i never needs more of g_i itself
-            x, _T, _set = nonnegative(C, q, free & (q < 0.0), free, 1.0, 1e-10, idx, K)
+            x, _T, _set = nonnegative(C, q, free & (q < 0.0), free, 1.0, 1e-10, HIDDEN, idx, K)
             total += share * x
     store(w_ptr, total / norm, G, active, rows, numbers, K, P, NORM, True)
 
@@ -40,5 +42,5 @@ def dualproj(
     norm, C = cosines(G, active, idx)
     u = preference(numbers, 1, active, idx, K, GIVEN) * norm
     q = tl.where(active, times(C, u), 0.0)
-    x, _T, _set = nonnegative(C, q, q < 0.0, active, tl.sum(u, axis=0), 1e-10, idx, K)
+    x, _T, _set = nonnegative(C, q, q < 0.0, active, tl.sum(u, axis=0), 1e-10, HIDDEN, idx, K)
     store(w_ptr, (u + x) / norm, G, active, rows, numbers, K, P, NORM, True)

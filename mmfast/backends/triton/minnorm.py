@@ -21,7 +21,7 @@ def shortest(G, active, idx, K: tl.constexpr):
     size = tl.sqrt(squares + tl.where(active, lift, 0.0))
     one = tl.where(idx[:, None] == idx[None, :], 1.0, 0.0)
     C = tl.where(pair & (idx[:, None] != idx[None, :]), (G + lift) / (size[:, None] * size[None, :]), one)
-    x, _T, _set = nonnegative(C, tl.where(active, -lift / size, 0.0), active, active, 0.0, 2e-13, idx, K)
+    x, _T, _set = nonnegative(C, tl.where(active, -lift / size, 0.0), active, active, 0.0, 2e-13, 0.0, idx, K)
     x = x / size
     total = tl.sum(x, axis=0)
     return x / tl.where(total > 0.0, total, 1.0)
@@ -86,7 +86,7 @@ def ball(C, b, a, active, c, part, idx, K: tl.constexpr):
         A = tl.where(pair & (one == 0.0), (C + lift[:, None] * lift[None, :]) / (size[:, None] * size[None, :]), one)
         q = (tl.where(going == 1, 0.0, b) - tl.where(going == 1, 1.0, t) * lift) / size
         reach = tl.sum(tl.abs(q), axis=0)
-        x, T, inside = nonnegative(A, q, inside, active, reach, 1e-10, idx, K)
+        x, T, inside = nonnegative(A, q, inside, active, reach, 1e-10, 0.0, idx, K)
         x = x / size
         Cx = times(C, x)
         square = tl.sum(x * Cx, axis=0)

@@ -44,10 +44,11 @@ def inverse_times(T, inside, r):
 
 
 @triton.jit
-def nonnegative(C, q, inside, free, reach, noise, idx, K: tl.constexpr):
+def nonnegative(C, q, inside, free, reach, noise, hidden, idx, K: tl.constexpr):
     """(x [P], its table, its set), x zero where not free; `inside` guesses the set, reach is the size of the sums that q is made of.
 
-    A row dependent on the set whose slack is less than `noise` of the sums below zero stays out: near-opposite members amplify rounding.
+    A row dependent on the set whose slack is less than `noise`, or `hidden` times its weights, of the sums below zero stays out: near-opposite members
+    amplify rounding, and a pivot of rounding hides a part of its length.
     """
     # from the guess all leave at once whose x would be negative, until none is: most problems end here
     x = q * 0.0
@@ -92,7 +93,7 @@ def nonnegative(C, q, inside, free, reach, noise, idx, K: tl.constexpr):
                 partial, first = tl.min(until, axis=0), tl.argmin(until, axis=0)
                 independent = pivot > 1e-15 * weights * weights
                 full = tl.where(independent, tl.maximum(-lack, 0.0) / tl.where(independent, pivot, 1.0), float("inf"))
-                if (full == float("inf")) & ((lack >= -noise * size) | (partial == float("inf"))):
+                if (full == float("inf")) & ((lack >= -tl.maximum(weights * hidden, noise) * size) | (partial == float("inf"))):
                     left_out = left_out | at
                     entering = entering * 0 - 1
                 else:
