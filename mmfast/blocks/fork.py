@@ -69,7 +69,7 @@ class mmfast_fork(torch.autograd.Function):
             return None, None, None
         refuse_double_backward("a fork")
         (mask,) = ctx.saved_tensors
-        if notices.taken_apart:
+        if notices.taken_apart():
             return notices.plain_sum(grads), None, None
         if not torch.compiler.is_compiling():
             notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, notices.present_branches, grads)
@@ -200,7 +200,7 @@ class mmfast_fork_of_several(torch.autograd.Function):
         if not across_ranks and all(g is None for g in flat):
             return (None,) * (2 + ctx.count)
         refuse_double_backward("a fork")
-        if notices.taken_apart:
+        if notices.taken_apart():
             return (None, None, *(notices.plain_sum(column) for column in zip(*grads, strict=True)))
         if not torch.compiler.is_compiling():
             notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, present_in_lists, grads, group=ctx.plan.ranks)
@@ -249,7 +249,7 @@ def resolved_across(
         if isinstance(plan.resolver, ElementwiseRule):
             out = across.resolve_elements(columns, plan.k, plan.resolver, mask, plan.preserve_norm, plan.ranks)
         else:
-            precision = max(precision_of(dtype) for _, dtype, _ in kinds)
+            precision = max(precision_of(dtype.to_real()) for _, dtype, _ in kinds)
             problem = (plan.resolver, plan.per, mask, plan.preserve_norm, precision, plan.ranks, _table(takers, plan.k, kinds[0][2]))
             out, info = across.resolve(columns, plan.k, *problem)
     if plan.recorder is not None:
