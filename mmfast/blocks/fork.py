@@ -249,7 +249,7 @@ def resolved_across(
         if isinstance(plan.resolver, ElementwiseRule):
             out = across.resolve_elements(columns, plan.k, plan.resolver, mask, plan.preserve_norm, plan.ranks)
         else:
-            precision = max(precision_of(dtype.to_real()) for _, dtype, _ in kinds)
+            precision = max(precision_of(dtype) for _, dtype, _ in kinds)
             problem = (plan.resolver, plan.per, mask, plan.preserve_norm, precision, plan.ranks, _table(takers, plan.k, kinds[0][2]))
             out, info = across.resolve(columns, plan.k, *problem)
     if plan.recorder is not None:
