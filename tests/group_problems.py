@@ -114,6 +114,31 @@ def case_kinds_of_gradients(rank, world):
         close(real(ours), real(expected), data.whole.flatten(1).abs().double().norm(dim=1).max().item(), tolerance)
 
 
+class Times(nn.Module):
+    """A branch whose gradient is conj(factor)."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, y):
+        return (y * self.factor).sum().real
+
+
+def case_attached_to_a_complex_tensor(rank, world):
+    """Doubles among them are as exact as real ones are."""
+    for per in ("batch", "batch_sum"):
+        data = Shards(rank, world, dtype=torch.complex128)
+        found = []
+        for grads, options in ((data.mine(), {"group": dist.group.WORLD}), (data.whole, {})):
+            y = torch.zeros_like(grads[0]).requires_grad_()
+            branches = [Times(g) for g in grads]
+            with mf.attach(branches, mf.MGDA(), per=per, **options):
+                sum(branch(y) for branch in branches).backward()
+            found.append(torch.view_as_real(y.grad.resolve_conj()))
+        close(found[0], found[1][data.part], data.whole.abs().flatten(1).norm(dim=1).max().item(), 1e-12)
+
+
 def case_several_tensors(rank, world):
     """One problem over two tensors, to one of which a rank sends nothing."""
     for per in ("batch", "batch_sum"):

@@ -192,3 +192,58 @@ def case_parameters_that_differ(rank, world):
         options = {"params": params, "heads": heads, "retain_graph": True, "group": dist.group.WORLD}
         raises(ValueError, words, lambda options=options: mf.backward(losses, mf.UPGrad(), **options))
     assert all(p.grad is None for p in given)
+
+
+def case_sharded_parameters(rank, world):
+    """What FSDP2 gathers is not what its optimizer sees: mf.backward says so, and nothing is written."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    for whole in (True, False):  # one group of parameters, or one for each layer
+        net = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2))
+        for layer in () if whole else (net[0], net[2]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        for params, low_memory in ((None, False), (None, True), (list(net.parameters()), False)):
+            losses = list(net(Shards(rank, world).mine()[0]).square().sum(0))
+            raises(
+                RuntimeError,
+                "are sharded",
+                lambda losses=losses, options={"params": params, "low_memory": low_memory}: mf.backward(losses, mf.UPGrad(), **options),
+            )
+        assert all(p.grad is None for p in net.parameters())
+
+
+def case_buckets_that_are_ready_early(rank, world):
+    """DDP sends a bucket of unused parameters at once, before the block's all-reduce: in a group of its own the block meets the other ranks' blocks alone."""
+    own = dist.new_group()
+
+    class Uneven(nn.Module):
+        """The first rank lacks one of the encoders."""
+
+        def __init__(self, group=None):
+            super().__init__()
+            torch.manual_seed(3)
+            self.shared, self.other = nn.Linear(D, D), nn.Linear(D, D)
+            self.block = mf.ImpartialityBlock([nn.Linear(D, 1), nn.Linear(D, 2)], mf.GradVac(), group=group)
+
+        def latent(self, x, rank):
+            return self.shared(x) + (self.other(x) if rank else 0)
+
+        def loss(self, a, b):
+            return a.square().mean() - 3 * b.mean()
+
+        def forward(self, x):
+            return self.loss(*self.block(self.latent(x, rank)))
+
+    net, alone = Uneven(own), Uneven()
+    wrapped = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True, bucket_cap_mb=1e-5)
+    for step in range(3):
+        data = Shards(rank, world, seed=step)
+        wrapped.zero_grad(), alone.zero_grad()
+        wrapped(data.whole[0, data.part]).backward()
+        parts = data.whole[0].split(data.sizes)
+        a, b = alone.block(torch.cat([alone.latent(x, r) for r, x in enumerate(parts)]))
+        (sum(map(alone.loss, a.split(data.sizes), b.split(data.sizes))) / world).backward()
+        for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+            close(p.grad, q.grad, max(q.grad.norm().item() for q in alone.parameters()))

@@ -237,6 +237,28 @@ def test_memory(low, copies):
     assert seen.most == copies * n
 
 
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("heads", ["own", "shared"])
+def test_gradients_that_autograd_hands_out_twice(heads, low):
+    """One tensor for both summands, or one number for all elements: each parameter has memory of its own, and accumulates and is clipped as after backward()."""
+
+    def train(step):
+        torch.manual_seed(0)
+        trunk, a, b, c = (nn.Parameter(torch.randn(3, 2)) for _ in range(4))
+        for _ in range(2):
+            y = trunk.sin() + (a + b if heads == "shared" else 0)
+            losses = [(y + (a + b)).square().sum(), y.cos().sum() + 2 * c.sum()]
+            step(losses)
+        params = [trunk, a, b, c]
+        assert len({p.grad.data_ptr() for p in params}) == 4 and all(p.grad.is_contiguous() for p in params)
+        nn.utils.clip_grad_norm_(params, 1.0)
+        return flat(params)
+
+    torch.testing.assert_close(
+        train(lambda losses: mf.backward(losses, mf.Sum(), low_memory=low)), train(lambda losses: sum(losses).backward())
+    )
+
+
 def test_draws_go_to_the_parameters_of_the_last_run():
     """The order of the parameters that losses share is the graph's, not that of addresses: it decides the order of sums, and who gets which draw."""
     runs = []

@@ -69,6 +69,42 @@ def test_a_plain_list_leaves_a_rules_state_alone():
         assert torch.equal(block.resolver.state, state)
 
 
+@pytest.mark.parametrize(
+    "make", [mf.GradVac, mf.GradNorm, lambda: mf.PCGrad(every=3), lambda: mf.Compose(mf.PCD(), mf.MGDA()), lambda: mf.CRMOGM(mf.MGDA())]
+)
+def test_what_holds_nothing_of_a_rule_leaves_its_state_alone(make):
+    """Weights swapped for their average and back, or those of one encoder: load_state_dict(some, strict=False) changes what it holds."""
+    model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "block": MAKE["block"](True, make())})
+    outputs(nn.Sequential(model["encoder"], model["block"]), torch.randn(5, 4, requires_grad=True)).sum().backward()
+    kept = {name: value.clone() for name, value in model["block"].resolver.state_dict().items()}
+    assert any(name.endswith("state") for name in kept)
+    for some in (model["encoder"].state_dict(prefix="encoder."), dict(model.named_parameters()), {}):
+        model.load_state_dict(some, strict=False)
+        now = model["block"].resolver.state_dict()
+        assert now.keys() == kept.keys() and all(torch.equal(now[name], value) for name, value in kept.items())
+
+
+def test_a_checkpoint_from_before_the_first_step_takes_the_state_back():
+    rule, fresh = mf.GradVac(), mf.GradVac().state_dict()
+    mf.resolve(torch.randn(3, 5), rule)
+    rule.load_state_dict(rule.state_dict())
+    assert rule.state is not None
+    rule.load_state_dict(fresh)
+    assert rule.state is None
+
+
+@pytest.mark.parametrize("make", [mf.MoCo, lambda: mf.EMA(mf.MGDA())])
+def test_what_is_kept_of_parameters_stays_with_a_part_of_a_checkpoint(make):
+    rule, fresh, kept = make(), make().state_dict(), {}
+    mf.resolve(torch.randn(3, 5), rule)
+    kept = {name: value.clone() for name, value in rule.state_dict().items()}
+    assert len(kept) > len(fresh)
+    rule.load_state_dict({}, strict=False)
+    assert all(torch.equal(rule.state_dict()[name], value) for name, value in kept.items())
+    rule.load_state_dict(fresh)
+    assert rule.state_dict().keys() == fresh.keys()
+
+
 def test_branches_of_any_kind_load_from_their_list():
     def branches():
         return [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2)]

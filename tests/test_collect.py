@@ -148,3 +148,28 @@ def test_names_that_do_not_fit():
             pass
         with collected("text"), pytest.raises(RuntimeError, match="loss 'image' inside that of 'text'"), collected("image"):
             pass
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no process groups")
+@pytest.mark.parametrize("bucket_mb", [25, 1e-5])
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_gradients_in_the_buckets_of_ddp(tmp_path, bucket_mb, zeroed):
+    """With gradient_as_bucket_view every pass writes its gradients into the same memory: what was collected before must not be there any more."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = model()
+        net.forward = net.losses
+        wrapped = nn.parallel.DistributedDataParallel(
+            net, gradient_as_bucket_view=True, find_unused_parameters=True, bucket_cap_mb=bucket_mb
+        )
+        for step in range(2):
+            wrapped.zero_grad(set_to_none=not zeroed)
+            d, heads = wanted(net.losses(), net, mf.UPGrad())
+            with mf.collect(NAMES, mf.UPGrad(), net.parameters()) as collected:
+                for i in (2, 0, 1):
+                    with collected(NAMES[i]):
+                        for weight in (0.25, 0.75):  # micro-batches
+                            (weight * wrapped(X)[i]).backward()
+            assert_right(net, d, heads)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmfast as mf
+from mmfast.blocks import notices
 
 MAKES = {
     "fork": lambda rule, **kwargs: lambda y: mf.fork(y, 3, rule, **kwargs),
@@ -126,6 +128,21 @@ def test_a_process_group_is_up(make, monkeypatch):
         assert len(seen) == expected and all("a process group of 4 ranks is up" in words for words in seen)
 
 
+def test_parameters_of_a_process_group(monkeypatch):
+    """DDP's hooks do not run in mf.backward: without group= the ranks would drift apart."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for ranks, low_memory in ((1, False), (3, False), (3, True)):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None, ranks=ranks: ranks)
+        rule, net = mf.MGDA(), nn.Linear(4, 2)
+
+        def step(rule=rule, net=net, low_memory=low_memory):
+            first, second = net(torch.randn(5, 4)).sum(0)
+            mf.backward([first, second], rule, low_memory=low_memory)
+
+        seen = told(step) + told(step)
+        assert len(seen) == (ranks > 1) and all("a process group of 3 ranks is up: mmfast.backward" in words for words in seen)
+
+
 RANK = """
 import os, sys, warnings, torch, mmfast as mf
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
@@ -191,3 +208,55 @@ def test_a_rule_with_state_serves_one_block(make, rule):
 def test_a_rule_without_state_serves_many():
     rule = mf.MGDA()
     assert not told(lambda: [mf.ImpartialityBlock(HEADS, rule), mf.LinearHeads(4, [1, 1], rule)])
+
+
+class Waits(torch.autograd.Function):
+    """Holds its backward pass back until it is told to go on."""
+
+    @staticmethod
+    def forward(ctx, x, arrived, go_on):
+        ctx.events = arrived, go_on
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        arrived, go_on = ctx.events
+        arrived.set()
+        assert go_on.wait(60)
+        return grad, None, None
+
+
+@every
+@pytest.mark.parametrize("other", ["backward", "low memory", "collect", "find_blocks"])
+def test_a_model_in_another_thread(make, other):
+    """While one thread differentiates its losses one by one, the blocks of another one resolve as ever, and afterwards too."""
+    block = make(mf.MGDA())
+    x = torch.randn(5, 4)
+
+    def step():
+        y = x.clone().requires_grad_()
+        sum((i - 1) * output.square().sum() + output.sum() for i, output in enumerate(block(y))).backward()
+        return y.grad
+
+    alone, events = step(), (threading.Event(), threading.Event())
+    p = nn.Parameter(torch.randn(3))
+
+    def train():
+        first, second = Waits.apply(p, *events).sum(), p.square().sum()
+        if other == "collect":
+            with mf.collect(2, mf.UPGrad(), [p]) as collected, collected(0):
+                first.backward()
+        elif other == "find_blocks":
+            mf.find_blocks([first, second])
+        else:
+            mf.backward([first, second], mf.UPGrad(), low_memory=other == "low memory")
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert events[0].wait(60)
+    meanwhile = step()
+    events[1].set()
+    thread.join()
+    assert torch.equal(meanwhile, alone) and torch.equal(step(), alone)
+    with notices.taking_apart():
+        assert not torch.allclose(step(), alone)  # so that the test could fail

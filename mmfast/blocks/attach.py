@@ -19,6 +19,7 @@ from mmfast.blocks.scaling import LocalScale
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike
 
+DTYPES = frozenset(contract.DTYPES + contract.COMPLEX)
 # operations that show a tensor's memory in another way: two tensors that they made of one, alike in shape and strides, are one tensor
 _VIEWS = frozenset(
     f"{name}Backward{overload}"
@@ -60,6 +61,7 @@ class Meeting:
     def __init__(self, ys: Sequence[Tensor], handle: "Attached") -> None:
         self.ys, self.handle = list(ys), handle
         self.versions = [y._version for y in ys]
+        self.in_backward = torch._C._current_graph_task_id() != -1  # where reentrant checkpointing computes a branch again
         self.takers: list[set[int]] = [set() for _ in ys]
         flat = transforms.apply(mmfast_attach, self, *ys)
         self.aliases = [flat[i * len(ys) : (i + 1) * len(ys)] for i in range(len(handle.names))]
@@ -68,7 +70,7 @@ class Meeting:
         """Which of them it is: the same object, or the same view of the same tensor (each h[:, 0] makes a new one)."""
         for t, mine in enumerate(self.ys):
             if mine is y:
-                return t
+                return t if self.versions[t] == y._version else None  # changed in place, it is another one
         if not y._is_view() or y._backward_hooks or y.retains_grad:
             return None
         return next((t for t in range(len(self.ys)) if self._shows(t, y)), None)
@@ -83,7 +85,7 @@ class Meeting:
         return one is other and i == j
 
     def is_only(self, y: Any) -> bool:
-        return self.ys[0] is y and len(self.ys) == 1
+        return self.ys[0] is y and len(self.ys) == 1 and self.versions[0] == y._version
 
     def alias(self, branch: int, t: int) -> Tensor:
         self.takers[t].add(branch)
@@ -92,6 +94,8 @@ class Meeting:
     def held_outside(self) -> bool:
         """Whether another branch can still come with one of them: somebody else has it, or what it is a view of."""
         for t in range(len(self.ys)):
+            if self.ys[t]._version != self.versions[t]:
+                continue
             if not self.ys[t]._is_view():
                 if sys.getrefcount(self.ys[t]) > _OURS:
                     return True
@@ -105,7 +109,7 @@ class mmfast_attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, meeting: Meeting, *ys: Tensor) -> tuple[Tensor, ...]:
-        ctx.meeting_takers, ctx.handle = meeting.takers, meeting.handle
+        ctx.meeting_takers, ctx.handle, ctx.in_backward = meeting.takers, meeting.handle, meeting.in_backward
         ctx.kinds = None if meeting.handle.ranks is None else [(y.shape, y.dtype, y.device) for y in ys]
         ctx.seen = None  # the branches of an earlier backward pass
         ctx.set_materialize_grads(False)
@@ -114,9 +118,11 @@ class mmfast_attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *flat: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         handle, takers, count = ctx.handle, ctx.meeting_takers, len(ctx.meeting_takers)
-        if notices.taken_apart:
+        if notices.taken_apart():
             return (None, *(notices.plain_sum(flat[t::count]) for t in range(count)))
         handle.close(takers)
+        if ctx.in_backward:
+            handle.computed_again(takers)
         plan = Plan(len(handle.names), handle.resolver, handle.per, handle.preserve_norm, handle, handle.ranks)
         across = plan.ranks is not None and plan.per != "sample"
         if not across and all(g is None for g in flat):
@@ -163,14 +169,15 @@ class Attached(Impartial):
             )
         self._open: list[Meeting] = []
         self._met: deque[set[int]] = deque(maxlen=256)  # which branches took the tensors since the last backward pass
-        self._seen_apart = self._told = False
+        self._seen_apart = self._told = self._told_hidden = False
+        self._alone: set[int] = set()  # branches that were computed again by themselves
         self._hooks = []
         for i, branch in enumerate(branches.values()):
-            self._hooks.append(
-                branch.register_forward_pre_hook(self._entering(i, _begins_in_place(branch)), prepend=True, with_kwargs=True)
-            )
+            entering = Entering(self, i, _begins_in_place(branch))
+            self._hooks.append(branch.register_forward_pre_hook(entering, prepend=True, with_kwargs=True))
             if self._beta is not None or self.modulation is not None:
-                self._hooks.append(branch.register_forward_hook(self._leaving(i)))
+                self._hooks.append(branch.register_forward_hook(Leaving(self, i)))
+        torch.compiler.reset()  # compiled code has no guard on hooks: it would go on without them
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -182,6 +189,7 @@ class Attached(Impartial):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        torch.compiler.reset()
         self._open.clear()
         self._met.clear()
         give_up(self.resolver, len(self._names))
@@ -192,20 +200,9 @@ class Attached(Impartial):
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _entering(self, i: int, copies: bool) -> Any:
-        met = self._open
-        replaced = torch.compiler.disable(self._replaced)
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-            if torch.compiler.is_compiling():  # who meets whom is seen while it runs: a compiled model's graph breaks here
-                return replaced(i, copies, args, kwargs)
-            if met and len(args) == 1 and not kwargs and met[-1].is_only(args[0]) and torch.is_grad_enabled() and not transforms.active():
-                alias = met[-1].alias(i, 0)  # most often a branch comes with what the one before it came with
-                return (alias.clone() if copies else alias,), kwargs
-            return self._replaced(i, copies, args, kwargs)
-
-        enter.__dict__["handle"] = self  # by which a Monitor finds it
-        return enter
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which has met nobody yet."""
+        return {**self.__dict__, "_open": [], "_met": deque(maxlen=self._met.maxlen)}
 
     def _replaced(self, i: int, copies: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The inputs of a branch with aliases for the tensors that want a gradient; None where there is nothing to replace."""
@@ -215,25 +212,18 @@ class Attached(Impartial):
             raise RuntimeError(
                 "attached branches can't be called inside a transformation of torch.func; use mmfast.ImpartialityBlock there"
             )
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].requires_grad and args[0].dtype in contract.DTYPES:
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].requires_grad and args[0].dtype in DTYPES:
             alias = self._aliases(i, [args[0]])[0]  # the usual call
             return (alias.clone() if copies else alias,), kwargs
         leaves, spec = tree_flatten((args, kwargs))
-        places = [j for j, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad and x.dtype in contract.DTYPES]
+        places = [j for j, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad and x.dtype in DTYPES]
         if not places:
             self.no_gradient_wanted()
+            self._tell_hidden(i, leaves)
             return None
         for j, alias in zip(places, self._aliases(i, [leaves[j] for j in places]), strict=True):
             leaves[j] = alias.clone() if copies else alias
         return tree_unflatten(leaves, spec)  # type: ignore[return-value]
-
-    def _leaving(self, i: int) -> Any:
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            local = self.local_step()
-            assert local is not None
-            return scale_outputs(output, local, i, f"branch {self._names[i]}")
-
-        return leave
 
     def _aliases(self, branch: int, ys: list[Tensor]) -> list[Tensor]:
         """The branch's own aliases of the tensors that it is called with."""
@@ -263,6 +253,32 @@ class Attached(Impartial):
             self._met.clear()
         self._open[:] = [m for m in self._open if m.takers is not takers]
 
+    def computed_again(self, takers: list[set[int]]) -> None:
+        """Says once that reentrant checkpointing gives each branch a copy of its input."""
+        if self._told or any(len(s) > 1 for s in takers):
+            self._alone.clear()
+            return
+        self._alone.update(*takers)
+        if len(self._alone) > 1:
+            self._told = True
+            contract.tell(
+                f"the branches {', '.join(self._names)} of mmfast.attach are checkpointed one by one with use_reentrant=True, which hands each a copy of its input, "
+                "so nothing is resolved; use use_reentrant=False, or checkpoint all of them together"
+            )
+
+    def _tell_hidden(self, i: int, leaves: Sequence[Any]) -> None:
+        """Says once that what a branch shares with others is where hooks do not look."""
+        if self._told_hidden:
+            return
+        for x in leaves:
+            if not isinstance(x, (Tensor, nn.Module)) and _hides(x):
+                self._told_hidden = True
+                contract.tell(
+                    f"branch {self._names[i]} of mmfast.attach was called with a {type(x).__name__}, in which attach looks for no tensors, so nothing is resolved "
+                    "there; call branches with tensors, or tuples, lists and dicts of them, or put mmfast.fork where the object is filled"
+                )
+                return
+
     def tell_apart(self) -> None:
         """Says once that branches were called with tensors that are not the same ones."""
         if self._seen_apart and not self._told:
@@ -271,6 +287,46 @@ class Attached(Impartial):
                 f"the branches {', '.join(self._names)} of mmfast.attach share no input: each was called with a tensor object of its own, so nothing is resolved; "
                 "hand all of them the same tensor, not a copy made for each (mmfast.find_blocks shows where gradients meet)"
             )
+
+
+class Entering:
+    """What a branch calls when it is called; a copied or pickled model has a block of its own with it. A Monitor finds the handle by it."""
+
+    def __init__(self, handle: Attached, i: int, copies: bool) -> None:
+        self.handle, self.i, self.copies = handle, i, copies
+        self._unseen = torch.compiler.disable(handle._replaced)
+
+    def __reduce__(self) -> Any:
+        return Entering, (self.handle, self.i, self.copies)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if torch.compiler.is_compiling():  # who meets whom is seen while it runs: a compiled model's graph breaks here
+            return self._unseen(self.i, self.copies, args, kwargs)
+        met = self.handle._open
+        if met and len(args) == 1 and not kwargs and met[-1].is_only(args[0]) and torch.is_grad_enabled() and not transforms.active():
+            alias = met[-1].alias(self.i, 0)  # most often a branch comes with what the one before it came with
+            return (alias.clone() if self.copies else alias,), kwargs
+        return self.handle._replaced(self.i, self.copies, args, kwargs)
+
+
+class Leaving:
+    """The same behind a branch, where its outputs' gradients are scaled."""
+
+    def __init__(self, handle: Attached, i: int) -> None:
+        self.handle, self.i = handle, i
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        local = self.handle.local_step()
+        assert local is not None
+        return scale_outputs(output, local, self.i, f"branch {self.handle.names[self.i]}")
+
+
+def _hides(x: Any, depth: int = 4) -> bool:
+    """Whether a tensor that was computed with a gradient is somewhere in an object."""
+    if isinstance(x, Tensor):
+        return x.grad_fn is not None
+    inside = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else getattr(x, "__dict__", {}).values()
+    return depth > 0 and any(_hides(value, depth - 1) for value in list(inside))
 
 
 def _begins_in_place(branch: nn.Module) -> bool:
@@ -305,7 +361,8 @@ def attach(
 
     Returns:
         A handle: `stats()` as of a block, `remove()` takes the block out again, which leaving a `with` does too; it is a module with the rule's state, outside
-        of the model. Where the model is compiled as a whole, its graph breaks at each branch. A branch whose first layer works in place gets a copy.
+        of the model. Where the model is compiled as a whole, its graph breaks at each branch; what is compiled already is compiled again, for torch.compile
+        does not see hooks that come or go. A branch whose first layer works in place gets a copy.
 
     Raises:
         TypeError, ValueError: an argument is not as described; RuntimeError: in a call inside torch.func, or a backward pass with create_graph=True.

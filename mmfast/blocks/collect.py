@@ -70,8 +70,10 @@ class Collected:
 
 @torch.no_grad()
 def _sum(row: Row | None, more: Row) -> Row:
-    """The gradients of several backward passes of one loss."""
-    return more if row is None else [a if b is None else b if a is None else a + b for a, b in zip(row, more, strict=True)]
+    """The gradients of several backward passes of one loss, in memory of their own: the next pass may write into that of `.grad` (DDP's buckets)."""
+    if row is None:
+        row = [None] * len(more)
+    return [a if b is None else b.clone() if a is None else a + b for a, b in zip(row, more, strict=True)]
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class _LinearHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward("LinearHeads")
-        if notices.taken_apart:
+        if notices.taken_apart():
             return _backward(ctx, delta, lambda _module, delta, weight, *_: delta @ weight.to(delta.dtype))
         if ctx.needs_input_grad[0] and not torch.compiler.is_compiling():
             module = ctx.module

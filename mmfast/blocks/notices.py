@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -23,20 +24,27 @@ HAS_GROUPS = torch.distributed.is_available()  # whether this torch was built wi
 goes_back_again = torch._C._autograd._get_current_graph_task_keep_graph  # whether the graph is kept for another backward pass
 
 
-taken_apart = (
-    False  # whether find_blocks or backward differentiates each loss by itself: then a block passes the plain sum on, and keeps nothing
-)
+_apart: set[int] = set()  # threads that differentiate each loss by itself
+
+
+def taken_apart() -> bool:
+    """Whether find_blocks, backward or collect is at work in this thread: then a block passes the plain sum on, and keeps nothing."""
+    return not torch.compiler.is_compiling() and bool(_apart) and threading.get_ident() in _apart
 
 
 @contextlib.contextmanager
 def taking_apart() -> Iterator[None]:
-    """No block on the way resolves, records, draws or warns."""
-    global taken_apart
-    before, taken_apart = taken_apart, True
-    try:
+    """No block on the way resolves, records, draws or warns; those of backward passes in other threads do."""
+    thread = threading.get_ident()
+    if thread in _apart:
         yield
+        return
+    _apart.add(thread)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):  # or the backward pass of a GPU's tensors had a thread of its own
+            yield
     finally:
-        taken_apart = before
+        _apart.discard(thread)
 
 
 def plain_sum(grads: Sequence[Tensor | None]) -> Tensor | None:
@@ -106,4 +114,17 @@ def shards(resolver: Resolver, per: str) -> None:
     contract.tell(
         f"a process group of {ranks} ranks is up: a block resolves the gradients of each rank's own part of the batch, and what is then averaged over "
         "the ranks is not what the whole batch would give (with per='sample' it is); give the block group=torch.distributed.group.WORLD"
+    )
+
+
+def own_gradients(resolver: Resolver) -> None:
+    """Called by `backward` without a group: says that no rank gets another one's gradients, where there is another one."""
+    if not HAS_GROUPS or not torch.distributed.is_initialized():
+        return
+    if resolver in _told_shards or (ranks := torch.distributed.get_world_size()) < 2:
+        return
+    _told_shards.add(resolver)
+    contract.tell(
+        f"a process group of {ranks} ranks is up: mmfast.backward gives each rank the gradients of its own part of the batch, which nothing averages "
+        "(DistributedDataParallel's hooks do not run there), so that the ranks' parameters drift apart; give it group=torch.distributed.group.WORLD"
     )

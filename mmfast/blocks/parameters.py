@@ -72,6 +72,8 @@ def backward(
     resolver = instance_of(resolver, k)
     resolver.check(k)
     ranks = _ranks(group, params, low_memory)
+    if ranks is None:
+        notices.own_gradients(resolver)
     there = {name: loss for name, loss in named.items() if loss is not None}
     if not there and ranks is None:
         raise ValueError(f"losses holds {k} losses, all None, expected one at least")
@@ -99,6 +101,7 @@ def backward(
             written += found
             infos.append(info)
             begin += len(problem)
+    _check_whole(written)
     for p, gradient in written:
         add(p, gradient)
     return stats_of(tuple(named), infos, resolver)
@@ -137,6 +140,16 @@ def stats_of(names: tuple[str, ...], infos: Sequence[Tensor | None], resolver: R
     if len(infos) == 1:
         return BlockStats.of(names, there[0])
     return BlockStats.of(names, torch.stack([torch.zeros_like(there[0]) if info is None else info for info in infos]))
+
+
+def _check_whole(written: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Raises where a parameter is what FSDP2 gathered for a while: its memory is gone by now, and nobody would look at its `.grad`."""
+    gone = [p for p, _ in written if p.layout == torch.strided and p.numel() and not p.untyped_storage().nbytes()]
+    if gone:
+        raise RuntimeError(
+            f"{len(gone)} of the parameters that the losses reach are sharded (fully_shard), and mmfast.backward writes .grad of whole ones; resolve at the "
+            "tensor that the branches share: mmfast.ImpartialityBlock or mmfast.attach, with group="
+        )
 
 
 def _shared(params: Iterable[Tensor] | Iterable[Iterable[Tensor]] | None, reached: Mapping[int, tuple[Tensor, int]]) -> list[list[Tensor]]:
@@ -183,7 +196,7 @@ def _differentiate(
         rows[name] = list(grads[: len(shared)])
         for p, g in zip(mine, grads[len(shared) :], strict=True):
             if g is not None:
-                sums[id(p)] = (p, g if id(p) not in sums else sums[id(p)][1] + g)
+                sums[id(p)] = (p, g.clone() if id(p) not in sums else sums[id(p)][1] + g)  # g may be another parameter's too
     return rows, list(sums.values())
 
 

@@ -39,7 +39,7 @@ def backward(
     for i, (params, weights) in enumerate(passes):
         keep = retain_graph or i < len(passes) - 1
         grads = _gradients(list(losses.values()), weights, params, keep)
-        written += [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+        written += [(p, g.clone()) for p, g in zip(params, grads, strict=True) if g is not None]  # g may be another parameter's too
     return written, infos
 
 

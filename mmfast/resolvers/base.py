@@ -78,6 +78,11 @@ def kept_by_apply(before: Tensor | None, after: Tensor | None) -> Tensor | None:
     return on_device(before, after.device)
 
 
+def was_saved(local_metadata: dict[str, object]) -> bool:
+    """Whether a module had a place in the checkpoint that is loaded; parts of one (`strict=False`) change only what they hold."""
+    return "version" in local_metadata
+
+
 class Resolver(nn.Module):
     """Maps the Gramian of K gradients to K weights; subclass it and write `forward` for a rule of your own.
 
@@ -181,14 +186,14 @@ class Rule(Resolver):
         self.state, self.rng = kept_by_apply(state, self.state), kept_by_apply(rng, self.rng)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # the state takes its shape from the first problem it meets, so a saved one may be larger than ours
         saved, own = state_dict.get(prefix + "state"), self.state
-        if saved is None:
-            self.state = None  # saved before the first problem
-        else:
+        if saved is not None:
             self.state = torch.empty_like(saved, device=saved.device if own is None else own.device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        elif was_saved(local_metadata):
+            self.state = None  # before the first problem
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         return ""

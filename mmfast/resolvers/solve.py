@@ -13,7 +13,7 @@ from mmfast.resolvers.philox import Draw, advance
 
 def precision_of(dtype: torch.dtype) -> float:
     """Relative rounding of a Gramian of gradients of this dtype: float64's own, or that of the float32 it was summed in."""
-    return EPS if dtype == torch.float64 else torch.finfo(torch.float32).eps
+    return EPS if dtype in (torch.float64, torch.complex128) else torch.finfo(torch.float32).eps
 
 
 def _normalised(G: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:

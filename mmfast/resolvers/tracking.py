@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmfast import contract
 from mmfast.resolvers.alignment import ConFIG
-from mmfast.resolvers.base import Resolver, call_resolver, check_not_capturing, kept_by_apply, on_device
+from mmfast.resolvers.base import Resolver, call_resolver, check_not_capturing, kept_by_apply, on_device, was_saved
 from mmfast.resolvers.chain import bind
 from mmfast.resolvers.elementwise import ElementwiseRule
 from mmfast.resolvers.names import ResolverLike, made_of
@@ -114,11 +114,14 @@ class TrackingRule(ElementwiseRule):
             setattr(self, name, kept_by_apply(before[name], self._buffers[name]))
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         for name in self.names:  # shapes are those of the first gradients
             saved, own = state_dict.get(prefix + name), self._buffers[name]
-            setattr(self, name, None if saved is None else torch.empty_like(saved, device=saved.device if own is None else own.device))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            if saved is not None:
+                setattr(self, name, torch.empty_like(saved, device=saved.device if own is None else own.device))
+            elif was_saved(local_metadata):
+                setattr(self, name, None)  # before the first gradients
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def _gramian(functions: Any, rows: Tensor, there: Tensor) -> Tensor:
