@@ -188,10 +188,24 @@ def test_cosines():
     assert found[0, 2] == found[2, 2] == 0 and found[0, 0] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("n", [64, 100, 300, 1000])
+def test_similarity_of_what_one_sample_alone_has(n):
+    """As of a layer where one neuron is alive, for one sample; two samples on one neuron are structure."""
+    alone = torch.zeros(n, 2)
+    alone[3, 0] = 1.7
+    assert mf.collapse.similarity([torch.randn(n, 3), alone]).isnan().tolist() == [[False, True], [True, True]]
+    alone[5, 0] = -0.4
+    found = mf.collapse.similarity([alone, 3 * alone.flip(1)])
+    torch.testing.assert_close(found, torch.ones(2, 2, dtype=torch.float64))
+
+
 def test_similarity_that_is_not_defined():
     for n in range(5, 40):  # less its mean a constant is zero, or what rounding leaves
         x, constant = torch.randn(n, 3), torch.full((n, 2), 0.1, dtype=torch.float64)
         assert mf.collapse.similarity([x, constant]).isnan().tolist() == [[False, True], [True, True]]
+        alone = torch.zeros(n, 2)
+        alone[n // 2, 1] = 0.3 * n  # one sample that differs is no structure: the estimate is zero, or what rounding leaves, of either sign
+        assert mf.collapse.similarity([x, alone - 7]).isnan().tolist() == [[False, True], [True, True]]
     assert mf.collapse.similarity([x[:3], x[:3]]).isnan().all()
     gone = torch.zeros(n, dtype=torch.bool)
     for measure in ("cka", "cosine"):

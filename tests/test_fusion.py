@@ -44,6 +44,11 @@ def test_the_task_loss():
     for target, found in ((torch.ones(6), r"torch.float32 \(6,\)"), (torch.zeros(6, 4).long(), r"torch.int64 \(6, 4\)")):
         with pytest.raises(ValueError, match=rf"target is {found}, expected int64 \(6,\) or floating-point \(6, 4\)"):
             task_loss(logits, target)
+    for none in (-100, -1, 4):  # -100 is torch's mark of rows to be left out, which a mean over all rows would count as learned
+        target = classes.clone()
+        target[2] = none
+        with pytest.raises(IndexError, match=f"Target {none} is out of bounds"):
+            task_loss(logits, target)
 
 
 def test_a_random_subset_has_its_size_and_is_uniform():

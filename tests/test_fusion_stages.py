@@ -111,6 +111,16 @@ def test_kd_overfits_32_samples():
     assert overfit(model) == 1
 
 
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_kd_refuses_a_score_that_is_no_number(name):
+    """NaN compares as false with all: the order would be that of the dict."""
+    model = kd()
+    scores = {n: 0.5 for n in model.names} | {model.names["abc".index(name) % len(model.names)]: float("nan")}
+    with pytest.raises(ValueError, match="expected numbers: nan has no place in an order"):
+        model.next_stage(scores)
+    assert model.stage == "unimodal" and model.order == model.names
+
+
 def test_kd_refuses():
     for change, message in [
         ({"distance": "l1"}, "distance is 'l1', expected one of mse, cosine"),

@@ -229,6 +229,24 @@ def test_the_command_prints_or_writes(folder):
     assert report(folder, "--missing").output.startswith("875 of the 878 runs of the plan are missing.")
 
 
+def test_the_command_writes_everything_that_a_file_asks_for(folder):
+    """In whatever order, and twice."""
+    asked = ["summary", "table", "page", "table"]
+    file = folder / "page.md"
+    lines = [
+        f"<!-- mmfast report table1: {part} -->\nwhat was\n<!-- end of mmfast report table1 -->\nbehind {i}" for i, part in enumerate(asked)
+    ]
+    file.write_text("\n".join(lines))
+    assert report(folder, "--page", file).exit_code == 0
+    found = file.read_text().split("<!-- end of mmfast report table1 -->")
+    assert "what was" not in file.read_text() and found[1].split("-->")[1] == found[3].split("-->")[1]
+    for i, part in enumerate(asked):
+        alone = folder / "alone.md"
+        alone.write_text(lines[i])
+        report(folder, "--page", alone)
+        assert alone.read_text().split("<!-- end")[0].split("-->")[1] == found[i].split("-->")[1] and f"behind {i}" in found[i + 1]
+
+
 def test_the_command_writes_into_no_file_that_does_not_ask_for_it(folder):
     file = folder / "mine.md"
     file.write_text("# Mine\n<!-- mmfast report table1: page -->\n")  # without an end

@@ -195,15 +195,34 @@ def test_from_a_run_to_pictures(tmp_path, capsys):
         (["none.csv"], "none.csv does not begin with a column 'step', expected a file that mmfast.Monitor wrote"),
         (["run.csv", "--out", "run.docx"], "--out run.docx: Format 'docx' is not supported"),
         (["run.csv", "--out", "absent/run.png"], "absent/run.png: No such file or directory"),
+        (["run.csv", "--html", "--out", "run.csv"], "run.csv is what is read: it would be overwritten; name another file by --out"),
+        (["run.csv", "--html", "--out", "same.html"], "same.html is what is read"),
+        (["run.png"], "run.png is what is read"),
+        (["run.html", "--html"], "run.html is what is read"),
+        (["bytes.csv"], "bytes.csv is no text in UTF-8, as mmfast.Monitor writes it"),
     ],
 )
 def test_what_a_command_cannot_draw(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_run(Path("run.csv"))
     Path("none.csv").write_text("a,b\n")
+    Path("bytes.csv").write_bytes(b"step,\xff\n")
+    rows = Path("run.csv").read_bytes()
+    for name in ("run.png", "run.html"):  # a run in a file of another name
+        Path(name).write_bytes(rows)
+    Path("same.html").symlink_to("run.csv")
     with pytest.raises(SystemExit):
         command.plot(arguments)
     assert message in capsys.readouterr().err
+    assert all(Path(name).read_bytes() == rows for name in ("run.csv", "run.png", "run.html"))
+
+
+@pytest.mark.parametrize(("options", "written"), [([], "picture.png"), (["--html"], "picture.html")])
+def test_a_picture_without_an_ending_gets_its_own(tmp_path, capsys, options, written):
+    write_run(tmp_path / "run.csv")
+    command.plot([str(tmp_path / "run.csv"), "--out", str(tmp_path / "picture"), *options])
+    assert capsys.readouterr().out == f"Written to {tmp_path / written}\n"
+    assert (tmp_path / written).is_file()
 
 
 def test_without_matplotlib(monkeypatch, tmp_path):

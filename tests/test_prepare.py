@@ -139,6 +139,31 @@ def test_a_feature_without_observed_test_cells_has_no_error():
     assert errors(parts.test.x, parts.test, parts.columns).isnan().tolist() == [True] + [False] * 5
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 123.456, 7.7])
+@pytest.mark.parametrize("rows", [15, 150, 1500])
+def test_a_constant_column_has_no_scale(value, rows):
+    """The standard deviation of equal numbers is rounding, 1e-17 or so, whose inverse would be its w."""
+    x = torch.full((rows, 3), value, dtype=torch.float64)
+    x[:, 2] = torch.randn(rows, dtype=torch.float64)
+    source = Table("made", [Column("a", "real"), Column("b", "positive"), Column("c", "real")], x)
+    for positive in ("log", "log1p"):
+        w = prepare(source, 0, positive).w
+        assert w[:2].tolist() == [1, 1] and 0.5 < w[2] < 2
+
+
+def test_a_prediction_that_is_no_number_is_an_infinite_error():
+    """NaN is left out of a mean over features, as for those that have no error: the run would look the better for it."""
+    parts = prepare(table(), 0)
+    seen = parts.test.seen > 0
+    for column in range(6):
+        predicted = parts.test.x.clone()
+        predicted[seen[:, column].nonzero()[3], column] = torch.nan
+        found = errors(predicted, parts.test, parts.columns)
+        others = torch.arange(6) != column
+        assert (found[others] == 0).all()
+        assert found[column].item() == pytest.approx(1 / int(seen[:, column].sum()) if parts.columns[column].discrete else float("inf"))
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="positive is 'sqrt', expected one of log, log1p"):
         prepare(table(), 0, "sqrt")

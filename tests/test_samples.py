@@ -91,6 +91,15 @@ def test_columns_are_standardised_by_the_training_rows():
     assert standardised(x, torch.tensor([3]))[3].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 123.456, 1e6 + 0.1, -7.7])
+@pytest.mark.parametrize("rows", [10, 100, 1000, 7001])
+def test_a_constant_whose_deviation_is_rounding_is_only_centred(value, rows):
+    x = torch.full((rows + 1, 1), value, dtype=torch.float64)
+    x[-1] = value + 5  # not a training row
+    found = standardised(x, torch.arange(rows))
+    assert found[:-1].abs().max() < 1e-9 and found[-1].item() == pytest.approx(5)
+
+
 # tables
 
 

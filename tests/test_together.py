@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mmfast as mf
-from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
+from mmfast.models.likelihoods import Bernoulli, Categorical, Exponential, Gamma, Joint, LogNormal, Normal, Poisson
 from mmfast.models.together import Together
 from mmfast.models.vae import VAE
 
@@ -103,3 +103,24 @@ def test_what_cannot_be_trained_together_is_said():
     ):
         with pytest.raises(ValueError, match=message):
             Together(*arguments)
+
+
+@pytest.mark.parametrize("scale, w", [(1e-3, 10.0), (1e3, 20.0), (1e5, 9.0), (1e-9, 4.0), (0.5, 300.0), (1.0, 1.0)])
+def test_powers_that_leave_the_range_of_float32_and_every_kind_are_scaled(scale, w):
+    """A positive feature of w is x^w, which a narrow column takes beyond 1e38 or below 1e-20; the losses are those of single models all the same."""
+    features = [LogNormal(), Gamma(), Exponential(), Normal(), Poisson()]
+    made = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        made.append(VAE(Joint(features, torch.tensor([w, 3.0, 0.25, 0.5, 7.0])), 8, 2, [mf.MGDA()]))
+    single = copy.deepcopy(made)
+    x = torch.rand(2, BATCH, len(features)) + 0.5
+    x[..., 0] = scale * x[..., 0] ** (1 / w)
+    x[..., 4] = x[..., 4].round()
+    seen = (torch.rand_like(x) > 0.1).float()
+    losses = Together(made, [3, 4]).step(x, seen)
+    for e, model in enumerate(single):
+        torch.manual_seed(3 + e)
+        expected = model.loss(x[e], seen[e])
+        assert expected.isfinite()
+        torch.testing.assert_close(losses[e], expected.detach(), rtol=1e-5, atol=1e-3)

@@ -114,6 +114,32 @@ def test_scores_of_many_classes_are_means_over_those_that_are_there():
     assert (found.roc, found.prc, found.accuracy) == pytest.approx((sum(roc) / 3, sum(prc) / 3, 3 / 4))
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("shift", [0.0, 20.0, 50.0, 500.0])
+def test_scores_tell_sure_rows_apart(classes, shift):
+    """Probabilities are 1, all of them, from a difference of 37 of logits on; the order that ROC and PRC see goes on."""
+    target = torch.arange(60) % classes
+    logits = torch.randn(60, classes)
+    expected = measures.scores(logits, target)
+    sure = logits.clone()
+    for c in [1] if classes == 2 else range(classes):
+        sure = logits.clone()
+        sure[:, c] += shift
+        found = measures.scores(sure, target)
+        own, others = target == c, [i for i in range(classes) if i != c]
+        odds = sure.double()[:, c] - sure.double()[:, others].logsumexp(1)
+        pairs = (odds[own].unsqueeze(1) > odds[~own]).double().mean()
+        if classes == 2:
+            assert (found.roc, found.prc) == (expected.roc, expected.prc) and found.roc == pytest.approx(float(pairs))
+        else:
+            one = measures.scores(torch.stack([-odds, odds], 1) / 2, own.long())  # this class against the rest
+            rest = [k for k in range(classes) if k != c]
+            each = [sure.double()[:, k] - sure.double()[:, [i for i in range(classes) if i != k]].logsumexp(1) for k in rest]
+            areas = [(o[target == k].unsqueeze(1) > o[target != k]).double().mean() for k, o in zip(rest, each, strict=True)]
+            assert one.roc == pytest.approx(float(pairs))
+            assert found.roc == pytest.approx(float((pairs + sum(areas)) / classes))
+
+
 def test_the_look_at_a_linear_fusion_is_known(monkeypatch):
     """Of logits W x the product of derivatives is W'W; with features of deviations s, s W'W s."""
     torch.manual_seed(0)

@@ -85,6 +85,10 @@ def test_killed_it_goes_on_to_the_same_numbers(stop, tmp_path, monkeypatch):
     assert epochs[0] == stop + 1 and numbers(found) == numbers(whole)
     again = together._train(runs(SHORT), path, lambda *_: pytest.fail("trained once more"), TABLE)
     assert numbers(again) == numbers(whole)
+    monkeypatch.setattr(together, "REVISION", 3)  # of code that computes something else
+    epochs.clear()
+    together._train(runs(SHORT), path, lambda epoch, remark: epochs.append(epoch), TABLE)
+    assert epochs[0] == 1
     assert numbers(together._train(runs(SHORT, 2), path, lambda *_: None, TABLE)) == numbers(whole)[:2]  # of other runs: starts over
     path.write_bytes(b"no checkpoint")
     with pytest.raises(SettingsError, match="cannot be taken up"):

@@ -26,7 +26,7 @@ def similarity(
 
     Returns:
         float64 [m, m], symmetric, on the device of the features, with no gradient. NaN for a pair with fewer than four samples ("cosine": none) or,
-        "cka", where a representation is the same for all. A representation that is zero has cosine 0 with any.
+        "cka", where a representation is the same for all, or for all but one. A representation that is zero has cosine 0 with any.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -60,7 +60,13 @@ def _cosine(x: Tensor, y: Tensor, both: Tensor) -> Tensor:
 def _cka(x: Tensor, y: Tensor, both: Tensor) -> Tensor:
     n = both.sum().double()
     x, y = _centred(x, both, n), _centred(y, both, n)
-    return torch.where(n > 3, _hsic(x, y, n) / (_hsic(x, x, n) * _hsic(y, y, n)).sqrt(), torch.nan)
+    return torch.where(n > 3, _hsic(x, y, n) / (_own(x, n) * _own(y, n)).sqrt(), torch.nan)
+
+
+def _own(x: Tensor, n: Tensor) -> Tensor:
+    """`_hsic` of a representation with itself, which is not negative; NaN where only rounding is left of it."""
+    found = _hsic(x, x, n)
+    return torch.where(found > 1e-12 * (x.mT @ x).square().sum(), found, torch.nan)
 
 
 def _centred(x: Tensor, rows: Tensor, n: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ def prepare(table: Table, seed: int, positive: str = "log") -> Prepared:
             if positive == "log1p":
                 shift[i], scale[i] = -1.0, (-seen.log1p().mean()).exp()
             seen = seen.log1p() if positive == "log1p" else seen.log()
-        if column.kind in ("real", "positive") and len(seen) > 1 and seen.std() > 0:
+        # of equal numbers the standard deviation is rounding, 1e-17 or so, and would be divided by
+        if column.kind in ("real", "positive") and seen.min() < seen.max():
             w[i] = 1 / seen.std()
     x = (x - shift) * scale
 
@@ -98,7 +99,7 @@ def _small(rows: int, seed: int) -> Tensor:
 def errors(predicted: Tensor, part: Part, columns: Sequence[Column]) -> Tensor:
     """Per feature, float64 [columns]: share of wrong classes, or root mean squared error over the range of the observed values.
 
-    The same in the model's units as in the original ones; NaN for a feature without an observed cell, or without a range.
+    The same in the model's units as in the original ones; NaN for a feature without an observed cell, or without a range; infinite where a prediction is NaN.
     """
     found = []
     for i, column in enumerate(columns):
@@ -109,5 +110,7 @@ def errors(predicted: Tensor, part: Part, columns: Sequence[Column]) -> Tensor:
         elif column.discrete:
             found.append((p != x).double().mean())
         else:
-            found.append((p - x).square().mean().sqrt() / (x.max() - x.min()))
+            found.append(
+                (p - x).square().mean().sqrt().nan_to_num(torch.inf, torch.inf) / (x.max() - x.min())
+            )  # a mean of features leaves NaN out
     return torch.stack(found)

@@ -117,5 +117,5 @@ def standardised(x: Tensor, train: Tensor) -> Tensor:
     """
     seen = x[train].double()
     deviation = seen.std(0, correction=min(1, len(seen) - 1))
-    deviation = torch.where(deviation > 0, deviation, 1.0)
+    deviation = torch.where(seen.amin(0) < seen.amax(0), deviation, 1.0)  # of equal numbers it is rounding, 1e-17 or so
     return ((x.double() - seen.mean(0)) / deviation).float()

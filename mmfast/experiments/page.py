@@ -1,6 +1,7 @@
 """What the table says: prose that is filled from the cells. No sentence is here without the condition under which it is true."""
 
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Sequence, Sized
@@ -303,7 +304,7 @@ def _of_paper(table: Sequence[Cell]) -> list[Cell]:
 
 
 def write(path: Path, found: Sequence[Result]) -> None:
-    """Puts the page, the section or its short form between the lines that ask for it.
+    """Puts the page, the section or its short form between the lines that ask for it, wherever there are any.
 
     Raises:
         SettingsError: the file has no such lines, or the record nothing to put there.
@@ -313,13 +314,11 @@ def write(path: Path, found: Sequence[Result]) -> None:
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     parts = {"page": lambda: page(found), "table": lambda: section(cells(found)), "summary": lambda: short(cells(found))}
-    for part, made in parts.items():
-        before, begin, rest = text.partition(BEGIN.format(part))
-        _, end, after = rest.partition(END)
-        if begin and end:
-            path.write_text(f"{before}{begin}\n\n{made()}\n\n{end}{after}")
-            return
-    raise SettingsError(f"{path} has no line {BEGIN.format('page')} (or: {', '.join([*parts][1:])}) with {END} after it")
+    pattern = re.compile(f"({BEGIN.format('(page|table|summary)')}).*?({END})", re.DOTALL)
+    text, count = pattern.subn(lambda found: f"{found[1]}\n\n{parts[found[2]]()}\n\n{found[3]}", text)
+    if not count:
+        raise SettingsError(f"{path} has no line {BEGIN.format('page')} (or: {', '.join([*parts][1:])}) with {END} after it")
+    path.write_text(text)
 
 
 def _known(changes: Iterable[float]) -> list[float]:

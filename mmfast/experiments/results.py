@@ -52,6 +52,11 @@ class Result:
         return json.dumps(values, allow_nan=False) + "\n"
 
 
+def revision_of(checkpoint: dict[str, Any]) -> int:
+    """Of the code that wrote a checkpoint: what another one began is not gone on with, for it would be recorded as today's; those that lack it are of 2."""
+    return int(checkpoint.get("revision", 2))
+
+
 def append(path: Path, *results: Any) -> None:
     """Adds runs to the record: in one write, on lines of their own even where an earlier writer was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from mmfast import data
 from mmfast.data.prepare import Part, Prepared, errors, prepare
 from mmfast.data.table import Table
 from mmfast.experiments.checkpoint import taken_up, write_checkpoint
-from mmfast.experiments.results import REVISION, Result
+from mmfast.experiments.results import REVISION, Result, revision_of
 from mmfast.experiments.settings import NONE, Settings, SettingsError, make_resolver
 from mmfast.models.hivae import HIVAE
 from mmfast.models.likelihoods import Joint
@@ -54,6 +54,7 @@ class State:
     def _state(self, settings: Settings) -> dict[str, object]:
         return {
             "settings": vars(settings),
+            "revision": REVISION,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer and self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
@@ -69,7 +70,7 @@ class State:
             SettingsError: it cannot be read, or the model has changed since.
         """
         with taken_up(path, vars(settings)) as saved:
-            if saved is None:
+            if saved is None or revision_of(saved) != REVISION:
                 return
             self.model.load_state_dict(saved["model"])
             self.best = saved["best"]

@@ -10,7 +10,7 @@ from mmfast import data
 from mmfast.data.prepare import prepare
 from mmfast.data.table import Table
 from mmfast.experiments.checkpoint import taken_up, write_checkpoint
-from mmfast.experiments.results import Result
+from mmfast.experiments.results import REVISION, Result, revision_of
 from mmfast.experiments.run import LEARNING_RATE, SAVE_SECONDS, State, Tick, diverged, finished, make_model, validate
 from mmfast.experiments.settings import Settings
 from mmfast.models.together import Together
@@ -81,6 +81,7 @@ def _save(path: Path, runs: Sequence[Settings], states: Sequence[State], togethe
         path,
         {
             "settings": [vars(run) for run in runs],
+            "revision": REVISION,
             "epoch": epoch,
             "together": together.state_dict(),
             "runs": [(state.model.state_dict(), state.epoch, state.kept, state.best) for state in states],
@@ -91,7 +92,7 @@ def _save(path: Path, runs: Sequence[Settings], states: Sequence[State], togethe
 def _load(path: Path, runs: Sequence[Settings], states: Sequence[State], together: Together) -> int:
     """Takes up a checkpoint, if there is one of these very runs; returns the epochs that are done."""
     with taken_up(path, [vars(run) for run in runs], "these runs") as saved:
-        if saved is None:
+        if saved is None or revision_of(saved) != REVISION:
             return 0
         for state, (weights, epoch, kept, best) in zip(states, saved["runs"], strict=True):
             state.model.load_state_dict(weights)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmfast.blocks.linear_heads import LinearHeads
-from mmfast.models.likelihoods import Joint, LogNormal, Normal
+from mmfast.models.likelihoods import Exponential, Gamma, Joint, LogNormal, Normal
 from mmfast.models.vae import VAE
 from mmfast.ops.weights import solve_checked
 from mmfast.resolvers.base import Resolver
@@ -143,8 +143,9 @@ class Together:
         self.of_heads = F.one_hot(self.head_of, k).double()
         self.blocks = list(self._blocks())
         self.joint = Joint(first.joint.likelihoods)  # of features that are scaled beforehand
+        self.joint_of_logs = Joint([Normal() if isinstance(part, LogNormal) else part for part in first.joint.likelihoods])
         self._scale = torch.stack([model.joint.w for model in models]).unsqueeze(1)
-        self._real = torch.tensor([isinstance(part, Normal) for part in first.joint.likelihoods])
+        self._times = torch.tensor([isinstance(part, (Normal, Gamma, Exponential)) for part in first.joint.likelihoods])
         self._positive = torch.tensor([isinstance(part, LogNormal) for part in first.joint.likelihoods])
 
     def _share(self) -> None:
@@ -219,11 +220,23 @@ class Together:
             h = _Layer.apply(h, self.parameters[f"decoder.body.{layer}.weight"], self.parameters[f"decoder.body.{layer}.bias"])
         raw = _Heads.apply(h, self.parameters["decoder.heads.weight"], self.parameters["decoder.heads.bias"], self)
         raw = raw.view(n, self.samples, rows, -1)
-        scaled = torch.where(self._real, self._scale * x, torch.where(self._positive, x**self._scale, x)).unsqueeze(1)
-        log_x = self.joint.log_prob(raw, scaled.expand(*raw.shape[:-1], -1), seen.unsqueeze(1).expand(*raw.shape[:-1], -1)).sum(-1)
+        log_x = self._log_likelihood(raw, x, seen)
         # log N(z; 0, I) - log N(z; mean, std), where (z - mean) / std is the noise
         log_w = log_x + 0.5 * (noise.square().sum(-1) - z.square().sum(-1)) + std.log().sum(-1)
         return -log_w.logsumexp(1).sum(-1)
+
+    def _log_likelihood(self, raw: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+        """Of the observed cells of each row, [E, samples, rows]."""
+        scaled = torch.where(self._times, self._scale * x, torch.where(self._positive, x**self._scale, x))
+        powers, joint, volume = scaled[..., self._positive], self.joint, torch.zeros(())
+        if not bool(((powers > 1e-20) & (powers < torch.inf)).all()):  # float32 does not hold those of a narrow column
+            logs = self._scale * x.clamp_min(1e-20).log()
+            scaled, joint = torch.where(self._positive, logs, scaled), self.joint_of_logs
+            volume = (
+                torch.where(self._positive & (seen != 0), logs, 0).sum(-1).unsqueeze(1)
+            )  # between the densities of a number and of its logarithm
+        shape = (*raw.shape[:-1], -1)
+        return joint.log_prob(raw, scaled.unsqueeze(1).expand(shape), seen.unsqueeze(1).expand(shape)).sum(-1) - volume
 
     def _posterior(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         n, rows, k = x.shape

@@ -19,7 +19,11 @@ def plot(arguments: list[str]) -> None:
     from mmfast.plots import figure, page
     from mmfast.plots.log import LogError, read
 
-    out = options.out or options.csv.with_suffix(".html" if options.html else ".png")
+    kind = ".html" if options.html else ".png"
+    out = options.out or options.csv.with_suffix(kind)
+    out = out if out.suffix else out.with_suffix(kind)
+    if out.exists() and options.csv.exists() and out.samefile(options.csv):
+        fail(f"{out} is what is read: it would be overwritten; name another file by --out")
     try:
         log = read(options.csv)
         if options.html:

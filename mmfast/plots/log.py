@@ -73,11 +73,14 @@ def read(path: str | Path) -> Log:
     Raises:
         LogError: no Monitor wrote this.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        header = next(csv.reader(file), [])
-        if header[:1] != ["step"] or len(header) < 2:
-            raise LogError(f"{path} does not begin with a column 'step', expected a file that mmfast.Monitor wrote")
-        lines = [line for line in file if line.endswith("\n")]
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+            if header[:1] != ["step"] or len(header) < 2:
+                raise LogError(f"{path} does not begin with a column 'step', expected a file that mmfast.Monitor wrote")
+            lines = [line for line in file if line.endswith("\n")]
+    except UnicodeDecodeError as error:
+        raise LogError(f"{path} is no text in UTF-8, as mmfast.Monitor writes it: {error}") from None
     log = Log([], _blocks(header), len(lines))
     if not lines:
         raise LogError(f"{path} holds no rows yet")

@@ -36,12 +36,14 @@ def scores(logits: Tensor, target: Tensor) -> Scores | None:
     there = target.unique().tolist()
     if len(there) < 2 or not bool(logits.isfinite().all()):
         return None
-    p = logits.double().softmax(1)
+    wide = logits.double()
     roc, prc = [], []
     for c in [1] if logits.shape[1] == 2 else there:
+        others = [other for other in range(logits.shape[1]) if other != c]
+        odds = (wide[:, c] - wide[:, others].logsumexp(1)).numpy()  # in the order of the probabilities, which are all 1 from 37 on
         own = (target == c).numpy()
-        roc.append(roc_auc_score(own, p[:, c].numpy()))
-        prc.append(average_precision_score(own, p[:, c].numpy()))
+        roc.append(roc_auc_score(own, odds))
+        prc.append(average_precision_score(own, odds))
     return Scores(float(sum(roc) / len(roc)), float(sum(prc) / len(prc)), float((logits.argmax(1) == target).double().mean()))
 
 

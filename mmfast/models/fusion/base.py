@@ -13,6 +13,8 @@ Features = dict[str, Tensor]  # [B, d_i] of each modality, in the model's order;
 Inputs = Mapping[str, Tensor]
 Present = Mapping[str, Tensor]
 
+_NO_CLASS = -(2**63)  # torch's own, -100, would count as a row without a loss, in a mean over all
+
 
 def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Linear, ReLU, Linear."""
@@ -36,7 +38,7 @@ def task_loss(logits: Tensor, target: Tensor, rows: Tensor | None = None) -> Ten
         A scalar.
 
     Raises:
-        ValueError: a target of another shape.
+        ValueError, IndexError: a target of another shape, or that is no class (-100 neither: leave rows out by `rows`).
 
     Example:
         >>> task_loss(torch.zeros(3, 4), torch.tensor([0, 1, 2])), task_loss(torch.zeros(3, 1), torch.ones(3, 1))
@@ -51,7 +53,7 @@ def task_loss(logits: Tensor, target: Tensor, rows: Tensor | None = None) -> Ten
     if target.is_floating_point():
         each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
     else:
-        each = F.cross_entropy(logits, target, reduction="none")
+        each = F.cross_entropy(logits, target, reduction="none", ignore_index=_NO_CLASS)
     return each.mean() if rows is None else mean_of(each, rows)
 
 

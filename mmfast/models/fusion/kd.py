@@ -103,13 +103,15 @@ class KD(FusionModel):
                 teacher to the student; None after the other stages.
 
         Raises:
-            ValueError: scores of other modalities, missing or too late, or there is no further stage.
+            ValueError: scores of other modalities, missing or too late, or one that is NaN, or there is no further stage.
         """
         if (self._stage == 0) != (scores is not None):
             raise ValueError(f"scores is {scores!r} at the end of stage {self.stage!r}, expected them after 'unimodal' and there alone")
         if scores is not None:
             if sorted(scores) != sorted(self.names):
                 raise ValueError(f"scores has {', '.join(scores) or 'nothing'}, expected each of {', '.join(self.names)}")
+            if isinstance(scores, Mapping) and any(math.isnan(score) for score in scores.values()):
+                raise ValueError(f"scores is {dict(scores)}, expected numbers: nan has no place in an order")
             self._order = sorted(scores, key=lambda name: -scores[name]) if isinstance(scores, Mapping) else list(scores)
         if self.stage == "fusion":
             raise ValueError("the stage is 'fusion', the last one")
