@@ -204,9 +204,10 @@ def test_muse_leaves_out_edges_of_half_of_the_samples():
 def similarity_by_hand(fusion, x, there):
     """Pair by pair; batch norm in eval mode."""
     kernels = []
-    for n in NAMES:
-        share = fusion.share[n].sigmoid()
-        kernels.append((1 - share) * gaussian_kernel(fusion.norm(fusion.projections[n](x[n]))) + share * gaussian_kernel(fusion.norm(x[n])))
+    for i, n in enumerate(NAMES):
+        share, rows = fusion.share[n].sigmoid(), there[:, i]
+        of_both = gaussian_kernel(fusion.norm(fusion.projections[n](x[n])), rows), gaussian_kernel(fusion.norm(x[n]), rows)
+        kernels.append((1 - share) * of_both[0] + share * of_both[1])
     s = torch.zeros(ROWS, ROWS).double()
     for a in range(ROWS):
         for b in range(ROWS):
@@ -228,9 +229,25 @@ def m3care(**change):
 def test_the_kernel():
     x = torch.randn(5, 3).double()
     d = torch.tensor([[(a - b).square().sum() for b in x] for a in x])
-    mean = d.sum() / 20
-    torch.testing.assert_close(gaussian_kernel(x), ((-d / mean / 0.5).exp() + (-d / mean).exp() + (-d / mean / 2).exp()) / 3)
-    assert torch.equal(gaussian_kernel(torch.zeros(3, 2)), torch.ones(3, 3)) and gaussian_kernel(torch.ones(1, 2)) == 1
+    for there in (torch.ones(5).bool(), torch.tensor([True, False, True, True, False])):
+        n = int(there.sum())
+        mean = d[there][:, there].sum() / (n * (n - 1))
+        torch.testing.assert_close(gaussian_kernel(x, there), ((-d / mean / 0.5).exp() + (-d / mean).exp() + (-d / mean / 2).exp()) / 3)
+    assert torch.equal(gaussian_kernel(torch.zeros(3, 2), torch.ones(3).bool()), torch.ones(3, 3))
+    assert gaussian_kernel(torch.ones(1, 2), torch.ones(1).bool()) == 1 and gaussian_kernel(torch.ones(1, 2), torch.zeros(1).bool()) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: m3care(), lambda: Grape(SIZES, CLASSES).double(), lambda: MUSE(SIZES, CLASSES, 8).double()],
+    ids=["M3Care", "Grape", "MUSE"],
+)
+def test_predictions_know_no_order_of_rows(make):
+    """Of a batch; whoever stands in for the rows without a modality must not be told by its place."""
+    features, there, _ = features_of()
+    fusion, order = make().eval(), torch.randperm(ROWS)
+    assert not there.all() and not torch.equal(there[order], there)
+    torch.testing.assert_close(fusion({n: f[order] for n, f in features.items()}, there[order]), fusion(features, there)[order])
 
 
 def test_m3care_makes_up_what_is_missing_from_similar_samples():

@@ -177,7 +177,7 @@ class Attached(Impartial):
             self._hooks.append(branch.register_forward_pre_hook(entering, prepend=True, with_kwargs=True))
             if self._beta is not None or self.modulation is not None:
                 self._hooks.append(branch.register_forward_hook(Leaving(self, i)))
-        torch.compiler.reset()  # compiled code has no guard on hooks: it would go on without them
+        _compile_anew()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -189,7 +189,7 @@ class Attached(Impartial):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        torch.compiler.reset()
+        _compile_anew()
         self._open.clear()
         self._met.clear()
         give_up(self.resolver, len(self._names))
@@ -327,6 +327,12 @@ def _hides(x: Any, depth: int = 4) -> bool:
         return x.grad_fn is not None
     inside = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else getattr(x, "__dict__", {}).values()
     return depth > 0 and any(_hides(value, depth - 1) for value in list(inside))
+
+
+def _compile_anew() -> None:
+    """Drops what is compiled: it has no guard on hooks, and would go on as if none had come or gone."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _begins_in_place(branch: nn.Module) -> bool:

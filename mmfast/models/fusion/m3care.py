@@ -11,12 +11,14 @@ from mmfast.models.fusion.base import Features, Fusion, task_loss
 from mmfast.models.multimodal.inputs import filled
 
 
-def gaussian_kernel(x: Tensor) -> Tensor:
-    """Similarities [B, B] of the rows of x [B, n]: the mean of three Gaussians, of 1/2, 1 and 2 times the mean squared distance (detached)."""
+def gaussian_kernel(x: Tensor, there: Tensor) -> Tensor:
+    """Similarities [B, B] of the rows of x [B, n]: the mean of three Gaussians, of 1/2, 1 and 2 times the mean squared distance (detached) of rows that are
+    `there`, bool [B]."""
     squares = x.square().sum(1)
     distance = (squares.unsqueeze(1) + squares - 2 * x @ x.T).clamp(min=0)
-    b = len(x)
-    mean = (distance.detach().sum() / max(1, b * b - b)).clamp(min=4 * torch.finfo(x.dtype).tiny)
+    rows = there.to(x.dtype)
+    pairs = (rows.sum().square() - rows.sum()).clamp(min=1)
+    mean = (rows @ distance.detach() @ rows / pairs).clamp(min=4 * torch.finfo(x.dtype).tiny)
     return torch.stack([(-distance / (mean * factor)).exp() for factor in (0.5, 1.0, 2.0)]).mean(0)
 
 
@@ -93,8 +95,11 @@ class M3Care(Fusion):
         total = common = present.new_zeros(len(present), len(present), dtype=self.threshold.dtype)
         for i, (name, of) in enumerate(x.items()):
             share = self.share[name].sigmoid()
-            kernel = (1 - share) * gaussian_kernel(self.norm(self.projections[name](of))) + share * gaussian_kernel(self.norm(of))
-            both = (present[:, i].unsqueeze(1) & present[:, i]).to(of.dtype)
+            there = present[:, i]
+            kernel = (1 - share) * gaussian_kernel(self.norm(self.projections[name](of)), there) + share * gaussian_kernel(
+                self.norm(of), there
+            )
+            both = (there.unsqueeze(1) & there).to(of.dtype)
             total, common = total + kernel * both, common + both
         above = F.relu(total / common.clamp(min=1) - self.threshold.sigmoid())
         return above + (above > 0) * self.threshold.sigmoid().detach()
@@ -115,7 +120,7 @@ class M3Care(Fusion):
         return torch.stack(done, 1)
 
     def _mapped(self, features: Features, present: Tensor) -> Features:
-        """Mapped to one width; a present row stands in an absent one's place, so that batch norm and bandwidths see what there is."""
+        """Mapped to one width; a present row stands in an absent one's place, so that batch norm sees what there is."""
         return {name: filled(self.maps[name](f), present[:, i]) for i, (name, f) in enumerate(features.items())}
 
     def _logits(self, x: Features, present: Tensor) -> Tensor:
