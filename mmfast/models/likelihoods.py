@@ -242,7 +242,7 @@ class Joint(nn.Module):
 
         Args:
             raw: [..., sum(sizes)], all heads' outputs side by side.
-            x: [..., K], or [B, K] for raw [..., B, sum(sizes)].
+            x: [..., K], or [B, K] for raw [..., B, sum(sizes)]; a class by its number from 0 on, which is cut to a whole one.
             seen: [B, K] like x, or None; where it is 0 the likelihood is 0, whatever x is there.
 
         Raises:
