@@ -95,7 +95,10 @@ def test_overfits_32_samples(kind):
         model.fusion.drop = 0.0
     if isinstance(model, EBR):
         model.weight = 0.1  # at 1 the discriminator's adversary moves the last samples to and fro
-    assert overfit(model, 80 if kind.startswith("MT") else 130, 1e-2) > 0.9
+    steps = (
+        200 if isinstance(model, EBR) else 80 if kind.startswith("MT") else 130
+    )  # of 16 seeds of M3Care+EBR, 130 leave .91 to 1, 200 .97 to 1
+    assert overfit(model, steps, 1e-2) > 0.9
 
 
 @pytest.mark.parametrize("name", FUSIONS)
