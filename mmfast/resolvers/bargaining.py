@@ -131,7 +131,8 @@ class FairGrad(Rule):
 
     Args:
         alpha: fairness: 0 is the mean of the gradients, 1 proportional fairness (NashMTL), and the larger, the nearer to equal progress for all;
-            between 0 and 0.05 it is refused.
+            between 0 and 0.05 it is refused. With alpha below 1/2, and gradients that nearly oppose each other beside others a hundred times as
+            long or more, Newton's method may end short of the solution: 7 of 500 such problems at 0.1 left a conflict of up to 2 %.
     """
 
     method = 12
