@@ -69,7 +69,7 @@ def test_a_changed_record_changes_the_claims():
         object.__setattr__(r.settings, "rule", names.get(r.settings.rule, r.settings.rule))
     after = page.page(found)
     assert "**Begin with GradNorm**" not in after
-    assert re.search(r"\*\*Beware of\*\* .*GradNorm \(a loss in \d of \d cells", after)
+    assert re.search(r"\*\*Beware of\*\* .*GradNorm \(a loss in \d+ of \d+ cells", after)
     assert "better: " in line(before, "* **GradNorm**") and "better: " not in line(after, "* **GradNorm**")
 
 
