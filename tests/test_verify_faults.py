@@ -2,16 +2,13 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import test_verify
 import torch
-from test_verify import ALL_CUDA, GPU, Fake, new_process, serving
+from test_verify import ALL_CUDA, GPU, Fake, lines_of_two_ranks, new_process, serving
 
 import mmfast as mf
 from mmfast.backends import choice, cpu, cuda, ladder, library, proof, target, verdict
@@ -204,30 +201,15 @@ def test_a_file_whose_parts_are_nothing_counts_as_none(text, gpu):
     assert serving() == ALL_CUDA and Fake.climbed == list(Fake.paths)
 
 
-RANKS = """
-import os, time, torch.distributed as dist
-from mmfast.backends import proof
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=2)
+AGAIN = """
 for turn in range(3):  # the first call, then verify() twice: one rank is slower, and one finds more than it did
     time.sleep(0.5 * (rank == turn % 2))
     print(sorted(proof.agree({"cuda cluster"} if rank and turn == 1 else set())))
-dist.barrier()
-dist.destroy_process_group()
 """
 
 
 def test_ranks_that_test_again_wait_for_what_the_others_find_then(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS],
-            env=os.environ | {"RANK": str(i), "STORE": str(tmp_path / "store")},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    assert [rank.communicate(timeout=300)[0].splitlines()[-3:] for rank in ranks] == [["[]", "['cuda cluster']", "[]"]] * 2
+    assert [of[-3:] for of in lines_of_two_ranks(AGAIN, tmp_path)] == [["[]", "['cuda cluster']", "[]"]] * 2
 
 
 @pytest.mark.parametrize("shapes", [(3, 128, 512), [3], "3"])
