@@ -1,5 +1,5 @@
 # Every target does all of its own set-up in .venv: run it on a fresh clone.
-#   make demo | test | ptx | triton | bench | table1 | collapse | docs | lint | sanitize | arm64 | wheel | wheel-test | release | clean
+#   make demo | test | ptx | triton | bench | table1 | table5 | collapse | docs | lint | sanitize | arm64 | wheel | wheel-test | release | clean
 # PIP_FLAGS holds further flags for pip, such as an index that carries a CPU-only build of torch.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SOURCES := setup.py mmfast/__init__.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test ptx triton bench table1 collapse docs lint sanitize arm64 wheel wheel-test release clean
+.PHONY: demo test ptx triton bench table1 table5 collapse docs lint sanitize arm64 wheel wheel-test release clean
 
 demo: .venv/installed-demo .venv/built
 	$(BIN)/mmfast demo
@@ -36,6 +36,10 @@ bench: .venv/installed-dev .venv/built
 table1: .venv/installed-dev
 	$(BIN)/mmfast report table1 --out benchmarks/results/table1 --page docs/table1.md --page docs/experiments.md --page README.md
 	$(BIN)/python -m benchmarks.picture
+
+# What the record of Tables 5 and 9 says.
+table5: .venv/installed-dev
+	$(BIN)/mmfast report table5 --out benchmarks/results/table5 --page docs/multimodal.md --figure docs/figures/table5_conflict.png
 
 # What the record of the runs on representation collapse says.
 collapse: .venv/installed-dev

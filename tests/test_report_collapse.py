@@ -242,7 +242,7 @@ def test_the_page_is_written_between_its_lines(tmp_path):
         tmp_path / RECORD, *[result(cure=cure, seed=s) for cure in ("none", "ebr") for s in range(2)], result("muse", diverged=True)
     )
     path = tmp_path / "page.md"
-    path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    path.write_text("before\n<!-- mmfast report collapse: page -->\nold\n<!-- end of mmfast report collapse -->\nafter\n")
     for _ in range(2):
         shown = CliRunner().invoke(app, ["report", "collapse", "--out", str(tmp_path), "--page", str(path)])
         assert shown.exit_code == 0, shown.output

@@ -8,6 +8,7 @@ import made_digits
 import pytest
 import torch
 from multimodal_records import result
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
 from mmfast.cli import app
@@ -103,6 +104,17 @@ def whole(folder):
         made_digits.use(monkeypatch)
         monkeypatch.setattr(run, "missing", lambda packages: True)
         return run.train(TINY, folder)
+
+
+def test_the_learning_rate_rises_over_the_warm_up(folder):
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        run.train(settings("mvae", "elbo", data=DATA, size="tiny", epochs=1), folder)
+    finally:
+        hook.remove()
+    adam = rates[: 90 // 16]  # what comes after are the fits of the latent classifiers
+    assert adam == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
 
 
 def test_a_run_measures_all_that_the_tables_need(whole):

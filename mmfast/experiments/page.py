@@ -1,7 +1,6 @@
 """What the table says: prose that is filled from the cells. No sentence is here without the condition under which it is true."""
 
 import math
-import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Sequence, Sized
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfast.experiments import missing, tables
+from mmfast.experiments.prose import fill, listed
 from mmfast.experiments.published import DOUBTFUL
 from mmfast.experiments.report import ALPHA, Cell, Outcome, cells, outliers
 from mmfast.experiments.results import Result
@@ -16,7 +16,6 @@ from mmfast.experiments.settings import MODELS, SettingsError
 
 CLOSE = 0.1  # of the paper's error: what counts as near it
 WIDTH = 150  # of README's lines
-BEGIN, END = "<!-- mmfast report table1: {} -->", "<!-- end of mmfast report table1 -->"
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _against_paper(table: Sequence[Cell]) -> str:
     near = [c for c in table if abs(c.chosen.plain / c.paper_plain - 1) <= CLOSE]
     far = [f"{c.name} ({tables.error(c.chosen.plain)}, the paper {tables.error(c.paper_plain)})" for c in table if c not in near]
     text = f"Without a block our error is within {CLOSE:.0%} of the paper's in {len(near)} of {_cells(table)}".replace("%", " %")
-    text += f", not in {_list(far)}." if far else "."
+    text += f", not in {listed(far)}." if far else "."
     sure = [c for c in table if (c.run.model, c.run.data) not in DOUBTFUL]
     lower = [c for c in sure if c.chosen.ours < c.paper_ours]
     text += f" With the chosen rule it is below the paper's impartial one in {len(lower)}" + (f" ({_names(lower)})." if lower else ".")
@@ -157,7 +156,7 @@ def _outlying(table: Sequence[Cell]) -> str:
         "The second table has both ways: as they are, and every feature's error cut at one range; validation errors are recorded as means alone, so the "
         "choice of the rule is not cut. "
     )
-    text += f"Cutting changes the verdict of {_list(changed)}." if changed else "Cutting changes no verdict."
+    text += f"Cutting changes the verdict of {listed(changed)}." if changed else "Cutting changes no verdict."
     return f"{text}\n\n{errors}\n\n{tables_both}"
 
 
@@ -205,7 +204,7 @@ def advice(table: Sequence[Cell]) -> str:
     losses = sorted((rule for rule in found if rule.lost), key=lambda rule: -len(rule.lost) / len(rule.where))
     if losses:
         parts.append(
-            f"**Beware of** {_list(f'{rule.name} (a loss in {len(rule.lost)} of {_cells(rule.where)}, up to {_worst(rule)})' for rule in losses)}."
+            f"**Beware of** {listed(f'{rule.name} (a loss in {len(rule.lost)} of {_cells(rule.where)}, up to {_worst(rule)})' for rule in losses)}."
         )
     return " ".join(parts)
 
@@ -220,17 +219,17 @@ def _made(found: Sequence[Result], table: Sequence[Cell], others: Sequence[Cell]
     if others:
         text += f" {_cells(others)} of other epochs, batches or samples than the paper's {_are(others)} left out here."
     seeds = sorted({o.seeds for c in table for o in c.outcomes.values()})
-    text += f" The rules of a cell ran on {_list(map(str, seeds), 'or')} {'seed' if seeds == [1] else 'seeds'}. Intervals are of the bootstrap over seeds, 90 %"
+    text += f" The rules of a cell ran on {listed(map(str, seeds), 'or')} {'seed' if seeds == [1] else 'seeds'}. Intervals are of the bootstrap over seeds, 90 %"
     text += " (of up to five seeds that is their range)" if seeds[-1] <= 5 else ""
     text += "; p is of the corrected paired t-test, two-sided."
     if cut_off := [r for r in found if r.epochs_done < r.settings.epochs]:
         text += f" In {_count(len(cut_off), 'run')} the parameters became NaN; what the epochs before had come to stands."
     if old := [c for c in table if any(r.outdated for r in _runs(c))]:
         count = sum(r.outdated for r in found)
-        text += f" {_count(count, 'run')} of HI-VAE (on {_list(c.run.data for c in old)}) {'was' if count == 1 else 'were'} made with the biased divergence of s "
+        text += f" {_count(count, 'run')} of HI-VAE (on {listed(c.run.data for c in old)}) {'was' if count == 1 else 'were'} made with the biased divergence of s "
         text += "that experiments.md tells of; today's code would come to other errors"
         mixed = [c for c in old if not all(r.outdated for r in _runs(c))]
-        text += f", and on {_list(c.run.data for c in mixed)} they stand beside later ones." if mixed else "."
+        text += f", and on {listed(c.run.data for c in mixed)} they stand beside later ones." if mixed else "."
     if any(o.wall for c in table for o in c.outcomes.values()):
         text += " Times of older runs are the wall clock's, on a machine that had other work; ratios of theirs are marked (wall)."
     return text
@@ -309,16 +308,8 @@ def write(path: Path, found: Sequence[Result]) -> None:
     Raises:
         SettingsError: the file has no such lines, or the record nothing to put there.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     parts = {"page": lambda: page(found), "table": lambda: section(cells(found)), "summary": lambda: short(cells(found))}
-    pattern = re.compile(f"({BEGIN.format('(page|table|summary)')}).*?({END})", re.DOTALL)
-    text, count = pattern.subn(lambda found: f"{found[1]}\n\n{parts[found[2]]()}\n\n{found[3]}", text)
-    if not count:
-        raise SettingsError(f"{path} has no line {BEGIN.format('page')} (or: {', '.join([*parts][1:])}) with {END} after it")
-    path.write_text(text)
+    fill(path, "table1", parts)
 
 
 def _known(changes: Iterable[float]) -> list[float]:
@@ -338,11 +329,11 @@ def _cells(found: Sized) -> str:
 
 
 def _names(found: Iterable[Cell]) -> str:
-    return _list(c.name for c in found)
+    return listed(c.name for c in found)
 
 
 def _changes(found: Iterable[tuple[Cell, Outcome]]) -> str:
-    return _list(f"{c.name} ({_step(o)})" for c, o in found)
+    return listed(f"{c.name} ({_step(o)})" for c, o in found)
 
 
 def _step(outcome: Outcome) -> str:
@@ -351,8 +342,3 @@ def _step(outcome: Outcome) -> str:
 
 def _verdict(outcome: Outcome) -> str:
     return f"{outcome.verdict or 'no difference'} (p {tables.p(outcome.p) or 'not known'})"
-
-
-def _list(words: Iterable[str], joint: str = "and") -> str:
-    *head, last = words
-    return f"{', '.join(head)} {joint} {last}" if head else last

@@ -8,9 +8,8 @@ from mmfast.experiments.collapse import report, tables
 from mmfast.experiments.collapse.report import Difference, Measure, Sheet, Variant, with_cure
 from mmfast.experiments.collapse.results import Result
 from mmfast.experiments.collapse.settings import CURABLE, CURES, SYSTEMS, WEIGHT
-from mmfast.experiments.settings import NONE, SettingsError
-
-BEGIN, END = "<!-- mmfast report collapse: page -->", "<!-- end of mmfast report collapse -->"
+from mmfast.experiments.prose import fill, listed
+from mmfast.experiments.settings import NONE
 
 LEGEND = """Means over seeds with 90 % bootstrap intervals (of up to five seeds over all resamples); p of the corrected paired t-test, two-sided (not corrected on the planted set, whose
 rows are other ones for each seed); "better", "worse", "higher", "lower": p below .1, else no difference is shown. ROC and PRC: areas under the ROC curve and average precision, of more
@@ -51,7 +50,7 @@ def _heading(sheet: Sheet) -> str:
         for cure in WEIGHT
         if cure != NONE
     }
-    said = "; ".join(f"weight of {name} {tables.listed([f'{w:g}' for w in of])}" for name, of in weights.items() if of)
+    said = "; ".join(f"weight of {name} {listed([f'{w:g}' for w in of])}" for name, of in weights.items() if of)
     return (
         f"{r.rows['train']:,} training, {r.rows['valid']:,} validation and {r.rows['test']:,} test rows, {sheet.classes} classes, {sheet.epochs} epochs of the last "
         f"stage, batches of {sheet.batch}{'; ' + said if said else ''}."
@@ -98,7 +97,7 @@ def _of_systems(sheet: Sheet, claim: str, measure: Measure, pairs: Sequence[tupl
         return []
     groups = {word: [name for name, d in found.items() if d.verdict == word] for word in ("higher", "lower", "")}
     parts = [
-        f"{title} in {len(names)} of {len(found)} ({tables.listed([f'{name} {found[name].mean:+.3f}' for name in names])})"
+        f"{title} in {len(names)} of {len(found)} ({listed([f'{name} {found[name].mean:+.3f}' for name in names])})"
         for title, names in (("shown", groups["higher"]), ("the opposite", groups["lower"]), ("no difference shown", groups[""]))
         if names
     ]
@@ -131,17 +130,9 @@ def _span(d: Difference) -> str:
 
 
 def write(path: Path, found: Sequence[Result]) -> None:
-    """Puts the report between the lines that ask for it.
+    """Puts the report between the lines that ask for it, wherever there are any.
 
     Raises:
         SettingsError: the file has no such lines.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SettingsError(f"{path} has no line {BEGIN} with {END} after it")
-    path.write_text(f"{before}{begin}\n\n{markdown(found)}\n\n{end}{after}")
+    fill(path, "collapse", {"page": lambda: markdown(found)})

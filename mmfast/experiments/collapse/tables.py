@@ -172,8 +172,3 @@ def difference(d: Difference) -> str:
 def better(d: Difference) -> str:
     """The verdict on a score."""
     return {"higher": "better", "lower": "worse"}.get(d.verdict, "")
-
-
-def listed(words: Sequence[str]) -> str:
-    """As a sentence has them."""
-    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)

@@ -1,14 +1,17 @@
 """The commands mmfast train table5, mmfast report table5 and mmfast report table9."""
 
 import shlex
-from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmfast.console import Progress, fail, missing, need
 from mmfast.experiments.commands import EXTRAS, OUT, Out, failed_at_the_end, report, train, train_grid
+
+if TYPE_CHECKING:
+    from mmfast.experiments.multimodal.report import Cell
+    from mmfast.experiments.multimodal.results import Result
 
 FIGURES = {"matplotlib": "matplotlib"}
 
@@ -68,29 +71,50 @@ def train_table5(
 def report_table5(
     out: Out = OUT,
     figure: Annotated[Path | None, typer.Option(help="Also draws the conflict over the trainings, into this PNG.")] = None,
+    page: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file to write in: both tables and what they say, between <!-- mmfast report table5: page --> and <!-- end of mmfast report table5 -->. Repeatable."
+        ),
+    ] = None,
 ) -> None:
-    """Prints Table 5 of the paper, latent accuracy, with the recorded runs beside it, as markdown."""
-    _print_report("table5", out)
+    """Prints Table 5 of the paper, latent accuracy, with the recorded runs beside it, as markdown, or writes it into files with Table 9 and what both say."""
+    from mmfast.experiments.multimodal import page as pages
+    from mmfast.experiments.multimodal import report as reports
+    from mmfast.experiments.settings import SettingsError
+
+    found, table = _recorded(out)
+    try:
+        for path in page or []:
+            pages.write(path, found)
+            print(f"written into {path}")
+    except SettingsError as error:
+        fail(str(error))
+    if not page:
+        print("\n\n".join(map(reports.table5, pages.parts(table))))
     if figure is not None:
         need("the figure", "demo", FIGURES)
         from mmfast.experiments.multimodal import pictures
-        from mmfast.experiments.multimodal.report import cells
-        from mmfast.experiments.multimodal.results import read
 
-        pictures.conflict(cells(read(out)), figure)
+        pictures.conflict(table, figure)
 
 
 @report.command("table9")
 def report_table9(out: Out = OUT) -> None:
     """Prints Table 9 of the paper, reconstruction coherence, with the recorded runs beside it, as markdown."""
-    _print_report("table9", out)
+    from mmfast.experiments.multimodal import page as pages
+    from mmfast.experiments.multimodal import report as reports
+
+    _, table = _recorded(out)
+    print("\n\n".join(map(reports.table9, pages.parts(table))))
 
 
 def _report_of(name: str, out: Path) -> str:
     return shlex.join(["mmfast", "report", name, "--out", str(out)])
 
 
-def _print_report(name: str, out: Path) -> None:
+def _recorded(out: Path) -> tuple[list["Result"], list["Cell"]]:
+    """The runs of a folder and their cells; ends the command where there are none."""
     from mmfast.experiments.multimodal import report as reports
     from mmfast.experiments.multimodal.results import RECORD, read
     from mmfast.experiments.settings import SettingsError
@@ -99,11 +123,10 @@ def _print_report(name: str, out: Path) -> None:
     if not (out / RECORD).is_file():
         fail(f"there are no results in {out}: there is no {out / RECORD}; {again} makes it")
     try:
-        table = reports.cells(read(out))
+        found = read(out)
     except SettingsError as error:
         fail(str(error))
+    table = reports.cells(found)
     if not table:
         fail(f"{out / RECORD} has no run without blocks; {again} adds what is missing")
-    make = {"table5": reports.table5, "table9": reports.table9}[name]
-    parts = [list(of) for _, of in groupby(table, lambda cell: (cell.data, cell.size, cell.epochs))]
-    print("\n\n".join(map(make, parts)))
+    return found, table

@@ -144,11 +144,12 @@ def _heading(table: Sequence[Cell], title: str) -> list[str]:
     first = next(iter(table[0].plain.values()))
     size = first.size
     triplets = f"{10 * size['most'] * size['repeats']:,} training and validation and {10 * size['test_most'] * size['test_repeats']:,} test triplets at most"
+    warm_up = f" after {size['warm_up']} steps of warm-up" if size["warm_up"] else ""
     stand_in = " SVHN\\* is a stand-in made from MNIST: compare differences with the paper, not values." if "*" in table[0].data else ""
     name, escaped = table[0].data, r"\*"
     return [
         f"**{title}.** {name.replace('*', escaped)}, size {table[0].size}: {triplets}, {table[0].epochs} epochs, batches of {size['batch']}, "
-        + f"learning rate {size['learning_rate']:g}, "
+        + f"learning rate {size['learning_rate']:g}{warm_up}, "
         + f"{size['samples']} samples of each component, width {size['width']:g}, latent classifiers fitted on {size['latents']:,} latents of each subset at most."
         + stand_in,
         "",

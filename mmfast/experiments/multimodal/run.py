@@ -144,6 +144,8 @@ def _train(run: Settings, folder: Path, checkpoint: Path | None, tick: Tick) -> 
             look = probe.look()
             state.conflict += [[float(step), *look]] if all(map(math.isfinite, look)) else []
         start = time.thread_time_ns()
+        for group in state.optimizer.param_groups:
+            group["lr"] = size.learning_rate * min(1.0, (step + 1) / max(size.warm_up, 1))
         state.optimizer.zero_grad()
         model.loss(_to(parts.train.batch(index), device)).backward()
         state.optimizer.step()

@@ -1,0 +1,120 @@
+"""What the docs show of the runs of Tables 5 and 9: both tables, each rule over all cells, and what the numbers say of the paper's claims."""
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from mmfast.experiments.multimodal import report
+from mmfast.experiments.multimodal.report import MARGIN, Cell, Difference, Measure
+from mmfast.experiments.multimodal.results import Result
+from mmfast.experiments.multimodal.settings import MODELS
+from mmfast.experiments.prose import fill, listed
+from mmfast.experiments.published import TABLE5, TABLE9
+from mmfast.experiments.settings import NONE
+
+VERDICTS = ("better", "none", "worse")
+MEASURES: dict[str, Measure] = {
+    "self": lambda s: s.self_accuracy,
+    "cross": lambda s: s.cross_accuracy,
+    "reconstruction": lambda s: statistics.mean(of["MST"] for of in s.coherence.values()),
+}
+
+
+def parts(table: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of each data set, size and number of epochs, which have tables of their own."""
+    return [list(of) for _, of in groupby(table, lambda cell: (cell.data, cell.size, cell.epochs))]
+
+
+def write(path: Path, found: Sequence[Result]) -> None:
+    """Puts the page between the lines of a file that ask for it, wherever there are any.
+
+    Raises:
+        SettingsError: the file has no such lines.
+    """
+    fill(path, "table5", {"page": lambda: markdown(found)})
+
+
+def markdown(found: Sequence[Result]) -> str:
+    """The whole page."""
+    made = f"{len(found)} run{' is' if len(found) == 1 else 's are'} recorded."
+    if diverged := sum(r.test is None for r in found):
+        made += f" {diverged} had no epoch with a finite validation nll."
+    shown = [made]
+    for table in parts(report.cells(found)):
+        shown += [report.table5(table), rules(table), report.table9(table), *([f"* {line}" for line in says(table)])]
+    return "\n\n".join(shown)
+
+
+def rules(table: Sequence[Cell]) -> str:
+    """Every rule with its blocks against no block over all cells, as markdown: verdicts, the mean of the differences, the least and the largest, and the price of a step."""
+    heads = ["rule", "blocks", "cells"]
+    for name in MEASURES:
+        heads += [f"{name}: better, none, worse", "difference (least, most)"]
+    lines = [f"| {' | '.join([*heads, 'step'])} |", f"|---|---|--:|{'--:|' * (2 * len(MEASURES) + 1)}"]
+    variants = dict.fromkeys(v for cell in table for v in cell.variants if v != (NONE, ""))
+    for variant in sorted(variants, key=lambda v: (len(v[1]), v)):
+        where = [cell for cell in table if variant in cell.variants]
+        row: list[object] = [*variant, len(where)]
+        for measure in MEASURES.values():
+            row += _over([cell.difference(measure, variant) for cell in where])
+        steps = [_step(cell, variant) / _step(cell, (NONE, "")) for cell in where]
+        lines.append(f"| {' | '.join(map(str, [*row, f'{statistics.median(steps):.2f}x']))} |")
+    return "\n".join(
+        [
+            (
+                f"Every rule over all models and losses, in points on the test triplets; less than {MARGIN:g}, or an interval that holds zero, is none. "
+                "Reconstruction: coherence given M, S and T, mean over the three. Step: its processor time over that without blocks, median over the cells."
+            ),
+            "",
+            *lines,
+        ]
+    )
+
+
+def _over(found: Sequence[Difference | None]) -> list[str]:
+    """How many of each verdict, and the mean of the differences with their ends; of cells where no run diverged."""
+    known = [d for d in found if d is not None]
+    if not known:
+        return ["diverged", ""]
+    count = Counter(d.verdict for d in known)
+    shown = ", ".join(str(count[v]) for v in VERDICTS)
+    alone = f" ({count['one seed']} of one seed)" if count["one seed"] else ""
+    points = [d.points for d in known]
+    return [shown + alone, f"{statistics.mean(points):+.1f} ({min(points):+.1f}, {max(points):+.1f})"]
+
+
+def _step(cell: Cell, variant: tuple[str, str]) -> float:
+    return statistics.median(run.step_us for run in cell.variants[variant].values())
+
+
+def says(table: Sequence[Cell]) -> list[str]:
+    """What became of the paper's differences of more than the margin, with the rule and blocks that validation chose."""
+    said = []
+    of_table5: dict[str, Measure] = {f"{name} accuracy": MEASURES[name] for name in ("self", "cross")}
+    of_table9: dict[str, Measure] = {f"coherence of {d}": lambda s, d=d: s.coherence[d]["MST"] for d in "MST"}  # type: ignore[misc]
+    for number, published, measures in ((5, TABLE5, of_table5), (9, TABLE9, of_table9)):
+        found: dict[str, list[tuple[str, Difference]]] = {"better": [], "none": [], "worse": [], "one seed": []}
+        others: list[tuple[str, Difference]] = []
+        for cell in table:
+            for name, measure in measures.items():
+                d = cell.difference(measure, cell.chosen) if cell.chosen else None
+                if d is None:
+                    continue
+                plain, ours = published[cell.model, cell.objective, name.split()[0] if number == 5 else name[-1]]
+                where = f"{MODELS[cell.model]} {cell.objective.upper()}, {name}"
+                (found[d.verdict] if ours - plain >= MARGIN else others).append((where, d))
+        total = sum(map(len, found.values()))
+        if total:
+            titles = {"better": "better", "none": "no difference shown", "worse": "worse", "one seed": "one seed"}
+            shown = [f"{titles[v]} in {len(of)} ({_named(of)})" for v, of in found.items() if of]
+            said.append(f"Table {number}, where the paper gains {MARGIN:g} points or more ({total}): {'; '.join(shown)}.")
+        for verdict in ("better", "worse"):
+            if of := [(where, d) for where, d in others if d.verdict == verdict]:
+                said.append(f"Table {number}, where it does not: {verdict} in {len(of)} of {len(others)} ({_named(of)}).")
+    return said
+
+
+def _named(found: Sequence[tuple[str, Difference]]) -> str:
+    return listed(f"{where} {d.points:+.1f}" for where, d in found)
