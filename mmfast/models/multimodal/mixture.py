@@ -46,16 +46,19 @@ def products(
     scale overflows, the mean of one expert's product is its own, and an absent one changes no bit.
     """
     logs = {name: -2 * std.log() for name, (_, std) in experts.items()}  # of the precisions
+    means = {name: mean for name, (mean, _) in experts.items()}
     nowhere = torch.full_like(next(iter(logs.values())), -torch.inf)
     if present is not None:
-        logs = {name: torch.where(present[name].unsqueeze(-1), log, nowhere) for name, log in logs.items()}
+        there = {name: present[name].unsqueeze(-1) for name in experts}
+        logs = {name: torch.where(there[name], log, nowhere) for name, log in logs.items()}
+        means = {name: mean.masked_fill(~there[name], 0) for name, mean in means.items()}  # a share of zero does not take away a NaN
     each = [log if name in subset else nowhere for subset in components for name, log in logs.items()]
     rows = torch.stack(each).unflatten(0, (len(components), len(logs)))  # [S, D, B, latent]
     alone = rows.isneginf().all(1, keepdim=True)
     of_prior = torch.zeros_like(rows[:, :1]) if prior else torch.where(alone, 0.0, -torch.inf).to(rows.dtype)
     rows = torch.cat([of_prior, rows], 1)
     shares, total, _ = _shares(rows)
-    mean = reduce(add, (share * mean for share, (mean, _) in zip(shares[1:], experts.values(), strict=True))) / total
+    mean = reduce(add, (share * mean for share, mean in zip(shares[1:], means.values(), strict=True))) / total
     _, total, top = _shares(rows)  # anew: the way back from a narrow std is not to be added to that from the mean, whose parts cancel
     return mean, (-0.5 * (top + total.log())).exp()
 
@@ -80,7 +83,7 @@ def log_mean_exp(x: Tensor, valid: Tensor | None, dims: tuple[int, ...]) -> Tens
         x = x.masked_fill(~valid, -torch.inf)
     total = x.masked_fill(x < x.detach().amax(dims, keepdim=True) - NEGLIGIBLE, -torch.inf).logsumexp(dims)
     if valid is None:
-        return total - math.log(math.prod(x.shape[dim] for dim in dims))
+        return total - math.log(math.prod([x.shape[dim] for dim in dims]))  # torch.compile takes no generator there
     return total - valid.expand_as(x).sum(dims).to(x.dtype).log()
 
 

@@ -26,6 +26,11 @@ from mmfast.models.multimodal.modality import LOW, Modality, wide
 AT_ONCE = 4096  # latents that log_likelihood decodes at once, or as many as a training step if those are more
 
 
+def _check_number(what: str, number: int) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{what} is {number!r}, expected a whole number, 1 at least")
+
+
 class MultimodalVAE(nn.Module):
     """A variational autoencoder of several modalities, any of which may be missing, with impartiality blocks where they meet.
 
@@ -84,12 +89,13 @@ class MultimodalVAE(nn.Module):
         for name in modalities:
             if not isinstance(name, str) or not name or set(name) & set(".+"):
                 raise ValueError(f"modalities has {name!r}, expected names without a dot or a plus")
+            if hasattr(nn.ModuleDict(), name):  # which are the parts of a model, too
+                raise ValueError(f"modalities has {name!r}, which torch.nn.ModuleDict has as an attribute; expected another name")
         for what, value, known in (("mixture", mixture, MIXTURES), ("objective", objective, OBJECTIVES)):
             if value not in known:
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")
-        for what, number in (("latent", latent), ("samples", samples)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{what} is {number!r}, expected a whole number, 1 at least")
+        _check_number("latent", latent)
+        _check_number("samples", samples)
         if not set(blocks) <= set("pqs") or len(set(blocks)) < len(blocks):
             raise ValueError(f"blocks is {blocks!r}, expected some of the letters p, q and s, such as 'pq', or '' for none")
         if not blocks and resolver is not None:
@@ -172,6 +178,7 @@ class MultimodalVAE(nn.Module):
     ) -> Tensor:
         """Draws z [samples, B, latent] from the posterior given a subset of modalities: that of `posterior`, but for "moe", which has no products: each z is from the
         expert of one modality of the subset, taken at random among those present."""
+        _check_number("samples", samples)
         if self.mixture != "moe":
             mean, std = self.posterior(inputs, subset, present)
         else:
@@ -191,8 +198,7 @@ class MultimodalVAE(nn.Module):
             inputs, present: as for `loss`.
             samples: number of draws for each x.
         """
-        if not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples is {samples!r}, expected a whole number, 1 at least")
+        _check_number("samples", samples)
         q = self._encode(inputs, present)
         s, rows = q.mean.shape[:2]
         each = -(-samples // s)
