@@ -64,6 +64,12 @@ def test_losses_are_compared_with_the_margin_of_their_column(points, plain, ours
     assert (values[4], values[6]) == (plain, ours)
 
 
+def test_losses_without_a_seed_in_common_are_not_called_diverged():
+    runs = [result("none", 0), result("none", 1, objective="iwae"), result("none", 1, None, objective="siwae")]
+    text = report.table5(report.cells(runs))
+    assert "| MMVAE | ELBO to IWAE | self |  | no seed in common |" in text and "| MMVAE | IWAE to SIWAE | self |  | diverged |" in text
+
+
 def test_iwae_and_siwae_of_mvae_are_one_estimator():
     runs = [result("none", s, (0.4 + 0.4 * (o == "siwae"), 0.5), model="mvae", objective=o) for o in ("iwae", "siwae") for s in range(3)]
     assert "| MVAE | IWAE to SIWAE | self | +40.0 [+40.0, +40.0] | none, one estimator |" in report.table5(report.cells(runs))
