@@ -68,9 +68,9 @@ def log_prior(z: Tensor) -> Tensor:
     return -0.5 * z.square().sum(-1)
 
 
-def log_expert(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(z; mean, std) [...], up to that constant."""
-    return -0.5 * ((z - mean) / std).square().sum(-1) - std.log().sum(-1)
+def log_expert(z: Tensor, away: Tensor, std: Tensor) -> Tensor:
+    """log N(z; mean, std) [...], up to that constant, as a function of z alone; `away` is z - mean, but not from z, whose last digit may be more than std."""
+    return -0.5 * ((away + (z - z.detach())) / std).square().sum(-1) - std.log().sum(-1)
 
 
 def log_mean_exp(x: Tensor, valid: Tensor | None, dims: tuple[int, ...]) -> Tensor:
@@ -92,6 +92,13 @@ def log_mixture(log_q: Tensor, valid: Tensor | None) -> Tensor:
     return log_mean_exp(log_q, None if valid is None else valid.unsqueeze(1), (1,))
 
 
+class Draws(NamedTuple):
+    """Of each component."""
+
+    z: Tensor  # [S, K, B, latent]
+    away: Tensor  # from the component's mean; of z itself, which is rounded to a ten millionth of that mean, a narrow component's noise is not to be had
+
+
 class Posterior(NamedTuple):
     """The mixture of a batch."""
 
@@ -102,8 +109,12 @@ class Posterior(NamedTuple):
     valid: Tensor | None  # bool [S, B], the components that a sample has; None: all of them
     low: dict[str, torch.dtype]  # of a modality whose network works in 16 bits: what its decoder is given
 
-    def draw(self, samples: int) -> Tensor:
-        """[S, samples, B, latent], some from each component."""
+    def draw(self, samples: int) -> Draws:
+        """Some from each component."""
         s, rows, latent = self.mean.shape
-        noise = torch.randn(s, samples, rows, latent, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean.unsqueeze(1) + self.std.unsqueeze(1) * noise
+        return self.at(torch.randn(s, samples, rows, latent, device=self.mean.device, dtype=self.mean.dtype))
+
+    def at(self, noise: Tensor) -> Draws:
+        """Those that come of noise [S, K, B, latent]."""
+        away = self.std.unsqueeze(1) * noise
+        return Draws(self.mean.unsqueeze(1) + away, away)

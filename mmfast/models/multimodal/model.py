@@ -13,6 +13,7 @@ from mmfast.models.multimodal.inputs import Batch, batch_of
 from mmfast.models.multimodal.junction import Factory, Junction, rule_of
 from mmfast.models.multimodal.mixture import (
     MIXTURES,
+    Draws,
     Posterior,
     components_of,
     log_expert,
@@ -231,18 +232,20 @@ class MultimodalVAE(nn.Module):
         scales = {name: self._modality(name).scale for name in densities.log_x}
         return -bound(densities.log_weights(valid, scales), valid, self.objective).sum()
 
-    def _densities(self, q: Posterior, z: Tensor, apart: bool = False) -> Densities:
-        """Of z [S, K, B, latent], through the blocks; `apart` evaluates the components' densities one by one, so that each has a graph of its own."""
+    def _densities(self, q: Posterior, draws: Draws, apart: bool = False) -> Densities:
+        """At the draws, through the blocks; `apart` evaluates the components' densities one by one, so that each has a graph of its own."""
+        z = draws.z
         zs = z.unbind(0) if apart or "p" in self.blocks or "q" in self.blocks else ()
         own = self._own_components(q)
         to_decoders = self._to_places(z, zs, "p", own, [self.names.index(name) for name in q.batch.names])
         log_x = {name: self._decode(name, of, q) for name, of in zip(q.batch.names, to_decoders, strict=True)}
         to_experts = self._to_places(z, zs, "q", own, own)
-        mean, std = q.mean.detach().unsqueeze(1), q.std.detach().unsqueeze(1)  # [S', 1, B, latent]
+        mean, std = q.mean.detach(), q.std.detach().unsqueeze(1)  # std [S', 1, B, latent]
+        away = (mean.unsqueeze(1) - mean).unsqueeze(2) + draws.away.detach().unsqueeze(1)  # z_s less the mean of s', [S, S', K, B, latent]
         if apart:
-            log_q = tuple(log_expert(*of).unsqueeze(1) for of in zip(to_experts, mean, std, strict=True))
+            log_q = tuple(log_expert(*of).unsqueeze(1) for of in zip(to_experts, away.unbind(1), std, strict=True))
         else:
-            log_q = (log_expert(torch.stack(to_experts, 1) if "q" in self.blocks else z.unsqueeze(1), mean, std),)
+            log_q = (log_expert(torch.stack(to_experts, 1) if "q" in self.blocks else z.unsqueeze(1), away, std),)
         return Densities(log_x, log_prior(z), log_q)
 
     def _own_components(self, q: Posterior) -> list[int]:
