@@ -59,8 +59,7 @@ def loss_of(vae, x, present, noise):
     """vae.loss with this noise [S, K, B, latent] of all its components."""
     q = vae._encode(x, present)
     own = [0] if vae.mixture == "poe" else [vae.components.index(subset) for subset in q.components]
-    z = q.mean.unsqueeze(1) + q.std.unsqueeze(1) * noise[own].to(q.mean.dtype)
-    return vae._loss(vae._densities(q, z), q.valid)
+    return vae._loss(vae._densities(q, q.at(noise[own].to(q.mean.dtype))), q.valid)
 
 
 def subsets(names, mixture):

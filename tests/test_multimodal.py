@@ -300,6 +300,26 @@ def test_narrow_and_wide_experts_neither_overflow_nor_lose_their_gradient():
     torch.testing.assert_close(vae.posterior({"a": mean, "b": mean})[1], std / math.sqrt(2), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("blocks", ["", "pq"])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_the_noise_of_a_narrow_component_is_not_lost_beside_its_mean(mixture, blocks):
+    """A std of 1e-6 at a mean of 20, whose next number in float32 is 2e-6 away: what widens it again is the gradient that log q sends by way of the noise."""
+    noise, found = noise_of(make(mixture), 2), []
+    for dtype in (torch.float64, torch.float32):
+        vae = make(mixture, "elbo", blocks=blocks, resolver="sum" if blocks else None).to(dtype)
+        x = {name: value.to(dtype) for name, value in batch().items()}
+        out = vae.modalities["image"].encoder.out
+        with torch.no_grad():
+            out.weight.zero_()
+            out.bias.copy_(torch.tensor([20.0, -20.0, 0.0, 0.0]))
+        vae.modalities["image"].encoder.register_forward_hook(lambda _, args, found: (found[0], found[1] * 1e-6))
+        loss = loss_of(vae, x, None, noise)
+        loss.backward()
+        found.append([loss.detach().double(), *out.bias.grad.double().chunk(2)])  # of the mean, of the std
+    for exact, value in zip(*found, strict=True):
+        assert (value - exact).norm() < 2e-4 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("objective", ["iwae", "siwae"])
 def test_no_gradient_is_a_denormal_number(objective, dtype):

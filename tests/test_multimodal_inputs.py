@@ -61,6 +61,18 @@ def test_what_an_absent_cell_holds_is_never_read(mixture, blocks, poison):
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_nan_in_a_cell_that_is_present_stays_in_its_row(mixture):
+    """It stands in absent cells, too, whose results are left out."""
+    vae, x, present = make(mixture), batch(), absences()
+    x["sound"][0] = math.nan
+    assert present["sound"][0] and torch.equal(
+        filled(x["sound"], present["sound"]).isnan().any(1).nonzero().flatten(), torch.tensor([0, 4])
+    )
+    for found in (*vae.posterior(x, present=present), vae.log_likelihood(x, 9, present), vae.sample(x, None, 1, present)[0]):
+        assert found[0].isnan().all() and found[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
 def test_where_nothing_is_present_the_posterior_is_the_prior(mixture):
     vae, x = make(mixture), batch()
     nothing = {name: torch.zeros(ROWS, dtype=torch.bool) for name in SIZES}
@@ -102,6 +114,8 @@ GOOD = {"encoder": lambda x: (x[:, :2], x[:, :2].exp()), "decoder": nn.Linear(2,
         ({"modalities": {}}, TypeError, "modalities is not as expected"),
         ({"modalities": {"a": nn.Linear(2, 2)}}, TypeError, "modalities is not as expected"),
         ({"modalities": {"a.b": Modality(**GOOD)}}, ValueError, "modalities has 'a.b', expected names without a dot or a plus"),
+        ({"modalities": {"type": Modality(**GOOD)}}, ValueError, "modalities has 'type', which torch.nn.ModuleDict has as an attribute"),
+        ({"samples": True}, ValueError, "samples is True, expected a whole number"),
         (
             {"modalities": {"a": Modality(**GOOD | {"decoder": abs})}, "blocks": "pqs", "resolver": "mgda"},
             TypeError,
@@ -154,6 +168,8 @@ def test_bad_inputs():
         (lambda: vae.posterior({"text": x["text"]}, ["image"]), ValueError, "inputs has text, expected at least one of image"),
         (lambda: vae.posterior(x, []), ValueError, "expected at least one of"),
         (lambda: vae.log_likelihood(x, 0), ValueError, "samples is 0, expected a whole number, 1 at least"),
+        (lambda: vae.sample(x, samples=0), ValueError, "samples is 0, expected a whole number, 1 at least"),
+        (lambda: vae.sample(x, samples=2.0), ValueError, "samples is 2.0, expected a whole number, 1 at least"),
     ]:
         with pytest.raises(error, match=message):
             call()

@@ -69,6 +69,18 @@ def test_they_make_a_model(mixture):
     assert vae.log_likelihood(inputs(3), 4).shape == (3,)
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_batches_without_rows_and_of_one(rows):
+    vae = MultimodalVAE(mnist_svhn_text(5, 0.25), 5, "mopoe", "siwae", 2, "pqs", "pcgrad")
+    loss = vae.loss(inputs(rows))
+    loss.backward()
+    assert (
+        (loss == 0) == (rows == 0)
+        and vae.log_likelihood(inputs(rows), 4).shape == (rows,)
+        and vae.sample(inputs(rows)).shape == (1, rows, 5)
+    )
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_classifiers_have_ten_logits_and_drop_out_in_training_alone(name):
     torch.manual_seed(0)

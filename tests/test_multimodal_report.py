@@ -64,6 +64,12 @@ def test_losses_are_compared_with_the_margin_of_their_column(points, plain, ours
     assert (values[4], values[6]) == (plain, ours)
 
 
+def test_losses_without_a_seed_in_common_are_not_called_diverged():
+    runs = [result("none", 0), result("none", 1, objective="iwae"), result("none", 1, None, objective="siwae")]
+    text = report.table5(report.cells(runs))
+    assert "| MMVAE | ELBO to IWAE | self |  | no seed in common |" in text and "| MMVAE | IWAE to SIWAE | self |  | diverged |" in text
+
+
 def test_iwae_and_siwae_of_mvae_are_one_estimator():
     runs = [result("none", s, (0.4 + 0.4 * (o == "siwae"), 0.5), model="mvae", objective=o) for o in ("iwae", "siwae") for s in range(3)]
     assert "| MVAE | IWAE to SIWAE | self | +40.0 [+40.0, +40.0] | none, one estimator |" in report.table5(report.cells(runs))
@@ -169,13 +175,40 @@ def test_the_conflict_is_drawn(tmp_path):
     assert shown.exit_code == 0 and (tmp_path / "new" / "conflict.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_rule_has_one_colour_and_a_size_its_own_rows(tmp_path, monkeypatch):
+    """Whichever run of a cell is recorded first, and whatever else lies in the folder."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    from mmfast.experiments.multimodal import pictures
+
+    drawn = []
+    monkeypatch.setattr(pictures.plt, "close", drawn.append)
+    rules = {"elbo": ("none", "PCGrad", "CAGrad"), "siwae": ("CAGrad", "none", "PCGrad")}
+    runs = [
+        result(rule, objective=o, size=size)
+        for size in ("small", "full")
+        for o, of in rules.items()
+        for rule in of
+        if size == "small" or rule == "none"
+    ]
+    pictures.conflict(report.cells(runs), tmp_path / "conflict.png")
+    (figure,) = drawn
+    legend = {
+        text.get_text(): line.get_color() for text, line in zip(figure.legends[0].get_texts(), figure.legends[0].get_lines(), strict=True)
+    }
+    assert set(legend) == {"none", "PCGrad", "CAGrad"} and len(set(legend.values())) == 3
+    shown = {ax.get_title("left"): {line.get_label(): line.get_color() for line in ax.lines} for ax in figure.axes}
+    plt.close("all")
+    assert len(shown) == 4 and sorted(map(len, shown.values())) == [1, 1, 3, 3]
+    assert all(colour == legend[rule] for of in shown.values() for rule, colour in of.items())
+
+
 def test_looks_are_averaged_at_their_step_where_one_was_not_finite():
     plt = pytest.importorskip("matplotlib.pyplot")
     from mmfast.experiments.multimodal import pictures
 
     looks = ([[0.0, 0.2, 3.0], [9.0, 0.4, 1.0], [18.0, 0.6, 1.0]], [[0.0, 0.4, 3.0], [18.0, 0.8, 1.0]])
     figure, ax = plt.subplots()
-    pictures._curves(ax, cell([result(seed=s, conflict=conflict) for s, conflict in enumerate(looks)]))
+    pictures._curves(ax, cell([result(seed=s, conflict=conflict) for s, conflict in enumerate(looks)]), {"none": "black"})
     (line,) = ax.lines
     plt.close(figure)
     assert line.get_xdata().tolist() == [0, 9, 18] and line.get_ydata().tolist() == pytest.approx([0.3, 0.4, 0.7])

@@ -1,7 +1,7 @@
 """What a model generates, and the conflict over its training, as PNG."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +16,7 @@ from mmfast.data.triplets import MODALITIES, Triplets
 from mmfast.data.words import read
 from mmfast.experiments.multimodal.metrics import SUBSETS
 from mmfast.experiments.multimodal.report import Cell
-from mmfast.experiments.multimodal.settings import MODELS
+from mmfast.experiments.multimodal.settings import MODELS, OBJECTIVES
 from mmfast.experiments.settings import NONE
 from mmfast.models.multimodal import MultimodalVAE
 from mmfast.models.multimodal.networks import mean
@@ -76,20 +76,29 @@ def _decoded(vae: MultimodalVAE, z: Tensor) -> dict[str, Tensor]:
 
 
 def conflict(table: Sequence[Cell], path: Path) -> Path:
-    """Writes a figure: for each model and loss the share of decoders' pairs that conflict at z over the training, mean over the seeds, a line for each rule on "p"."""
-    models, losses = (list(dict.fromkeys(getattr(cell, what) for cell in table)) for what in ("model", "objective"))
+    """Writes a figure: for each model and loss the share of decoders' pairs that conflict at z over the training, mean over the seeds, a line for each rule on "p".
+    Each data set, size and number of epochs has rows of its own."""
+    parts = list(dict.fromkeys((cell.data, cell.size, cell.epochs) for cell in table))
+    rows = list(dict.fromkeys((cell.data, cell.size, cell.epochs, cell.model) for cell in table))
+    losses = [loss for loss in OBJECTIVES if any(cell.objective == loss for cell in table)]
+    rules = sorted({rule for cell in table for rule, blocks in cell.variants if blocks == "p"})
+    colours = {NONE: "black"} | {rule: f"C{i}" for i, rule in enumerate(rules)}  # the same in every cell, whichever run of it ended first
     figure, axes = plt.subplots(
-        len(models),
+        len(rows),
         len(losses),
-        figsize=(3.6 * len(losses), 2.4 * len(models)),
+        figsize=(3.6 * len(losses), 0.4 + 2.4 * len(rows)),
         squeeze=False,
-        sharex=True,
+        sharex="row",
         sharey=True,
         layout="constrained",
     )
     for cell in table:
-        _curves(axes[models.index(cell.model), losses.index(cell.objective)], cell)
-    axes[0, 0].legend(frameon=False, fontsize=7)
+        ax = axes[rows.index((cell.data, cell.size, cell.epochs, cell.model)), losses.index(cell.objective)]
+        _curves(ax, cell, colours)
+        of_part = f"; {cell.data}, {cell.size}, {cell.epochs} epochs" if len(parts) > 1 else ""
+        ax.set_title(f"{MODELS[cell.model]}, {cell.objective.upper()}{of_part}", fontsize=7 if of_part else 9, loc="left")
+    lines = {str(line.get_label()): line for ax in axes.flat for line in ax.lines}
+    figure.legend(list(lines.values()), list(lines), loc="outside upper right", ncols=len(lines), frameon=False, fontsize=7)
     figure.supxlabel("training step", fontsize=9)
     figure.supylabel("pairs of decoders that conflict at z", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,15 +107,14 @@ def conflict(table: Sequence[Cell], path: Path) -> Path:
     return path
 
 
-def _curves(ax: Axes, cell: Cell) -> None:
+def _curves(ax: Axes, cell: Cell, colours: Mapping[str, str]) -> None:
     for (rule, blocks), runs in sorted(cell.variants.items(), key=lambda item: item[0][0] != NONE):
         if blocks in ("", "p"):
             shares: dict[float, list[float]] = {}  # by step: a run may lack looks that were not finite
             for step, share, _ in (look for r in runs.values() for look in r.conflict):
                 shares.setdefault(step, []).append(share)
             means = [statistics.mean(shares[step]) for step in sorted(shares)]
-            ax.plot(sorted(shares), means, label=rule, lw=1.4, color="black" if rule == NONE else None)
-    ax.set_title(f"{MODELS[cell.model]}, {cell.objective.upper()}", fontsize=9, loc="left")
+            ax.plot(sorted(shares), means, label=rule, lw=1.4, color=colours[rule])
     ax.set_ylim(0, 1)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=7)

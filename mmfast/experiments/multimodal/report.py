@@ -213,7 +213,10 @@ def _between_objectives(table: Sequence[Cell], measures: dict[str, Measure]) -> 
                 shown: list[object] = []
                 for a, b, margin in columns:
                     d = difference(a, b, measure, margin)
-                    shown += ["", "diverged"] if d is None else [d, "none, one estimator" if one else d.verdict]
+                    if d is None:
+                        shown += ["", "diverged" if a.keys() & b.keys() else "no seed in common"]
+                    else:
+                        shown += [d, "none, one estimator" if one else d.verdict]
                 rows.append(_row(MODELS[model], f"{objective.upper()} to {other.upper()}", name, *shown))
     lines = [
         f"Between the losses, without blocks (less than {MARGIN_PLAIN:g} point is none) and with those of the table (less than {MARGIN:g} points). "

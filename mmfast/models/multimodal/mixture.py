@@ -46,16 +46,19 @@ def products(
     scale overflows, the mean of one expert's product is its own, and an absent one changes no bit.
     """
     logs = {name: -2 * std.log() for name, (_, std) in experts.items()}  # of the precisions
+    means = {name: mean for name, (mean, _) in experts.items()}
     nowhere = torch.full_like(next(iter(logs.values())), -torch.inf)
     if present is not None:
-        logs = {name: torch.where(present[name].unsqueeze(-1), log, nowhere) for name, log in logs.items()}
+        there = {name: present[name].unsqueeze(-1) for name in experts}
+        logs = {name: torch.where(there[name], log, nowhere) for name, log in logs.items()}
+        means = {name: mean.masked_fill(~there[name], 0) for name, mean in means.items()}  # a share of zero does not take away a NaN
     each = [log if name in subset else nowhere for subset in components for name, log in logs.items()]
     rows = torch.stack(each).unflatten(0, (len(components), len(logs)))  # [S, D, B, latent]
     alone = rows.isneginf().all(1, keepdim=True)
     of_prior = torch.zeros_like(rows[:, :1]) if prior else torch.where(alone, 0.0, -torch.inf).to(rows.dtype)
     rows = torch.cat([of_prior, rows], 1)
     shares, total, _ = _shares(rows)
-    mean = reduce(add, (share * mean for share, (mean, _) in zip(shares[1:], experts.values(), strict=True))) / total
+    mean = reduce(add, (share * mean for share, mean in zip(shares[1:], means.values(), strict=True))) / total
     _, total, top = _shares(rows)  # anew: the way back from a narrow std is not to be added to that from the mean, whose parts cancel
     return mean, (-0.5 * (top + total.log())).exp()
 
@@ -65,9 +68,9 @@ def log_prior(z: Tensor) -> Tensor:
     return -0.5 * z.square().sum(-1)
 
 
-def log_expert(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(z; mean, std) [...], up to that constant."""
-    return -0.5 * ((z - mean) / std).square().sum(-1) - std.log().sum(-1)
+def log_expert(z: Tensor, away: Tensor, std: Tensor) -> Tensor:
+    """log N(z; mean, std) [...], up to that constant, as a function of z alone; `away` is z - mean, but not from z, whose last digit may be more than std."""
+    return -0.5 * ((away + (z - z.detach())) / std).square().sum(-1) - std.log().sum(-1)
 
 
 def log_mean_exp(x: Tensor, valid: Tensor | None, dims: tuple[int, ...]) -> Tensor:
@@ -80,13 +83,20 @@ def log_mean_exp(x: Tensor, valid: Tensor | None, dims: tuple[int, ...]) -> Tens
         x = x.masked_fill(~valid, -torch.inf)
     total = x.masked_fill(x < x.detach().amax(dims, keepdim=True) - NEGLIGIBLE, -torch.inf).logsumexp(dims)
     if valid is None:
-        return total - math.log(math.prod(x.shape[dim] for dim in dims))
+        return total - math.log(math.prod([x.shape[dim] for dim in dims]))  # torch.compile takes no generator there
     return total - valid.expand_as(x).sum(dims).to(x.dtype).log()
 
 
 def log_mixture(log_q: Tensor, valid: Tensor | None) -> Tensor:
     """log of the mean of the components' densities, [S, K, B] from [S, S', K, B]."""
     return log_mean_exp(log_q, None if valid is None else valid.unsqueeze(1), (1,))
+
+
+class Draws(NamedTuple):
+    """Of each component."""
+
+    z: Tensor  # [S, K, B, latent]
+    away: Tensor  # from the component's mean; of z itself, which is rounded to a ten millionth of that mean, a narrow component's noise is not to be had
 
 
 class Posterior(NamedTuple):
@@ -99,8 +109,12 @@ class Posterior(NamedTuple):
     valid: Tensor | None  # bool [S, B], the components that a sample has; None: all of them
     low: dict[str, torch.dtype]  # of a modality whose network works in 16 bits: what its decoder is given
 
-    def draw(self, samples: int) -> Tensor:
-        """[S, samples, B, latent], some from each component."""
+    def draw(self, samples: int) -> Draws:
+        """Some from each component."""
         s, rows, latent = self.mean.shape
-        noise = torch.randn(s, samples, rows, latent, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean.unsqueeze(1) + self.std.unsqueeze(1) * noise
+        return self.at(torch.randn(s, samples, rows, latent, device=self.mean.device, dtype=self.mean.dtype))
+
+    def at(self, noise: Tensor) -> Draws:
+        """Those that come of noise [S, K, B, latent]."""
+        away = self.std.unsqueeze(1) * noise
+        return Draws(self.mean.unsqueeze(1) + away, away)

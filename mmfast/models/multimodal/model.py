@@ -13,6 +13,7 @@ from mmfast.models.multimodal.inputs import Batch, batch_of
 from mmfast.models.multimodal.junction import Factory, Junction, rule_of
 from mmfast.models.multimodal.mixture import (
     MIXTURES,
+    Draws,
     Posterior,
     components_of,
     log_expert,
@@ -24,6 +25,11 @@ from mmfast.models.multimodal.mixture import (
 from mmfast.models.multimodal.modality import LOW, Modality, wide
 
 AT_ONCE = 4096  # latents that log_likelihood decodes at once, or as many as a training step if those are more
+
+
+def _check_number(what: str, number: int) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{what} is {number!r}, expected a whole number, 1 at least")
 
 
 class MultimodalVAE(nn.Module):
@@ -84,12 +90,13 @@ class MultimodalVAE(nn.Module):
         for name in modalities:
             if not isinstance(name, str) or not name or set(name) & set(".+"):
                 raise ValueError(f"modalities has {name!r}, expected names without a dot or a plus")
+            if hasattr(nn.ModuleDict(), name):  # which are the parts of a model, too
+                raise ValueError(f"modalities has {name!r}, which torch.nn.ModuleDict has as an attribute; expected another name")
         for what, value, known in (("mixture", mixture, MIXTURES), ("objective", objective, OBJECTIVES)):
             if value not in known:
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")
-        for what, number in (("latent", latent), ("samples", samples)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{what} is {number!r}, expected a whole number, 1 at least")
+        _check_number("latent", latent)
+        _check_number("samples", samples)
         if not set(blocks) <= set("pqs") or len(set(blocks)) < len(blocks):
             raise ValueError(f"blocks is {blocks!r}, expected some of the letters p, q and s, such as 'pq', or '' for none")
         if not blocks and resolver is not None:
@@ -172,6 +179,7 @@ class MultimodalVAE(nn.Module):
     ) -> Tensor:
         """Draws z [samples, B, latent] from the posterior given a subset of modalities: that of `posterior`, but for "moe", which has no products: each z is from the
         expert of one modality of the subset, taken at random among those present."""
+        _check_number("samples", samples)
         if self.mixture != "moe":
             mean, std = self.posterior(inputs, subset, present)
         else:
@@ -191,8 +199,7 @@ class MultimodalVAE(nn.Module):
             inputs, present: as for `loss`.
             samples: number of draws for each x.
         """
-        if not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples is {samples!r}, expected a whole number, 1 at least")
+        _check_number("samples", samples)
         q = self._encode(inputs, present)
         s, rows = q.mean.shape[:2]
         each = -(-samples // s)
@@ -225,18 +232,20 @@ class MultimodalVAE(nn.Module):
         scales = {name: self._modality(name).scale for name in densities.log_x}
         return -bound(densities.log_weights(valid, scales), valid, self.objective).sum()
 
-    def _densities(self, q: Posterior, z: Tensor, apart: bool = False) -> Densities:
-        """Of z [S, K, B, latent], through the blocks; `apart` evaluates the components' densities one by one, so that each has a graph of its own."""
+    def _densities(self, q: Posterior, draws: Draws, apart: bool = False) -> Densities:
+        """At the draws, through the blocks; `apart` evaluates the components' densities one by one, so that each has a graph of its own."""
+        z = draws.z
         zs = z.unbind(0) if apart or "p" in self.blocks or "q" in self.blocks else ()
         own = self._own_components(q)
         to_decoders = self._to_places(z, zs, "p", own, [self.names.index(name) for name in q.batch.names])
         log_x = {name: self._decode(name, of, q) for name, of in zip(q.batch.names, to_decoders, strict=True)}
         to_experts = self._to_places(z, zs, "q", own, own)
-        mean, std = q.mean.detach().unsqueeze(1), q.std.detach().unsqueeze(1)  # [S', 1, B, latent]
+        mean, std = q.mean.detach(), q.std.detach().unsqueeze(1)  # std [S', 1, B, latent]
+        away = (mean.unsqueeze(1) - mean).unsqueeze(2) + draws.away.detach().unsqueeze(1)  # z_s less the mean of s', [S, S', K, B, latent]
         if apart:
-            log_q = tuple(log_expert(*of).unsqueeze(1) for of in zip(to_experts, mean, std, strict=True))
+            log_q = tuple(log_expert(*of).unsqueeze(1) for of in zip(to_experts, away.unbind(1), std, strict=True))
         else:
-            log_q = (log_expert(torch.stack(to_experts, 1) if "q" in self.blocks else z.unsqueeze(1), mean, std),)
+            log_q = (log_expert(torch.stack(to_experts, 1) if "q" in self.blocks else z.unsqueeze(1), away, std),)
         return Densities(log_x, log_prior(z), log_q)
 
     def _own_components(self, q: Posterior) -> list[int]:

@@ -123,7 +123,7 @@ def pixel_log_prob(location: Tensor, x: Tensor) -> Tensor:
         tensor([-1.4055, -1.4055])
     """
     distance = (location - x).abs().sum((-3, -2, -1))
-    return -distance / PIXEL_SCALE - x[0].numel() * math.log(2 * PIXEL_SCALE)
+    return -distance / PIXEL_SCALE - math.prod(x.shape[-3:]) * math.log(2 * PIXEL_SCALE)
 
 
 def character_log_prob(log_probability: Tensor, x: Tensor) -> Tensor:
