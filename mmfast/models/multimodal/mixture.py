@@ -80,7 +80,7 @@ def log_mean_exp(x: Tensor, valid: Tensor | None, dims: tuple[int, ...]) -> Tens
         x = x.masked_fill(~valid, -torch.inf)
     total = x.masked_fill(x < x.detach().amax(dims, keepdim=True) - NEGLIGIBLE, -torch.inf).logsumexp(dims)
     if valid is None:
-        return total - math.log(math.prod(x.shape[dim] for dim in dims))
+        return total - math.log(math.prod([x.shape[dim] for dim in dims]))
     return total - valid.expand_as(x).sum(dims).to(x.dtype).log()
 
 
