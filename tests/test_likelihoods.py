@@ -126,3 +126,15 @@ def test_finite_far_out(name, size):
         (grad,) = torch.autograd.grad(log_prob.sum(), raw)
         assert log_prob.isfinite().all()
         assert grad.isfinite().all()
+
+
+def test_bad_arguments():
+    for classes in (0, 2.5):
+        with pytest.raises(ValueError, match=f"classes is {classes}, expected a whole number, 1 at least"):
+            Categorical(classes)
+    with pytest.raises(TypeError, match=r"likelihoods\[1\] is <class .*Normal'>, expected a likelihood, such as Normal\(\)"):
+        Joint([Normal(), Normal])
+    with pytest.raises(ValueError, match="likelihoods is empty, expected one for each feature"):
+        Joint([])
+    with pytest.raises(ValueError, match=r"w has shape \(3,\), expected \(1,\), one scale for each likelihood"):
+        Joint([Normal()], torch.ones(3))

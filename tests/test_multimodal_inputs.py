@@ -166,7 +166,7 @@ def test_bad_inputs():
         (lambda: vae.posterior(x, ["txt"]), ValueError, "subset has 'txt', expected names among"),
         (lambda: vae.posterior(x, "text"), TypeError, r"subset is the string 'text', expected several names, such as \['text'\]"),
         (lambda: vae.posterior({"text": x["text"]}, ["image"]), ValueError, "inputs has text, expected at least one of image"),
-        (lambda: vae.posterior(x, []), ValueError, "expected at least one of"),
+        (lambda: vae.posterior(x, []), ValueError, "subset is empty, expected names among image, sound, text, or None for all"),
         (lambda: vae.log_likelihood(x, 0), ValueError, "samples is 0, expected a whole number, 1 at least"),
         (lambda: vae.sample(x, samples=0), ValueError, "samples is 0, expected a whole number, 1 at least"),
         (lambda: vae.sample(x, samples=2.0), ValueError, "samples is 2.0, expected a whole number, 1 at least"),

@@ -169,3 +169,9 @@ def test_bad_arguments():
         prepare(table(), 0, "sqrt")
     with pytest.raises(DataError, match="made has 3 rows, too few"):
         prepare(table(3), 0)
+    with pytest.raises(
+        ValueError, match="kind of column 'age' is 'numeric', expected one of real, positive, count, binary, categorical, ordinal"
+    ):
+        Column("age", "numeric")
+    with pytest.raises(ValueError, match="classes is 0"):
+        _ = Column("colour", "categorical").likelihood

@@ -103,6 +103,20 @@ def test_what_cannot_be_trained_together_is_said():
     ):
         with pytest.raises(ValueError, match=message):
             Together(*arguments)
+    with pytest.raises(TypeError, match=r"models\[1\] is a Linear, expected a VAE of mmfast.models.vae"):
+        Together([one, torch.nn.Linear(2, 2)], [0, 1])
+
+
+def test_a_batch_of_another_shape_is_said():
+    together, k = Together(models([None, None]), [0, 1]), len(models([None])[0].joint.sizes)
+    good = torch.ones(2, 4, k)
+    for x, seen, message in (
+        (good[0], good, rf"x has shape \(4, {k}\), expected \(2, rows, {k}\)"),
+        (good, good[:1], rf"seen has shape \(1, 4, {k}\), expected \(2, rows, {k}\)"),
+        (good[..., 1:], good, rf"x has shape \(2, 4, {k - 1}\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            together.step(x, seen)
 
 
 @pytest.mark.parametrize("scale, w", [(1e-3, 10.0), (1e3, 20.0), (1e5, 9.0), (1e-9, 4.0), (0.5, 300.0), (1.0, 1.0)])

@@ -354,5 +354,20 @@ def test_bad_arguments():
         vae("dreg", 2, [mf.MGDA()])
     with pytest.raises(ValueError, match="resolvers has 1 rules, expected 2, for the blocks at z and at s"):
         hivae([mf.MGDA()])
-    with pytest.raises(TypeError, match="inputs of HI-VAE"):
+    for rules in (mf.MGDA(), "mgda", mf.MGDA):
+        with pytest.raises(TypeError, match=r"resolvers is .*, expected a list with a rule for each block, such as \[mf.PCGrad\(\)\]"):
+            vae("elbo", 1, rules)
+        with pytest.raises(TypeError, match="expected a list with a rule for each block"):
+            hivae(rules)
+    with pytest.raises(TypeError, match=r"joint is a list, expected a Joint"):
+        VAE([Normal()], 4, 1)
+    with pytest.raises(TypeError, match=r"joint has \[Gamma\(\)\]; .* for Normal, LogNormal, Poisson, Bernoulli and Categorical alone"):
         HIVAE(Joint([mf.models.likelihoods.Gamma()]))
+
+
+@pytest.mark.parametrize("make", [vae, hivae])
+def test_what_is_seen_may_be_bool(make):
+    x, seen = batch()
+    model = make().eval()
+    for found, expected in zip(model.reconstruct(x, seen > 0), model.reconstruct(x, seen), strict=True):
+        assert torch.equal(found, expected)

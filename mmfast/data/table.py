@@ -6,6 +6,8 @@ from torch import Tensor
 
 from mmfast.models.likelihoods import Bernoulli, Categorical, Likelihood, LogNormal, Normal, Poisson
 
+KINDS = ("real", "positive", "count", "binary", "categorical", "ordinal")
+
 
 class DataError(ValueError):
     """What is wrong with the data, for the person who brought them."""
@@ -16,8 +18,12 @@ class Column:
     """One feature: its name, its kind, and the labels of its classes if it has any."""
 
     name: str
-    kind: str  # real, positive, count, binary, categorical, ordinal
+    kind: str  # one of KINDS
     labels: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind of column {self.name!r} is {self.kind!r}, expected one of {', '.join(KINDS)}")
 
     @property
     def likelihood(self) -> Likelihood:

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from mmfast import contract
 from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
-from mmfast.models.vae import apply_heads, make_heads
+from mmfast.models.vae import apply_heads, make_heads, rules_of
 from mmfast.resolvers.names import ResolverLike
 
 _INIT = 0.05  # standard deviation of the first weights
@@ -41,11 +41,15 @@ class HIVAE(nn.Module):
     so the two blocks, at z and at s, are `LinearHeads`.
 
     Args:
-        joint: the likelihoods of the K features, for columns prepared with positive="log1p".
+        joint: the likelihoods of the K features, `mmfast.models.likelihoods.Joint` of Normal, LogNormal, Poisson, Bernoulli and Categorical; for columns prepared
+            with positive="log1p".
         latent: dimensions of z.
         y_size: dimensions of each y_d.
         components: of the mixture, the size of s.
-        resolvers: the rules of the blocks at z and at s; None trains without blocks.
+        resolvers: a list with the rules of the blocks at z and at s; None trains without blocks.
+
+    Raises:
+        TypeError, ValueError: joint has another likelihood, or resolvers is not as described.
     """
 
     free: Tensor  # [outputs], 0 where a logit is fixed to zero
@@ -64,7 +68,8 @@ class HIVAE(nn.Module):
         ]
         if sum(map(len, places)) < len(joint.sizes):
             other = [part for part in joint.likelihoods if not isinstance(part, (*kinds[:3], *kinds[3]))]
-            raise TypeError(f"joint has {contract.shortened(other)}; the inputs of HI-VAE are defined for {kinds[:3]} and {kinds[3]} alone")
+            names = "Normal, LogNormal, Poisson, Bernoulli and Categorical"
+            raise TypeError(f"joint has {contract.shortened(other)}; the inputs of HI-VAE are defined for {names} alone")
         self._counts = [len(p) for p in places[:3]]
         self.register_buffer("_numeric", torch.cat(places[:3]), persistent=False)
         self.register_buffer("_classes", places[3], persistent=False)
@@ -75,9 +80,7 @@ class HIVAE(nn.Module):
         self.to_s = nn.Linear(width, components)
         self.to_mean, self.to_log_std = nn.Linear(width + components, latent), nn.Linear(width + components, latent)
         self.prior = nn.Linear(components, latent)
-        if resolvers is not None and len(resolvers) != 2:
-            raise ValueError(f"resolvers has {len(resolvers)} rules, expected 2, for the blocks at z and at s")
-        z_rule, s_rule = resolvers or (None, None)
+        z_rule, s_rule = rules_of(resolvers, 2, ", for the blocks at z and at s")
         self.z_heads = make_heads(latent, joint.sizes, z_rule)
         self.s_heads = make_heads(components, joint.sizes, s_rule, bias=False)
         for m in (self.to_s, self.to_mean, self.to_log_std, self.prior, self.z_heads, self.s_heads):
@@ -97,7 +100,7 @@ class HIVAE(nn.Module):
         real, positive, count = x[:, self._numeric].split(self._counts, 1)
         w = self.joint.w[self._numeric].split(self._counts)
         numbers = torch.cat([w[0] * real, w[1] * positive.log(), count.log1p()], 1) * seen[:, self._numeric]
-        codes = x.new_zeros(len(x), self._codes).scatter_(1, x[:, self._classes].long() + self._offsets, seen[:, self._classes])
+        codes = x.new_zeros(len(x), self._codes).scatter_(1, x[:, self._classes].long() + self._offsets, seen[:, self._classes].to(x.dtype))
         return torch.cat([numbers, codes], 1)
 
     def set_epoch(self, epoch: int) -> None:
@@ -113,7 +116,7 @@ class HIVAE(nn.Module):
         """Minus the evidence lower bound, one sample of s and z (the divergence of s is exact), summed over the batch; missing cells are left out.
 
         Args:
-            x: [rows, K] as `prepare` gives it.
+            x: [rows, K] as `mmfast.data.prepare.prepare` gives it; where a cell is missing any value that its likelihood has, not NaN.
             seen: [rows, K], 1 where a cell was observed.
         """
         h = self.inputs(x, seen)

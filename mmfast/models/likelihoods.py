@@ -124,6 +124,10 @@ class Categorical(Likelihood):
 
     classes: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.classes, int) or self.classes < 1:
+            raise ValueError(f"classes is {self.classes!r}, expected a whole number, 1 at least")
+
     @property
     def n_outputs(self) -> int:
         return self.classes
@@ -190,6 +194,9 @@ class Joint(nn.Module):
     Args:
         likelihoods: one per feature.
         w: [K] scales of the local step; ones if left out.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
     """
 
     w: Tensor
@@ -201,6 +208,13 @@ class Joint(nn.Module):
     def __init__(self, likelihoods: Sequence[Likelihood], w: Tensor | None = None) -> None:
         super().__init__()
         self.likelihoods = list(likelihoods)
+        for i, part in enumerate(self.likelihoods):
+            if not isinstance(part, Likelihood):
+                raise TypeError(f"likelihoods[{i}] is {part!r}, expected a likelihood, such as Normal()")
+        if not self.likelihoods:
+            raise ValueError("likelihoods is empty, expected one for each feature")
+        if w is not None and w.shape != (len(self.likelihoods),):
+            raise ValueError(f"w has shape {tuple(w.shape)}, expected ({len(self.likelihoods)},), one scale for each likelihood")
         self.sizes = [likelihood.n_outputs for likelihood in likelihoods]  # outputs of each head, in order
         most = max((part.classes for part in likelihoods if isinstance(part, Categorical)), default=0)
         groups: dict[Likelihood, list[int]] = {}

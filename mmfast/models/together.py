@@ -102,7 +102,7 @@ class Together:
         lr: Adam's learning rate, one for all or one for each.
 
     Raises:
-        ValueError: there is no model, one twice, or models that differ in what must be equal; not as many seeds or rates as models.
+        TypeError, ValueError: there is no model, another than a `VAE`, one twice, or models that differ in what must be equal; not as many seeds or rates as models.
 
     Example:
         >>> from mmfast.models.likelihoods import Joint, Normal
@@ -119,6 +119,9 @@ class Together:
         if len({id(model) for model in models}) < len(models):
             raise ValueError("models holds a model twice, expected each once")
         first = models[0]
+        for e, model in enumerate(models):
+            if not isinstance(model, VAE):
+                raise TypeError(f"models[{e}] is a {type(model).__name__}, expected a VAE of mmfast.models.vae")
         if len(seeds) != len(models):
             raise ValueError(f"seeds has {len(seeds)} numbers, expected one for each of {len(models)} models")
         if first.objective == "dreg":
@@ -199,7 +202,15 @@ class Together:
             g.set_state(random)
 
     def step(self, x: Tensor, seen: Tensor) -> Tensor:
-        """One step of training on x and seen [E, rows, K]; returns the losses [E] from before it."""
+        """One step of training on x and seen [E, rows, K]; returns the losses [E] from before it. `stats()` of the models' blocks does not see it.
+
+        Raises:
+            ValueError: x or seen is of another shape.
+        """
+        n, k = len(self.models), len(self.joint.sizes)
+        for name, given in (("x", x), ("seen", seen)):
+            if given.dim() != 3 or (given.shape[0], given.shape[2]) != (n, k):
+                raise ValueError(f"{name} has shape {tuple(given.shape)}, expected ({n}, rows, {k}): a batch for each model")
         losses = self._losses(x, seen)
         grads = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
         flat = torch.cat([g.flatten(1) for g in grads], 1)

@@ -34,6 +34,17 @@ def make_heads(in_features: int, sizes: Sequence[int], resolver: ResolverLike | 
     return nn.Linear(in_features, sum(sizes), bias) if resolver is None else LinearHeads(in_features, sizes, resolver, bias=bias)
 
 
+def rules_of(resolvers: Sequence[ResolverLike] | None, blocks: int, of: str) -> list[ResolverLike | None]:
+    """A rule for each block, or None for each."""
+    if resolvers is None:
+        return [None] * blocks
+    if isinstance(resolvers, str) or not isinstance(resolvers, Sequence):
+        raise TypeError(f"resolvers is {resolvers!r}, expected a list with a rule for each block, such as [mf.PCGrad()]")
+    if len(resolvers) != blocks:
+        raise ValueError(f"resolvers has {len(resolvers)} rules, expected {blocks}{of}")
+    return list(resolvers)
+
+
 def apply_heads(heads: nn.Module, y: Tensor) -> Tensor:
     """All branches' outputs side by side."""
     return heads.joint(y) if isinstance(heads, LinearHeads) else heads(y)
@@ -67,15 +78,15 @@ class VAE(nn.Module):
     to train it and once to train the encoder: two blocks, each with a resolver of its own.
 
     Args:
-        joint: the likelihoods of the K features.
+        joint: the likelihoods of the K features, `mmfast.models.likelihoods.Joint`.
         hidden: width of the layers, and of the representation that the heads share.
         latent: dimensions of z.
-        resolvers: the rule of the block, for DReG the rules of its two; None trains without a block.
+        resolvers: a list with the rule of the block, for DReG with the rules of its two; None trains without a block.
         objective: "elbo" (one sample, see `samples`), "iwae" (Burda et al., 2016) or "dreg" (Tucker et al., 2019).
         samples: of z per row, S; 1 for the ELBO.
 
     Raises:
-        ValueError: an objective that is not one of these, or a number of samples that does not suit it.
+        TypeError, ValueError: an argument is not as described, or the number of samples or of rules does not suit the objective.
     """
 
     def __init__(
@@ -93,14 +104,14 @@ class VAE(nn.Module):
         if samples < 1 or (objective == "elbo" and samples != 1):
             raise ValueError(f"samples is {samples}, expected {'1 for the ELBO' if objective == 'elbo' else 'at least 1'}")
         blocks = 2 if objective == "dreg" else 1
-        if resolvers is not None and len(resolvers) != blocks:
-            raise ValueError(f"resolvers has {len(resolvers)} rules, expected {blocks} for {objective!r}")
+        rules = rules_of(resolvers, blocks, f" for {objective!r}")
+        if not isinstance(joint, Joint):
+            raise TypeError(f"joint is a {type(joint).__name__}, expected a Joint, such as Joint([Normal(), Categorical(3)])")
         k = len(joint.sizes)
         self.joint, self.objective, self.samples = joint, objective, samples
         self.encoder = nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(k), *mlp([k, hidden, hidden, hidden], nn.Tanh))
         self.mean, self.std = nn.Linear(hidden, latent), nn.Linear(hidden, latent)
         body = mlp([latent, hidden, hidden, hidden], nn.ReLU)
-        rules: Sequence[ResolverLike | None] = resolvers or [None] * blocks
         decoders = [Decoder(body, make_heads(hidden, joint.sizes, rule)) for rule in rules]
         self.decoder = decoders[0]
         for part, gain in ((self.encoder, 5 / 3), (body, 2**0.5), (self.mean, 1.0), (self.std, 1.0)):
@@ -122,7 +133,7 @@ class VAE(nn.Module):
         """Minus the objective, summed over the batch; missing cells are left out.
 
         Args:
-            x: [rows, K] as `prepare` gives it.
+            x: [rows, K] as `mmfast.data.prepare.prepare` gives it; where a cell is missing any value that its likelihood has, not NaN.
             seen: [rows, K], 1 where a cell was observed.
         """
         mean, std = self.posterior(x, seen)

@@ -49,6 +49,8 @@ def batch_of(
     if isinstance(subset, str):
         raise TypeError(f"subset is the string {subset!r}, expected several names, such as [{subset!r}]")
     asked = set(known) if subset is None else set(subset)
+    if not asked:
+        raise ValueError(f"subset is empty, expected names among {', '.join(known)}, or None for all of them")
     _check_names(asked, known, "subset")
     _check_names(present or (), tuple(inputs), "present")
     x = {name: inputs[name] for name in known if name in inputs and name in asked}
