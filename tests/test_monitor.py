@@ -226,6 +226,30 @@ def test_compiled(tmp_path):
     close(second, expected("block", [seen[n] for n in (4, 6, 7)]))
 
 
+@pytest.mark.parametrize("per", ["batch", "sample"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_passes_without_a_gradient_leave_no_rows(tmp_path, per, compile):
+    torch._dynamo.reset()
+    block, seen = mf.LinearHeads(4, [1, 2], mf.MGDA(), per=per), []
+
+    def step(call, wanted):
+        sum(out.square().sum() for out in call(torch.randn(3, 4, requires_grad=wanted))).backward()
+        monitor.step()
+
+    with mf.Monitor(block, to=tmp_path / "run.csv", every=2) as monitor:
+        for wanted in (True, False, False, True, False, False, True, True):
+            step(torch.compile(block, fullgraph=True, backend="aot_eager") if compile and seen else block, wanted)
+            if wanted:
+                seen.append(block.stats())
+    torch._dynamo.reset()
+    found = rows(tmp_path / "run.csv")
+    kept = per == "batch" and not compile  # else the second pass of the first row takes the place of the first
+    assert [row["step"] for row in found] == ([2, 4, 8] if kept else [4, 8])
+    if per == "batch":
+        for row, those in zip(found[-2:], (seen[1:2], seen[2:]), strict=True):
+            close(row, expected("block", those))
+
+
 def test_replayed_graphs(monkeypatch):
     """A replay writes into the record and leaves no sign."""
     monkeypatch.setattr(watch, "_replayable", lambda info: True)

@@ -1,5 +1,6 @@
 """What stats() says where there is nothing to show: the message names what happened, and no stale numbers are shown."""
 
+import copy
 import sys
 
 import pytest
@@ -98,3 +99,36 @@ def test_a_compiled_block_on_a_frozen_encoder(make):
         with pytest.raises(RuntimeError, match=FROZEN):
             block.stats()
     torch._dynamo.reset()
+
+
+@every
+def test_a_compiled_pass_after_a_frozen_one_that_was_not(make):
+    torch._dynamo.reset()
+    block = make()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=False)
+    step(block)
+    for _ in range(2):
+        step(block, wanted=False)
+        with pytest.raises(RuntimeError, match=FROZEN):
+            block.stats()
+        torch.manual_seed(1)
+        step(block, call=compiled)
+        seen = block.stats()
+        torch.manual_seed(1)
+        step(block)
+        torch.testing.assert_close(block.stats().gram, seen.gram)
+    step(block, call=compiled)
+    step(block, wanted=False)
+    block.to(torch.float64).to(torch.float32)
+    for copied in (block, copy.deepcopy(block)):
+        with pytest.raises(RuntimeError, match=FROZEN):
+            copied.stats()
+    torch._dynamo.reset()
+
+
+def test_a_block_made_in_inference_mode_on_a_frozen_encoder():
+    with torch.inference_mode():
+        block = MAKES["block"]()
+    block(torch.randn(2, 4))
+    with pytest.raises(RuntimeError, match=FROZEN):
+        block.stats()

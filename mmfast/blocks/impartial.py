@@ -62,7 +62,6 @@ class Impartial(nn.Module):
 
     beta: Tensor | None
     modulation: GradientModulation | None  # in beta's place, where it changes from step to step
-    _no_gradient = False  # whether the last training pass asked for none, so that what was recorded before is stale
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
     def __init__(
@@ -135,8 +134,6 @@ class Impartial(nn.Module):
                 f"{type(self.resolver).__name__} works on each element by itself and has neither weights nor Gramian; "
                 "call mmfast.gram on the gradients to see how they conflict"
             )
-        if self._no_gradient:
-            raise RuntimeError(_REASONS[_NO_GRADIENT])
         reason = _NO_BACKWARD_YET if info.is_meta else info.flatten()[0].item() if info.numel() else 0.0
         if reason in _REASONS and (info.is_meta or (info == reason).all()):
             raise RuntimeError(_REASONS[reason])
@@ -146,7 +143,6 @@ class Impartial(nn.Module):
         """Keeps weights and Gramian of a backward pass."""
         if not torch.compiler.is_compiling():
             self.__dict__["_info"] = info if info is None else contract.plain(info)
-            self.__dict__["_no_gradient"] = False
         elif torch._C._are_functorch_transforms_active():
             pass  # which may not write into a tensor that is not their own
         elif info is not None and self._info is not None:  # a graph can write into a tensor of ours, not bind a name
@@ -159,10 +155,14 @@ class Impartial(nn.Module):
         """Called in a forward pass whose tensor asks for no gradient: what was recorded before is not what a backward pass now sees."""
         if not self.training or not torch.is_grad_enabled():
             return  # an evaluation between backward pass and stats()
-        if not torch.compiler.is_compiling():
-            self.__dict__["_no_gradient"] = True
-        elif self._info is not None and not torch._C._are_functorch_transforms_active():
-            self._info.fill_(_NO_GRADIENT)
+        info = self._info
+        if info is None:
+            return
+        if not torch.compiler.is_compiling():  # a tensor that says so: compiled code, which can't unset a name, writes over it
+            shape = info.shape if info.numel() else (len(self.names) + len(self.names) ** 2,)
+            self.__dict__["_info"] = torch.full(shape, _NO_GRADIENT, dtype=info.dtype, device=info.device)
+        elif not torch._C._are_functorch_transforms_active():
+            info.fill_(_NO_GRADIENT)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Impartial":
         super()._apply(fn, recurse)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmfast import contract
 from mmfast.monitor.sinks import MOST_PAIRS, CsvFile, Row, Sink, function, tensorboard
-from mmfast.monitor.watch import Watched, blocks_of, means_of
+from mmfast.monitor.watch import Watched, blocks_of, means_of, recorded
 
 SECONDS, REST = 1.0, 300  # from fetch to fetch: a second, or this many times what the last one took on the host
 MOST_HELD = 1 << 20  # numbers of a block on its device: 8 MiB
@@ -72,8 +72,7 @@ class Monitor:
         self._begun = self._removed = self._rows = False
         self._step = self._since = 0
         self._steps: list[int] = []  # of the rows that are complete, but not fetched
-        self._full: list[bool] = []  # whether they hold something
-        self._coming: deque[tuple[list[int | None], list[list[int]], Copy]] = deque()
+        self._coming: deque[tuple[list[int], list[list[int]], Copy]] = deque()
         self._fetched, self._took = float("-inf"), 0.0  # when, by perf_counter, and how long the host was busy with it
         _open.add(self)
 
@@ -123,15 +122,14 @@ class Monitor:
     def _end_row(self) -> None:
         self._since = 0
         self._steps.append(self._step)
-        full = [block.end_row() for block in self._blocks]
-        self._full.append(any(full))
+        for block in self._blocks:
+            block.end_row()
 
     def _fetch(self) -> None:
         """Starts the complete rows on their way to the host."""
         self._fetched = perf_counter()
         taken = [block.take() for block in self._blocks]
-        steps = [step if full else None for step, full in zip(self._steps, self._full, strict=True)]
-        self._steps, self._full = [], []
+        steps, self._steps = self._steps, []
         self._coming.append((steps, [counts for _, counts in taken], Copy([vectors for vectors, _ in taken])))
 
     def _write(self, wait: bool) -> None:
@@ -139,8 +137,10 @@ class Monitor:
         while self._coming and (wait or self._coming[0][2].arrived()):
             steps, counts, copy = self._coming.popleft()
             parts = zip(self._blocks, counts, copy.parts(), strict=True)
-            tables = [means_of(part.view(-1, block.k + block.k**2), mine, block.k) for block, mine, part in parts]
-            there: list[Row] = [(step, list(chain(*parts))) for step, *parts in zip(steps, *tables, strict=True) if step is not None]
+            made = [(*recorded(part.view(-1, block.k + block.k**2), mine, block.k), block.k) for block, mine, part in parts]
+            tables = [means_of(*one) for one in made]
+            full = [any(mine) for mine in zip(*(mine for _, mine, _ in made), strict=True)]
+            there: list[Row] = [(step, list(chain(*parts))) for step, any_, *parts in zip(steps, full, *tables, strict=True) if any_]
             self._rows |= bool(there)
             if isinstance(self._sink, CsvFile):
                 self._hand_on(there)

@@ -58,14 +58,13 @@ class Watched:
             del self._records[self._row :]
         self._records.append(info)
 
-    def end_row(self) -> bool:
-        """Whether there is something in it."""
+    def end_row(self) -> None:
+        """What is recorded from now on belongs to the next one."""
         row = self._records[self._row :]
         count = sum(1 if info.dim() == 1 else len(info) for info in row)
         self._counts.append(count)
         self.held += sum(info.numel() for info in row)
         self._row = len(self._records)
-        return count > 0
 
     def take(self) -> tuple[list[Tensor], list[int]]:
         """(the records of the complete rows as vectors, how many problems each row has); the others stay."""
@@ -74,15 +73,21 @@ class Watched:
         return [info.flatten() for info in taken], counts
 
 
+def recorded(infos: Tensor, counts: Sequence[int], k: int) -> tuple[Tensor, list[int]]:
+    """infos [N, K + K*K] and how many belong to each row, without those that only say that there was nothing to resolve: squared norms below 0."""
+    there = ~(infos[:, k] < 0)
+    if bool(there.all()):
+        return infos, list(counts)
+    return infos[there], [int(row.sum()) for row in there.split(list(counts))]
+
+
 def means_of(infos: Tensor, counts: Sequence[int], k: int) -> list[list[float]]:
     """Rows of conflict rate, K weights, K norms and the cosines of the pairs: means over the problems in which there was something to see.
 
     Args:
-        infos: float64 [N, K + K*K] on the CPU, as `ops.resolve_info` gives them, negative where no pass was recorded.
+        infos: float64 [N, K + K*K] on the CPU, as `ops.resolve_info` gives them.
         counts: of the problems that belong to each row, in order; their sum is N.
     """
-    if bool((infos[:, k] < 0).any()):
-        infos = torch.where(infos[:, k : k + 1] < 0, 0.0, infos)  # squared norms of zero: missing
     rows = [[torch.nan] * (1 + 2 * k + k * (k - 1) // 2)] * len(counts)
     parts = infos.split(list(counts))
     for count in set(counts) - {0}:  # most often there is one: no row takes an operation of its own
