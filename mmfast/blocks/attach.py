@@ -175,8 +175,7 @@ class Attached(Impartial):
         for i, branch in enumerate(branches.values()):
             entering = Entering(self, i, _begins_in_place(branch))
             self._hooks.append(branch.register_forward_pre_hook(entering, prepend=True, with_kwargs=True))
-            if self._beta is not None or self.modulation is not None:
-                self._hooks.append(branch.register_forward_hook(Leaving(self, i)))
+            self._hooks.append(branch.register_forward_hook(Leaving(self, i)))  # a local step may come later
         _compile_anew()
 
     @property
@@ -317,8 +316,7 @@ class Leaving:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         local = self.handle.local_step()
-        assert local is not None
-        return scale_outputs(output, local, self.i, f"branch {self.handle.names[self.i]}")
+        return None if local is None else scale_outputs(output, local, self.i, f"branch {self.handle.names[self.i]}")
 
 
 def _hides(x: Any, depth: int = 4) -> bool:

@@ -25,7 +25,7 @@ class ImpartialityBlock(Impartial):
         resolver: the rule of the global step, or its name or class; each block needs its own.
         local: the local step beta: K positive numbers, a `StandardScale`, `DimRatio` or `LipschitzScale`, or an `OGM`, `AGM` or `CGGM`, which finds them anew at
             every step. Branch i receives the gradient of its output times beta_i, so its parameters' gradients carry beta_i too; the resolver acts on the
-            shared tensor alone.
+            shared tensor alone. The numbers are copied; those of `beta`, a buffer of the block, hold, and may be changed in place at any time.
         per: "batch", "sample" or "batch_sum", see `fork`.
         preserve_norm: scales the resolved gradient to the length of the plain sum of the gradients, as the paper does.
         group: process group whose ranks hold parts of one batch, see `fork`.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmfast import contract
 from mmfast.blocks.fork import check_plan, without_state
-from mmfast.blocks.local_step import check_local
+from mmfast.blocks.local_step import Follows, check_local
 from mmfast.blocks.modulation import GradientModulation
 from mmfast.blocks.scaling import LocalScale
 from mmfast.ops.across import Ranks
@@ -60,7 +60,7 @@ def give_up(resolver: Resolver, k: int) -> None:
 class Impartial(nn.Module):
     """The base of ImpartialityBlock and LinearHeads."""
 
-    beta: Tensor | None
+    beta: Tensor | None  # read in every backward pass
     modulation: GradientModulation | None  # in beta's place, where it changes from step to step
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
@@ -84,31 +84,45 @@ class Impartial(nn.Module):
             raise ValueError(
                 f"local is {self.modulation!r}, for {self.modulation.k} modalities, expected one for {k}, the number of branches"
             )
-        self._beta = None if local is None or self.modulation is not None else check_local(local, k)
-        self.register_buffer("beta", None if self._beta is None else torch.tensor(self._beta, dtype=torch.float64))
+        self._k = k
+        self._given = (
+            None if local is None or self.modulation is not None else check_local(local, k)
+        )  # what beta is where a meta tensor was
+        self.register_buffer("beta", None if self._given is None else torch.tensor(self._given, dtype=torch.float64))
         # no buffer: DistributedDataParallel would send it around at every step
         self._info = torch.full((k + k * k,), _NO_BACKWARD_YET, dtype=torch.float64)
         for rule in without_state(self.resolver, k) if per != "sample" else ():
             rule.state = torch.zeros(rule.state_size(k), dtype=torch.float64)
 
     def reset_parameters(self) -> None:
-        """Makes anew what is the block's own, after `to_empty`: the local step and an empty record. Rule and branches have a method of their own."""
+        """Makes anew what is the block's own, after `to_empty`: an empty record. Rule and branches have a method of their own."""
         for own in (self.beta, self._info):
             if own is not None:
                 self._settle(own.device)
 
     def _settle(self, device: torch.device) -> None:
         if self.beta is not None:
-            self.beta = torch.tensor(self._beta, dtype=torch.float64, device=device)
+            self.beta = self._with_values(self.beta, device)
         if self._info is not None:
             self._info = self._info.new_full((len(self.names) + len(self.names) ** 2,), _NO_BACKWARD_YET, device=device)
 
-    def local_step(self) -> tuple[float, ...] | GradientModulation | None:
+    def _with_values(self, beta: Tensor, device: torch.device) -> Tensor:
+        """A local step on another device; from the meta device, where there are no values, it comes as it was given."""
+        return torch.tensor(self._given, dtype=torch.float64, device=device) if beta.is_meta else beta.to(device)
+
+    def local_step(self) -> Follows | None:
         """What scales the branches' gradients, of a forward pass that begins."""
-        if self.modulation is None:
-            return self._beta
-        self.modulation.entered()
-        return self.modulation
+        if self.modulation is not None:
+            self.modulation.entered()
+            return self.modulation
+        if self.beta is not None and len(self.beta) != self._k:
+            raise ValueError(f"beta has {len(self.beta)} numbers, expected {self._k}, one per branch")
+        return None if self.beta is None else self
+
+    def current(self, grad: Tensor) -> Tensor:
+        """Called in a backward pass: the local step as it is now; one on the CPU stays there, a copy of which would wait for the device."""
+        assert self.beta is not None
+        return self.beta if self.beta.is_cpu else self.beta.to(grad.device)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -165,9 +179,10 @@ class Impartial(nn.Module):
             info.fill_(_NO_GRADIENT)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Impartial":
+        before = self.beta
         super()._apply(fn, recurse)
-        if self.beta is not None:  # stays float64 in a model that changes its dtype
-            self.beta = torch.tensor(self._beta, dtype=torch.float64, device=self.beta.device)
+        if before is not None and self.beta is not None:  # stays float64 in a model that changes its dtype
+            self.beta = self._with_values(before, self.beta.device)
         if self._info is not None:
             device = fn(self._info).device
             self._info = torch.full_like(self._info, _NO_BACKWARD_YET, device=device) if self._info.is_meta else self._info.to(device)
@@ -175,8 +190,6 @@ class Impartial(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        if self.beta is not None and prefix + "beta" in state_dict and not self.beta.is_meta:
-            self._beta = tuple(self.beta.tolist())
         if local_metadata.get("assign_to_params_buffers") and self._info is not None and self._info.is_meta:
             self._settle(next((x.device for name, x in state_dict.items() if name.startswith(prefix)), self._info.device))
 
@@ -187,6 +200,7 @@ class Impartial(nn.Module):
                 state_dict.setdefault(name, value)
 
     def extra_repr(self) -> str:
-        local = "" if self._beta is None else f", local=[{', '.join(f'{b:.4g}' for b in self._beta)}]"
+        beta = None if self.beta is None else self._given if self.beta.is_meta else self.beta.tolist()
+        local = "" if beta is None else f", local=[{', '.join(f'{b:.4g}' for b in beta)}]"
         group = "" if self.ranks is None else f", group of {self.ranks.size} ranks"
         return f"per={self.per!r}, preserve_norm={self.preserve_norm}{local}{group}"

@@ -12,10 +12,10 @@ from mmfast.blocks.scaling import LocalScale
 
 
 class Follows(Protocol):
-    """K numbers that change from step to step."""
+    """K numbers that may change from step to step."""
 
     def current(self, grad: Tensor) -> Tensor:
-        """Those of this backward pass, float64 [K] on the gradient's device."""
+        """Those of this backward pass, float64 [K] on the gradient's device, or on the CPU."""
 
 
 class mmfast_local_step(torch.autograd.Function):
@@ -24,7 +24,7 @@ class mmfast_local_step(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, beta: "tuple[float, ...] | Follows", i: int) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, beta: Follows, i: int) -> Tensor:  # type: ignore[override]
         return x.view_as(x)
 
     @staticmethod
@@ -33,8 +33,6 @@ class mmfast_local_step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        if isinstance(ctx.beta, tuple):
-            return grad * ctx.beta[ctx.i], None, None
         # a tensor would be rounded to 16 bits before it multiplies such a gradient
         wide = reference.wide(grad)
         scaled = (grad if grad.is_complex() else grad.to(wide)) * ctx.beta.current(grad)[ctx.i].to(wide)
@@ -47,7 +45,7 @@ class _TransformedScale(mmfast_local_step):
         return t.view_as(t)
 
 
-def scale_outputs(output: Any, beta: "tuple[float, ...] | Follows", i: int, name: str) -> Any:
+def scale_outputs(output: Any, beta: Follows, i: int, name: str) -> Any:
     """The output of branch i, tensors in tuples, lists and dicts included, with gradients multiplied by beta[i]."""
     if isinstance(output, Tensor):
         transforms.refuse_compiled(output, "a local step")

@@ -140,6 +140,11 @@ class Rule(Resolver):
         self.register_buffer("rng", new_stream() if self.random else None)  # one stream per resolver
         self.hold: Hold | None = Hold(self, every) if every > 1 else None  # the step after it, where it is not solved at every call
 
+    @property
+    def every(self) -> int:
+        """At which calls it is solved; set when the rule is made."""
+        return 1 if self.hold is None else self.hold.every
+
     def params(self) -> list[float]:
         """Hyper-parameters in the order in which the C++ solver reads them."""
         return []
@@ -218,7 +223,12 @@ class Hold(Rule):
     def __init__(self, rule: Rule, every: int) -> None:
         super().__init__()
         self.__dict__["of"] = rule  # not as a submodule: it has this one for its own
-        self.every = every
+        self._every = every
+
+    @property
+    def every(self) -> int:
+        """Every how many calls its rule is solved."""
+        return self._every
 
     def params(self) -> list[float]:
         return [float(self.every), self.of.degree]

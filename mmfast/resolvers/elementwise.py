@@ -49,12 +49,16 @@ class GradDrop(ElementwiseRule):
 
     def __init__(self, leak: float | Sequence[float] = 0.0) -> None:
         super().__init__()
-        self.leaks = [float(share) for share in ([leak] if isinstance(leak, (int, float)) else leak)]  # as the operators take them
-        self.leak = self.leaks[0] if isinstance(leak, (int, float)) else tuple(self.leaks)
+        self.leak = float(leak) if isinstance(leak, (int, float)) else tuple(float(share) for share in leak)
         if not self.leaks or not all(0.0 <= share <= 1.0 for share in self.leaks):
             raise ValueError(f"leak is {leak}, expected a number from 0 to 1, or one for each gradient")
         self.rng: Tensor
         self.register_buffer("rng", new_stream())
+
+    @property
+    def leaks(self) -> list[float]:
+        """As the operators take it."""
+        return [float(self.leak)] if isinstance(self.leak, (int, float)) else [float(share) for share in self.leak]
 
     def check(self, k: int) -> None:
         if isinstance(self.leak, tuple) and len(self.leak) != k:

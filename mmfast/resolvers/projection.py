@@ -44,7 +44,12 @@ class PCGrad(Rule):
             raise ValueError(f"PCGrad: order is {order!r}, expected 'random' or 'fixed'")
         self.random = order == "random"  # before the base makes the stream
         super().__init__(every=every)
-        self.reduction, self.order = reduction, order
+        self.reduction, self._order = reduction, order
+
+    @property
+    def order(self) -> str:
+        """Set when the rule is made, with its random stream."""
+        return self._order
 
     def params(self) -> list[float]:
         return [float(self.reduction == "mean"), float(self.order == "fixed")]
