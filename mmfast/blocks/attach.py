@@ -365,8 +365,8 @@ def attach(
 
     Returns:
         A handle: `stats()` as of a block, `remove()` takes the block out again, which leaving a `with` does too; it is a module with the rule's state, outside
-        of the model. Where the model is compiled as a whole, its graph breaks at each branch; what is compiled already is compiled again, for torch.compile
-        does not see hooks that come or go. A branch whose first layer works in place gets a copy.
+        of the model. Where the model is compiled as a whole, its graph breaks at each branch; all that this process has compiled is
+        compiled again, on remove() too, for torch.compile does not see hooks that come or go, nor tells which code holds the branches. A branch whose first layer works in place gets a copy.
 
     Raises:
         TypeError, ValueError: an argument is not as described; RuntimeError: in a call inside torch.func, or a backward pass with create_graph=True.
