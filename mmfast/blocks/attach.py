@@ -172,11 +172,20 @@ class Attached(Impartial):
         self._seen_apart = self._told = self._told_hidden = False
         self._alone: set[int] = set()  # branches that were computed again by themselves
         self._hooks = []
+        self._scales = local is not None
         for i, branch in enumerate(branches.values()):
             entering = Entering(self, i, _begins_in_place(branch))
             self._hooks.append(branch.register_forward_pre_hook(entering, prepend=True, with_kwargs=True))
-            self._hooks.append(branch.register_forward_hook(Leaving(self, i)))  # a local step may come later
+            if self._scales:
+                self._hooks.append(branch.register_forward_hook(Leaving(self, i)))
         _compile_anew()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "beta" and value is not None and not self._scales:
+            raise AttributeError(
+                "beta is set, but attach was called without local=, and nothing scales the branches' gradients; attach with local="
+            )
+        super().__setattr__(name, value)
 
     @property
     def names(self) -> tuple[str, ...]:
