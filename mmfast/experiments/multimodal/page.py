@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from mmfast.experiments.multimodal import report
+from mmfast.experiments.multimodal import grid, report
 from mmfast.experiments.multimodal.report import MARGIN, Cell, Difference, Measure
 from mmfast.experiments.multimodal.results import Result
-from mmfast.experiments.multimodal.settings import MODELS
+from mmfast.experiments.multimodal.settings import BLOCKS, MODELS, OBJECTIVES, RULES
 from mmfast.experiments.prose import fill, listed
 from mmfast.experiments.published import TABLE5, TABLE9
 from mmfast.experiments.settings import NONE
@@ -39,12 +39,36 @@ def write(path: Path, found: Sequence[Result]) -> None:
 def markdown(found: Sequence[Result]) -> str:
     """The whole page."""
     made = f"{len(found)} run{' is' if len(found) == 1 else 's are'} recorded."
+    if text := lacking(found):
+        made += f" {text}"
     if diverged := sum(r.test is None for r in found):
         made += f" {diverged} had no epoch with a finite validation nll."
     shown = [made]
     for table in parts(report.cells(found)):
-        shown += [report.table5(table), rules(table), report.table9(table), *([f"* {line}" for line in says(table)])]
+        shown += ["### Latent accuracy", report.table5(table), "### Every rule", rules(table), "### Coherence", report.table9(table)]
+        if said := says(table):
+            shown += ["### Beside the paper", "\n".join(f"* {line}" for line in said)]
     return "\n\n".join(shown)
+
+
+def lacking(found: Sequence[Result], seeds: int = 3) -> str:
+    """Which runs of the plan (every model, loss, rule and block, three seeds) are missing, and what their training steps would take; "" of a whole plan.
+
+    The plan is that of the data set, size and number of epochs of which there are most runs; the blocks pq and pqs are added, model by model and loss by loss, when a rule can be chosen.
+    """
+    (data, size, epochs), _ = Counter((r.settings.data, r.settings.size, r.settings.epochs) for r in found).most_common(1)[0]
+    first = grid.first_stage(tuple(MODELS), OBJECTIVES, RULES, seeds, data, size, epochs)
+    done = {r.settings for r in found}
+    plan = [*first, *grid.second_stage(first, found, [b for b in BLOCKS if b != "p"])]
+    missing = [run for run in plan if run not in done]
+    if not missing:
+        return ""
+    count = Counter(" ".join(filter(None, (MODELS[run.model], f"on {run.blocks}" if run.blocks else "without blocks"))) for run in missing)
+    steps = epochs * (9 * missing[0].sizes.most * missing[0].sizes.repeats // missing[0].sizes.batch)
+    times = {model: [r.step_us for r in found if r.settings.model == model] for model in MODELS}
+    hours = sum(statistics.median(times[run.model]) * steps / 3.6e9 for run in missing if times[run.model])
+    text = f"{len(missing)} of the plan's are missing ({listed(f'{name} {n}' for name, n in count.items())}): their training steps take {hours:.1f} core-hours"
+    return f"{text}, without those on pq and pqs where a rule is not chosen yet." if any(run not in done for run in first) else f"{text}."
 
 
 def rules(table: Sequence[Cell]) -> str:

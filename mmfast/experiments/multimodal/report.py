@@ -298,9 +298,7 @@ def _coherence(table: Sequence[Cell]) -> list[str]:
 def _judges(table: Sequence[Cell]) -> list[str]:
     accuracy = next(iter(table[0].plain.values())).judges
     said = ", ".join(f"{value:.1%} on {name.upper() if name != 'text' else 'text'}" for name, value in accuracy.items())
-    return [
-        f"The classifiers that judge what is generated are right on the test triplets themselves in {said}: no coherence can be expected above."
-    ]
+    return [f"The classifiers that judge what is generated are right on the test triplets themselves in {said}."]
 
 
 def _mean(runs: dict[int, Result], measure: Measure) -> float | None:
