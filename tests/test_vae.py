@@ -111,6 +111,28 @@ def test_dreg_is_the_formula():
     assert_same(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
+@pytest.mark.parametrize(("objective", "samples"), [("elbo", 1), ("iwae", 3), ("dreg", 3)])
+def test_the_noise_of_a_narrow_posterior_is_not_lost_beside_its_mean(objective, samples, monkeypatch):
+    """A std of 1e-6 at a mean of 20, whose next number in float32 is 2e-6 away."""
+    noise, found = torch.randn(samples, ROWS, LATENT, generator=torch.Generator().manual_seed(2)).double(), []
+    x, seen = batch()
+    monkeypatch.setattr(torch, "randn", lambda *shape, dtype, **_: noise.to(dtype))
+    for dtype in (torch.float64, torch.float32):
+        model = vae(objective, samples).to(dtype)
+        with torch.no_grad():
+            for p in model.decoder.parameters():
+                p.mul_(1e-3)  # of a z so far away they would make everything of the loss
+            model.mean.weight.mul_(0)
+            model.mean.bias.fill_(20.0)
+            model.std.weight.mul_(0)
+            model.std.bias.fill_(-14.0)  # softplus of which is 8e-7, and 1e-6 is added
+        loss = model.loss(x.to(dtype), seen.to(dtype))
+        loss.backward()
+        found.append([loss.detach().double(), model.mean.bias.grad.double(), model.std.bias.grad.double()])
+    for exact, value in zip(*found, strict=True):
+        assert (value - exact).norm() < 1e-4 * exact.norm()
+
+
 def test_dreg_of_one_sample_is_the_iwae_gradient_of_the_decoder():
     x, seen = batch()
     a, b = vae("dreg", 1), vae("iwae", 1)

@@ -66,9 +66,9 @@ def _log_prior(z: Tensor) -> Tensor:
     return -(0.5 * z.square()).sum(-1)
 
 
-def _log_normal(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(z; mean, std), likewise."""
-    return -(0.5 * ((z - mean) / std).square() + std.log()).sum(-1)
+def _log_normal(noise: Tensor, std: Tensor) -> Tensor:
+    """log N(z; mean, std), likewise, from (z - mean) / std: float32 rounds z itself, beside whose mean a narrow posterior's noise would be lost."""
+    return -(0.5 * noise.square() + std.log()).sum(-1)
 
 
 class VAE(nn.Module):
@@ -137,13 +137,15 @@ class VAE(nn.Module):
             seen: [rows, K], 1 where a cell was observed.
         """
         mean, std = self.posterior(x, seen)
-        z = mean + std * torch.randn(self.samples, *mean.shape, device=mean.device, dtype=mean.dtype)
+        noise = torch.randn(self.samples, *mean.shape, device=mean.device, dtype=mean.dtype)
+        z = mean + std * noise
         if self.objective != "dreg":
             log_x = self._log_likelihood(self.decoder(z), x, seen)
-            log_w = log_x + _log_prior(z) - _log_normal(z, mean, std)
+            log_w = log_x + _log_prior(z) - _log_normal(noise, std)
             return -log_w.logsumexp(0).sum()  # of one sample: itself; log S is a constant
         log_x, log_x_through = self._decodes(z, x, seen)
-        log_w = log_x_through + _log_prior(z) - _log_normal(z, mean.detach(), std.detach())
+        fixed = std.detach()
+        log_w = log_x_through + _log_prior(z) - _log_normal(noise + (z - z.detach()) / fixed, fixed)  # a function of z alone
         weight = log_w.detach().softmax(0)
         return -(weight * log_x + weight.square() * log_w).sum()
 
