@@ -59,12 +59,12 @@ def test_what_is_missing_of_the_plan_is_said():
     others = "MMVAE on pq 9, MMVAE on pqs 9, MoPoE on pq 6 and MoPoE on pqs 6"  # not those of SIWAE, whose rule is not chosen yet
     hours = 32 * 1687 / 3600  # steps of a second
     assert page.lacking(runs[:-2]) == (
-        f"32 of the plan's are missing (MoPoE on p 2, {others}): their training steps take {hours:.1f} core-hours, "
+        f"32 of the plan are missing (MoPoE on p 2, {others}): their training steps take {hours:.1f} core-hours, "
         "without those on pq and pqs where a rule is not chosen yet."
     )
     second = grid.second_stage(first, runs, ["pq", "pqs"])
     runs += [result(r.rule, r.seed, blocks=r.blocks, model=r.model, objective=r.objective) for r in second]
-    assert "3 of the plan's are missing (MoPoE on pqs 2 and MoPoE on pq 1): " in page.lacking(runs[:-3]) and page.lacking(runs) == ""
+    assert "3 of the plan are missing (MoPoE on pqs 2 and MoPoE on pq 1): " in page.lacking(runs[:-3]) and page.lacking(runs) == ""
 
 
 def test_the_page_is_written_between_its_lines(tmp_path):

@@ -67,7 +67,7 @@ def lacking(found: Sequence[Result], seeds: int = 3) -> str:
     steps = epochs * (9 * missing[0].sizes.most * missing[0].sizes.repeats // missing[0].sizes.batch)
     times = {model: [r.step_us for r in found if r.settings.model == model] for model in MODELS}
     hours = sum(statistics.median(times[run.model]) * steps / 3.6e9 for run in missing if times[run.model])
-    text = f"{len(missing)} of the plan's are missing ({listed(f'{name} {n}' for name, n in count.items())}): their training steps take {hours:.1f} core-hours"
+    text = f"{len(missing)} of the plan are missing ({listed(f'{name} {n}' for name, n in count.items())}): their training steps take {hours:.1f} core-hours"
     return f"{text}, without those on pq and pqs where a rule is not chosen yet." if any(run not in done for run in first) else f"{text}."
 
 
