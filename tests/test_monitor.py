@@ -226,6 +226,18 @@ def test_compiled(tmp_path):
     close(second, expected("block", [seen[n] for n in (4, 6, 7)]))
 
 
+def test_a_record_that_is_written_into_without_a_sign():
+    """As Inductor's code for a CPU does, which leaves the tensor's version as it is; a step without a backward pass leaves no row."""
+    block, got = mf.LinearHeads(4, [1, 2], mf.MGDA()), []
+    records = [mf.ops.resolve_info(torch.randn(2, 5), mf.MGDA())[1] for _ in range(3)]
+    with mf.Monitor(block, to=lambda step, values: got.append((step, values["block/norms/0"])), every=1) as monitor:
+        for step in range(5):
+            if step not in (1, 3):
+                block._info.data.copy_(records[step // 2])
+            monitor.step()
+    assert got == [(step, pytest.approx(records[step // 2][2].sqrt().item())) for step in (1, 3, 5)]
+
+
 @pytest.mark.parametrize("per", ["batch", "sample"])
 @pytest.mark.parametrize("compile", [False, True])
 def test_passes_without_a_gradient_leave_no_rows(tmp_path, per, compile):

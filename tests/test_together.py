@@ -117,6 +117,9 @@ def test_a_batch_of_another_shape_is_said():
     ):
         with pytest.raises(ValueError, match=message):
             together.step(x, seen)
+    for size in (0, 9):
+        with pytest.raises(ValueError, match=f"batch is {size}, expected a whole number from 1 to 8, the number of rows"):
+            together.batches(8, size)
 
 
 @pytest.mark.parametrize("scale, w", [(1e-3, 10.0), (1e3, 20.0), (1e5, 9.0), (1e-9, 4.0), (0.5, 300.0), (1.0, 1.0)])

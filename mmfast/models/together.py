@@ -184,7 +184,13 @@ class Together:
             begin = end
 
     def batches(self, rows: int, batch: int) -> Tensor:
-        """Places of rows [batches, E, batch] of one epoch, drawn as `torch.randperm` draws them for each model; rows that are left over are left out."""
+        """Places of rows [batches, E, batch] of one epoch, drawn as `torch.randperm` draws them for each model; rows that are left over are left out.
+
+        Raises:
+            ValueError: a batch is not from 1 to as many as there are rows.
+        """
+        if not 1 <= batch <= rows:
+            raise ValueError(f"batch is {batch!r}, expected a whole number from 1 to {rows}, the number of rows")
         orders = torch.stack([torch.randperm(rows, generator=g) for g in self.generators])
         return orders[:, : rows // batch * batch].view(len(self.models), -1, batch).movedim(1, 0)
 

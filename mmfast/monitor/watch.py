@@ -26,6 +26,7 @@ class Watched:
         self._counts: list[int] = []  # of problems, for each row that is complete
         self.held = 0  # numbers in the rows that are complete
         self._seen, self._version = block._info, _version(block._info)
+        self._last = _bits(self._seen)  # what was in it, where that is known
 
     def look(self) -> bool:
         """Keeps the block's record, if a backward pass has made another one since the last look. Nothing is computed."""
@@ -39,13 +40,18 @@ class Watched:
             if info is None:
                 return False
             self._keep(info, copy=False)
-        self._version = _version(info)
+        self._version, self._last = _version(info), None
         return True
 
     def look_again(self) -> None:
-        """The same where a CUDA graph may have been replayed: it writes into the record without a sign that Python could see."""
-        if self._seen is not None and _replayable(self._seen):
-            self._keep(self._seen, copy=True)
+        """The same where something may have written into the record without a sign that Python could see: a CUDA graph, or on a CPU Inductor's code, which is
+        told by another content."""
+        info = self._seen
+        if info is None:
+            return
+        last, self._last = self._last, _bits(info)
+        if _replayable(info) or (last is not None and self._last is not None and not torch.equal(last, self._last)):
+            self._keep(info, copy=True)
 
     def _keep(self, info: Tensor, copy: bool) -> None:
         if copy:  # compiled code and CUDA graphs write into one tensor at every step
@@ -126,6 +132,11 @@ def _version(info: Tensor | None) -> int:
 
 def _replayable(info: Tensor) -> bool:
     return info.is_cuda
+
+
+def _bits(info: Tensor | None) -> Tensor | None:
+    """A copy, in which NaN equals itself; of what is on a CPU."""
+    return info.detach().clone().view(torch.int64) if info is not None and info.is_cpu else None
 
 
 def blocks_of(model: nn.Module) -> list[Watched]:
