@@ -85,9 +85,8 @@ class Impartial(nn.Module):
                 f"local is {self.modulation!r}, for {self.modulation.k} modalities, expected one for {k}, the number of branches"
             )
         self._k = k
-        self._given = (
-            None if local is None or self.modulation is not None else check_local(local, k)
-        )  # what beta is where a meta tensor was
+        # what beta is where a meta tensor was
+        self._given = None if local is None or self.modulation is not None else check_local(local, k)
         self.register_buffer("beta", None if self._given is None else torch.tensor(self._given, dtype=torch.float64))
         # no buffer: DistributedDataParallel would send it around at every step
         self._info = torch.full((k + k * k,), _NO_BACKWARD_YET, dtype=torch.float64)
@@ -104,7 +103,7 @@ class Impartial(nn.Module):
         if self.beta is not None:
             self.beta = self._with_values(self.beta, device)
         if self._info is not None:
-            self._info = self._info.new_full((len(self.names) + len(self.names) ** 2,), _NO_BACKWARD_YET, device=device)
+            self._info = self._info.new_full((self._k + self._k**2,), _NO_BACKWARD_YET, device=device)
 
     def _with_values(self, beta: Tensor, device: torch.device) -> Tensor:
         """A local step on another device; from the meta device, where there are no values, it comes as it was given."""
@@ -173,7 +172,7 @@ class Impartial(nn.Module):
         if info is None:
             return
         if not torch.compiler.is_compiling():  # a tensor that says so: compiled code, which can't unset a name, writes over it
-            shape = info.shape if info.numel() else (len(self.names) + len(self.names) ** 2,)
+            shape = info.shape if info.numel() else (self._k + self._k**2,)
             self.__dict__["_info"] = torch.full(shape, _NO_GRADIENT, dtype=info.dtype, device=info.device)
         elif not torch._C._are_functorch_transforms_active():
             info.fill_(_NO_GRADIENT)

@@ -1,4 +1,4 @@
-"""What the reports' pages have in common: the places where they stand, and lists within sentences."""
+"""What the reports' pages have in common: the places where they stand, rows of tables, and lists within sentences."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +32,11 @@ def fill(path: Path, report: str, parts: Mapping[str, Callable[[], str]]) -> Non
         more = f" (or: {', '.join(others)})" if others else ""
         raise SettingsError(f"{path} has no line {BEGIN.format(report, first)}{more} with {END.format(report)} after it")
     path.write_text(text)
+
+
+def row(*values: object) -> str:
+    """Of a table, as markdown."""
+    return f"| {' | '.join(map(str, values))} |"
 
 
 def listed(words: Iterable[str], joint: str = "and") -> str:

@@ -8,6 +8,7 @@ from mmfast.experiments.collapse import oracle, report
 from mmfast.experiments.collapse.report import Difference, Measure, Sheet, Value, Variant, with_cure
 from mmfast.experiments.collapse.results import Result
 from mmfast.experiments.collapse.settings import CURES, NOISY, SYSTEMS
+from mmfast.experiments.prose import row
 from mmfast.experiments.published import MISSING, PLUS
 from mmfast.experiments.settings import NONE
 from mmfast.experiments.tables import p
@@ -26,21 +27,21 @@ def missing(sheet: Sheet) -> str:
     if sheet.data == "avMNIST":
         measures["accuracy, images alone"] = report.alone("image")
     heads = ["system", "seeds", *measures, "step", "paper, mortality on MIMIC-IV: ROC", "PRC"]
-    lines = [_row(*heads), f"|---|--:|{'--:|' * (len(heads) - 2)}"]
+    lines = [row(*heads), f"|---|--:|{'--:|' * (len(heads) - 2)}"]
     for variant in sheet.plain:
         runs = sheet.runs[variant].values()
         steps = [r.step_us for r in runs if r.step_us is not None]
         step = f"{statistics.median(steps) / 1e3:.1f} ms" if steps else ""
         paper = MISSING.get("ebr" if variant.cure == "ebr" else "" if variant.cure != NONE else variant.system)
         published = [f"{x:.3f}" for x in paper[:2]] if paper else ["", ""]
-        lines.append(_row(variant.label, len(runs), *(value(sheet.value(variant, m)) for m in measures.values()), step, *published))
+        lines.append(row(variant.label, len(runs), *(value(sheet.value(variant, m)) for m in measures.values()), step, *published))
     return "\n".join(lines)
 
 
 def plus(sheet: Sheet) -> str | None:
     """Table 2 of the paper on our data: what a cure adds to a system; None where there is no pair of runs."""
     lines = [
-        _row("system", "", "base", *(h for cure in TREATED for h in (f"+ {CURES[cure]}", "difference", "p", "")), "paper: + KD", "+ EBR"),
+        row("system", "", "base", *(h for cure in TREATED for h in (f"+ {CURES[cure]}", "difference", "p", "")), "paper: + KD", "+ EBR"),
         f"|---|---|--:|{'--:|--:|--:|---|' * len(TREATED)}--:|--:|",
     ]
     before = len(lines)
@@ -55,7 +56,7 @@ def plus(sheet: Sheet) -> str | None:
                 d = sheet.difference(base, with_cure(base, cure), measure)
                 cells += ["", "", "", ""] if d is None else [f"{d.b:.3f}", difference(d), p(d.p), better(d)]
             paper = [_paper_change(system, cure, place) for cure in TREATED]
-            lines.append(_row(title, what.upper(), value(sheet.value(base, measure)), *cells, *paper))
+            lines.append(row(title, what.upper(), value(sheet.value(base, measure)), *cells, *paper))
     return "\n".join(lines) if len(lines) > before else None
 
 
@@ -72,14 +73,14 @@ def diagnosis(sheet: Sheet) -> str | None:
     known = _planted(sheet.runs[variants[0]]) if sheet.data in report.DRAWN else {}
     heads = ["", *(["planted"] if known else []), *(v.label for v in variants)]
     heads += [h for v in variants[1:] for h in (f"{CURES[v.cure]} less none", "p", "")]
-    lines = [_row(*heads), f"|---|{'--:|' * (len(variants) + bool(known))}{'--:|--:|---|' * (len(variants) - 1)}"]
+    lines = [row(*heads), f"|---|{'--:|' * (len(variants) + bool(known))}{'--:|--:|---|' * (len(variants) - 1)}"]
     for name, measure in diagnostics(sheet).items():
         cells = [known.get(name.replace(ELIMINATED, ""), "")] if known else []
         cells += [value(sheet.value(v, measure)) for v in variants]
         for v in variants[1:]:
             d = sheet.difference(variants[0], v, measure)
             cells += ["", "", ""] if d is None else [difference(d), p(d.p), d.verdict]
-        lines.append(_row(name, *cells))
+        lines.append(row(name, *cells))
     return "\n".join(lines)
 
 
@@ -111,14 +112,14 @@ def diagnostics(sheet: Sheet) -> dict[str, Measure]:
 
 def rules(sheet: Sheet) -> str | None:
     """What a rule in a system's block changes; None where there is no pair of runs."""
-    lines = [_row("system", "rule", "", "without", "with", "difference", "p", ""), "|---|---|---|--:|--:|--:|--:|---|"]
+    lines = [row("system", "rule", "", "without", "with", "difference", "p", ""), "|---|---|---|--:|--:|--:|--:|---|"]
     before = len(lines)
     for variant in sorted((v for v in sheet.runs if v.rule != NONE), key=lambda v: v.order):
         base = Variant(variant.system, variant.cure)
         for what in ("roc", "prc"):
             d = sheet.difference(base, variant, report.mean_of(what))
             if d is not None:
-                lines.append(_row(base.label, variant.rule, what.upper(), f"{d.a:.3f}", f"{d.b:.3f}", difference(d), p(d.p), better(d)))
+                lines.append(row(base.label, variant.rule, what.upper(), f"{d.a:.3f}", f"{d.b:.3f}", difference(d), p(d.p), better(d)))
     return "\n".join(lines) if len(lines) > before else None
 
 
@@ -127,7 +128,7 @@ def noise(sheet: Sheet) -> str | None:
     levels = sorted({v.noise for v in sheet.runs if v.system == "early" and v.rule == NONE})
     if len(levels) < 2:
         return None
-    lines = [_row("noise in " + NOISY[sheet.data], *(f"{level:g}" for level in levels)), f"|---|{'--:|' * len(levels)}"]
+    lines = [row("noise in " + NOISY[sheet.data], *(f"{level:g}" for level in levels)), f"|---|{'--:|' * len(levels)}"]
     for cure in CURES:
         variants = [Variant("early", cure, noise=level) for level in levels]
         cells = [value(sheet.value(v, report.main)) for v in variants]
@@ -139,7 +140,7 @@ def noise(sheet: Sheet) -> str | None:
                 remarks = [[*before, s] for before, s in zip(remarks, said, strict=True)]
         cells = [f"{cell} ({', '.join(of)})" if cell and of else cell for cell, of in zip(cells, remarks, strict=True)]
         if any(cells):
-            lines.append(_row(with_cure(Variant("early"), cure).label, *cells))
+            lines.append(row(with_cure(Variant("early"), cure).label, *cells))
     return "\n".join(lines)
 
 
@@ -149,10 +150,6 @@ def _weight(runs: Sequence[Result]) -> str:
 
 def _seeds(runs: Sequence[Result]) -> str:
     return f"{len(runs)} seed{'' if len(runs) == 1 else 's'}"
-
-
-def _row(*values: object) -> str:
-    return f"| {' | '.join(map(str, values))} |"
 
 
 def value(found: Value | None) -> str:

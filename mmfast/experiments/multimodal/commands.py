@@ -43,7 +43,7 @@ def train_table5(
     from mmfast.experiments.multimodal.settings import BLOCKS, MODELS, OBJECTIVES, RULES
     from mmfast.experiments.settings import SettingsError
 
-    more = blocks or [b for b in BLOCKS if b != "p"]
+    more = blocks or list(BLOCKS)
     if unknown := [b for b in more if b not in BLOCKS]:
         fail(f"blocks is {unknown[0]!r}, expected one of {', '.join(BLOCKS)}")
     if missing(FIGURES):

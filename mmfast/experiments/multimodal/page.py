@@ -7,24 +7,21 @@ from itertools import groupby
 from pathlib import Path
 
 from mmfast.experiments.multimodal import grid, report
-from mmfast.experiments.multimodal.report import MARGIN, Cell, Difference, Measure
+from mmfast.experiments.multimodal.report import LATENT, MARGIN, RECONSTRUCTION, Cell, Difference, Measure
 from mmfast.experiments.multimodal.results import Result
 from mmfast.experiments.multimodal.settings import BLOCKS, MODELS, OBJECTIVES, RULES
-from mmfast.experiments.prose import fill, listed
+from mmfast.experiments.prose import fill, listed, row
 from mmfast.experiments.published import TABLE5, TABLE9
 from mmfast.experiments.settings import NONE
 
+SEEDS = 3  # of the plan
 VERDICTS = ("better", "none", "worse")
-MEASURES: dict[str, Measure] = {
-    "self": lambda s: s.self_accuracy,
-    "cross": lambda s: s.cross_accuracy,
-    "reconstruction": lambda s: statistics.mean(of["MST"] for of in s.coherence.values()),
-}
+MEASURES: dict[str, Measure] = {**LATENT, "reconstruction": lambda s: statistics.mean(measure(s) for measure in RECONSTRUCTION.values())}
 
 
 def parts(table: Sequence[Cell]) -> list[list[Cell]]:
     """The cells of each data set, size and number of epochs, which have tables of their own."""
-    return [list(of) for _, of in groupby(table, lambda cell: (cell.data, cell.size, cell.epochs))]
+    return [list(of) for _, of in groupby(table, lambda cell: cell.part)]
 
 
 def write(path: Path, found: Sequence[Result]) -> None:
@@ -51,15 +48,15 @@ def markdown(found: Sequence[Result]) -> str:
     return "\n\n".join(shown)
 
 
-def lacking(found: Sequence[Result], seeds: int = 3) -> str:
+def lacking(found: Sequence[Result]) -> str:
     """Which runs of the plan (every model, loss, rule and block, three seeds) are missing, and what their training steps would take; "" of a whole plan.
 
     The plan is that of the data set, size and number of epochs of which there are most runs; the blocks pq and pqs are added, model by model and loss by loss, when a rule can be chosen.
     """
     (data, size, epochs), _ = Counter((r.settings.data, r.settings.size, r.settings.epochs) for r in found).most_common(1)[0]
-    first = grid.first_stage(tuple(MODELS), OBJECTIVES, RULES, seeds, data, size, epochs)
+    first = grid.first_stage(tuple(MODELS), OBJECTIVES, RULES, SEEDS, data, size, epochs)
     done = {r.settings for r in found}
-    plan = [*first, *grid.second_stage(first, found, [b for b in BLOCKS if b != "p"])]
+    plan = [*first, *grid.second_stage(first, found, BLOCKS)]
     missing = [run for run in plan if run not in done]
     if not missing:
         return ""
@@ -76,15 +73,15 @@ def rules(table: Sequence[Cell]) -> str:
     heads = ["rule", "blocks", "cells"]
     for name in MEASURES:
         heads += [f"{name}: better, none, worse", "difference (least, most)"]
-    lines = [f"| {' | '.join([*heads, 'step'])} |", f"|---|---|--:|{'--:|' * (2 * len(MEASURES) + 1)}"]
+    lines = [row(*heads, "step"), f"|---|---|--:|{'--:|' * (2 * len(MEASURES) + 1)}"]
     variants = dict.fromkeys(v for cell in table for v in cell.variants if v != (NONE, ""))
     for variant in sorted(variants, key=lambda v: (len(v[1]), v)):
         where = [cell for cell in table if variant in cell.variants]
-        row: list[object] = [*variant, len(where)]
+        values: list[object] = [*variant, len(where)]
         for measure in MEASURES.values():
-            row += _over([cell.difference(measure, variant) for cell in where])
+            values += _over([cell.difference(measure, variant) for cell in where])
         steps = [_step(cell, variant) / _step(cell, (NONE, "")) for cell in where]
-        lines.append(f"| {' | '.join(map(str, [*row, f'{statistics.median(steps):.2f}x']))} |")
+        lines.append(row(*values, f"{statistics.median(steps):.2f}x"))
     return "\n".join(
         [
             (
@@ -116,9 +113,7 @@ def _step(cell: Cell, variant: tuple[str, str]) -> float:
 def says(table: Sequence[Cell]) -> list[str]:
     """What became of the paper's differences of more than the margin, with the rule and blocks that validation chose."""
     said = []
-    of_table5: dict[str, Measure] = {f"{name} accuracy": MEASURES[name] for name in ("self", "cross")}
-    of_table9: dict[str, Measure] = {f"coherence of {d}": lambda s, d=d: s.coherence[d]["MST"] for d in "MST"}  # type: ignore[misc]
-    for number, published, measures in ((5, TABLE5, of_table5), (9, TABLE9, of_table9)):
+    for number, published, measures, called in ((5, TABLE5, LATENT, "{} accuracy"), (9, TABLE9, RECONSTRUCTION, "coherence of {}")):
         found: dict[str, list[tuple[str, Difference]]] = {"better": [], "none": [], "worse": [], "one seed": []}
         others: list[tuple[str, Difference]] = []
         for cell in table:
@@ -126,13 +121,12 @@ def says(table: Sequence[Cell]) -> list[str]:
                 d = cell.difference(measure, cell.chosen) if cell.chosen else None
                 if d is None:
                     continue
-                plain, ours = published[cell.model, cell.objective, name.split()[0] if number == 5 else name[-1]]
-                where = f"{MODELS[cell.model]} {cell.objective.upper()}, {name}"
+                plain, ours = published[cell.model, cell.objective, name]
+                where = f"{MODELS[cell.model]} {cell.objective.upper()}, {called.format(name)}"
                 (found[d.verdict] if ours - plain >= MARGIN else others).append((where, d))
         total = sum(map(len, found.values()))
         if total:
-            titles = {"better": "better", "none": "no difference shown", "worse": "worse", "one seed": "one seed"}
-            shown = [f"{titles[v]} in {len(of)} ({_named(of)})" for v, of in found.items() if of]
+            shown = [f"{'no difference shown' if v == 'none' else v} in {len(of)} ({_named(of)})" for v, of in found.items() if of]
             said.append(f"Table {number}, where the paper gains {MARGIN:g} points or more ({total}): {'; '.join(shown)}.")
         for verdict in ("better", "worse"):
             if of := [(where, d) for where, d in others if d.verdict == verdict]:

@@ -78,8 +78,8 @@ def _decoded(vae: MultimodalVAE, z: Tensor) -> dict[str, Tensor]:
 def conflict(table: Sequence[Cell], path: Path) -> Path:
     """Writes a figure: for each model and loss the share of decoders' pairs that conflict at z over the training, mean over the seeds, a line for each rule on "p".
     Each data set, size and number of epochs has rows of its own."""
-    parts = list(dict.fromkeys((cell.data, cell.size, cell.epochs) for cell in table))
-    rows = list(dict.fromkeys((cell.data, cell.size, cell.epochs, cell.model) for cell in table))
+    parts = {cell.part for cell in table}
+    rows = list(dict.fromkeys((cell.part, cell.model) for cell in table))
     losses = [loss for loss in OBJECTIVES if any(cell.objective == loss for cell in table)]
     rules = sorted({rule for cell in table for rule, blocks in cell.variants if blocks == "p"})
     colours = {NONE: "black"} | {rule: f"C{i}" for i, rule in enumerate(rules)}  # the same in every cell, whichever run of it ended first
@@ -93,7 +93,7 @@ def conflict(table: Sequence[Cell], path: Path) -> Path:
         layout="constrained",
     )
     for cell in table:
-        ax = axes[rows.index((cell.data, cell.size, cell.epochs, cell.model)), losses.index(cell.objective)]
+        ax = axes[rows.index((cell.part, cell.model)), losses.index(cell.objective)]
         _curves(ax, cell, colours)
         of_part = f"; {cell.data}, {cell.size}, {cell.epochs} epochs" if len(parts) > 1 else ""
         ax.set_title(f"{MODELS[cell.model]}, {cell.objective.upper()}{of_part}", fontsize=7 if of_part else 9, loc="left")

@@ -11,6 +11,7 @@ from mmfast.experiments.multimodal.grid import score
 from mmfast.experiments.multimodal.metrics import SUBSETS
 from mmfast.experiments.multimodal.results import Result, Scores
 from mmfast.experiments.multimodal.settings import MODELS, OBJECTIVES
+from mmfast.experiments.prose import row
 from mmfast.experiments.published import TABLE5, TABLE9
 from mmfast.experiments.settings import NONE
 
@@ -20,6 +21,8 @@ RESAMPLES = 5000  # of the bootstrap, where not all of them are taken
 MARGIN_PLAIN, MARGIN = 1.0, 3.5
 
 Measure = Callable[[Scores], float]
+LATENT: dict[str, Measure] = {"self": lambda s: s.self_accuracy, "cross": lambda s: s.cross_accuracy}  # of Table 5
+RECONSTRUCTION: dict[str, Measure] = {d: lambda s, d=d: s.coherence[d]["MST"] for d in "MST"}  # type: ignore[misc] # of Table 9
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Cell:
     epochs: int
     variants: dict[tuple[str, str], dict[int, Result]]  # (rule, blocks) -> seed -> run
     chosen: tuple[str, str] | None  # on validation; None where only runs without blocks are there
+
+    @property
+    def part(self) -> tuple[str, str, int]:
+        """What cells of one table have in common."""
+        return self.data, self.size, self.epochs
 
     @property
     def plain(self) -> dict[int, Result]:
@@ -124,15 +132,13 @@ def _chosen(variants: dict[tuple[str, str], dict[int, Result]]) -> tuple[str, st
 
 def table5(table: Sequence[Cell]) -> str:
     """Table 5, latent accuracy, as markdown: each cell, the objectives against each other, every rule, and what the numbers rest on."""
-    measures: dict[str, Measure] = {"self": lambda s: s.self_accuracy, "cross": lambda s: s.cross_accuracy}
-    parts = [_against_plain(table, measures, TABLE5), _between_objectives(table, measures), _variants(table, measures), _conflict(table)]
+    parts = [_against_plain(table, LATENT, TABLE5), _between_objectives(table, LATENT), _variants(table, LATENT), _conflict(table)]
     return _joined([_heading(table, "Table 5: latent accuracy in %"), *parts])
 
 
 def table9(table: Sequence[Cell]) -> str:
     """Table 9, reconstruction coherence given all modalities, as markdown; then given each modality alone and given the others, joint coherence, log-likelihood."""
-    measures: dict[str, Measure] = {d: lambda s, d=d: s.coherence[d]["MST"] for d in "MST"}  # type: ignore[misc]
-    parts = [_against_plain(table, measures, TABLE9), _between_objectives(table, measures), _coherence(table), _judges(table)]
+    parts = [_against_plain(table, RECONSTRUCTION, TABLE9), _between_objectives(table, RECONSTRUCTION), _coherence(table), _judges(table)]
     return _joined([_heading(table, "Table 9: reconstruction coherence given M, S and T, in %"), *parts])
 
 
@@ -158,15 +164,11 @@ def _heading(table: Sequence[Cell], title: str) -> list[str]:
     ]
 
 
-def _row(*values: object) -> str:
-    return f"| {' | '.join(map(str, values))} |"
-
-
 def _against_plain(
     table: Sequence[Cell], measures: dict[str, Measure], paper: dict[tuple[str, str, str], tuple[float, float]]
 ) -> list[str]:
     lines = [
-        _row(
+        row(
             "model",
             "loss",
             "seeds",
@@ -187,12 +189,12 @@ def _against_plain(
             published = [f"{x:.1f}" for x in paper[cell.model, cell.objective, name]]
             start = [MODELS[cell.model], cell.objective.upper()]
             if cell.chosen is None:
-                lines.append(_row(*start, len(cell.plain), "", "", name, *published, _percent(_mean(cell.plain, measure)), "", "", ""))
+                lines.append(row(*start, len(cell.plain), "", "", name, *published, _percent(_mean(cell.plain, measure)), "", "", ""))
                 continue
             d = cell.difference(measure, cell.chosen)
             seeds = len(cell.plain.keys() & cell.variants[cell.chosen].keys())
             ours = ["", "", "diverged", ""] if d is None else [f"{d.a:.1f}", f"{d.b:.1f}", str(d), d.verdict]
-            lines.append(_row(*start, seeds, *cell.chosen, name, *published, *ours))
+            lines.append(row(*start, seeds, *cell.chosen, name, *published, *ours))
     return lines
 
 
@@ -217,12 +219,12 @@ def _between_objectives(table: Sequence[Cell], measures: dict[str, Measure]) -> 
                         shown += ["", "diverged" if a.keys() & b.keys() else "no seed in common"]
                     else:
                         shown += [d, "none, one estimator" if one else d.verdict]
-                rows.append(_row(MODELS[model], f"{objective.upper()} to {other.upper()}", name, *shown))
+                rows.append(row(MODELS[model], f"{objective.upper()} to {other.upper()}", name, *shown))
     lines = [
         f"Between the losses, without blocks (less than {MARGIN_PLAIN:g} point is none) and with those of the table (less than {MARGIN:g} points). "
         + "MVAE's IWAE and SIWAE are one estimator with other random numbers: their difference is noise whatever it is.",
         "",
-        _row("model", "losses", "", "plain", "", "impartial", ""),
+        row("model", "losses", "", "plain", "", "impartial", ""),
         "|---|---|---|--:|---|--:|---|",
     ]
     return [*lines, *rows] if rows else []
@@ -235,7 +237,7 @@ def _variants(table: Sequence[Cell], measures: dict[str, Measure]) -> list[str]:
     lines = [
         f"Every rule, {' / '.join(measures)}, means over the seeds that each has:",
         "",
-        _row("model", "loss", *names),
+        row("model", "loss", *names),
         f"|---|---|{'--:|' * len(known)}",
     ]
     for cell in table:
@@ -243,7 +245,7 @@ def _variants(table: Sequence[Cell], measures: dict[str, Measure]) -> list[str]:
             " / ".join(_percent(_mean(cell.variants[v], measure)) for measure in measures.values()) if v in cell.variants else ""
             for v in known
         ]
-        lines.append(_row(MODELS[cell.model], cell.objective.upper(), *values))
+        lines.append(row(MODELS[cell.model], cell.objective.upper(), *values))
     return lines
 
 
@@ -255,7 +257,7 @@ def _conflict(table: Sequence[Cell]) -> list[str]:
             "(median); and the processor time of a step."
         ),
         "",
-        _row("model", "loss", "pairs: plain", "pairs: impartial", "norms: plain", "norms: impartial", "step, plain", "step, impartial"),
+        row("model", "loss", "pairs: plain", "pairs: impartial", "norms: plain", "norms: impartial", "step, plain", "step, impartial"),
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for cell in table:
@@ -264,7 +266,7 @@ def _conflict(table: Sequence[Cell]) -> list[str]:
         pairs = [f"{statistics.mean(x[1] for x in of):.0%}" if of else "" for of in looks]
         norms = [f"{statistics.median(x[2] for x in of):.0f}" if of else "" for of in looks]
         steps = [f"{statistics.median(r.step_us for r in runs) / 1e3:.1f} ms" if runs else "" for runs in columns]
-        lines.append(_row(MODELS[cell.model], cell.objective.upper(), *pairs, *norms, *steps))
+        lines.append(row(MODELS[cell.model], cell.objective.upper(), *pairs, *norms, *steps))
     return lines
 
 
@@ -282,7 +284,7 @@ def _coherence(table: Sequence[Cell]) -> list[str]:
             f"log p(x) in nats, of {size['likelihood_rows']:,} triplets at most without the local step's factors, by importance sampling with {size['likelihood_samples']:,} draws."
         ),
         "",
-        _row("model", "loss", "", *measures, "log p(x)"),
+        row("model", "loss", "", *measures, "log p(x)"),
         f"|---|---|---|{'--:|' * (len(measures) + 1)}",
     ]
     for cell in table:
@@ -291,7 +293,7 @@ def _coherence(table: Sequence[Cell]) -> list[str]:
                 values = [_percent(_mean(runs, measure)) for measure in measures.values()]
                 likelihood = _mean(runs, lambda s: math.nan if s.log_likelihood is None else s.log_likelihood)
                 shown = "diverged" if likelihood is None else "not finite" if math.isnan(likelihood) else f"{likelihood:.1f}"
-                lines.append(_row(MODELS[cell.model], cell.objective.upper(), name, *values, shown))
+                lines.append(row(MODELS[cell.model], cell.objective.upper(), name, *values, shown))
     return lines
 
 
