@@ -12,6 +12,7 @@ namespace MMFAST_ISA {
 
 constexpr int64_t kPackedElements = 1 << 18;  // of a stretch of rows, held at once
 constexpr int kTileLeft = 4, kTileRight = 3;  // a tile: 4 columns with up to 3 registers of others, 12 accumulators in 16 registers
+constexpr int kTallLeft = 8;                  // with one register of others, where 4 accumulators would wait for each other
 constexpr int kUnitColumns = 4 * kTileLeft;   // columns of the left that a thread takes at once
 
 // From one row of products to the next: whole registers of every instruction set.
@@ -24,26 +25,26 @@ struct Matrix {
   int64_t rows, columns, row_stride, column_stride;  // elements from one row, or column, to the next
 };
 
-// Columns stand in panels of one register, row after row: the products of 4 columns, of one panel or of two, with C panels.
-template <class V, int C>
+// Columns stand in panels of one register, row after row: the products of R columns, of one panel or of two, with C panels.
+template <class V, int R, int C>
 inline void column_tile(const typename V::Acc* left, const typename V::Acc* right, int64_t panel_stride, int64_t n, bool first, double* out,
                         int64_t stride) {
-  typename V::Reg acc[kTileLeft * C];
+  typename V::Reg acc[R * C];
 #pragma GCC unroll 16
-  for (int e = 0; e < kTileLeft * C; ++e) acc[e] = V::zero();
+  for (int e = 0; e < R * C; ++e) acc[e] = V::zero();
   for (int64_t t = 0; t < n * V::width; t += V::width) {
     typename V::Reg y[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) y[c] = V::load(right + c * panel_stride + t);
-#pragma GCC unroll 4
-    for (int r = 0; r < kTileLeft; ++r) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
       const typename V::Reg x = V::set(left[r / V::width * panel_stride + t + r % V::width]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r * C + c] = V::fma(x, y[c], acc[r * C + c]);
     }
   }
 #pragma GCC unroll 16
-  for (int e = 0; e < kTileLeft * C; ++e) {
+  for (int e = 0; e < R * C; ++e) {
     alignas(64) typename V::Acc lanes[V::width];
     V::store(lanes, acc[e]);
     double* to = out + e / C * stride + e % C * V::width;
@@ -51,15 +52,18 @@ inline void column_tile(const typename V::Acc* left, const typename V::Acc* righ
   }
 }
 
-// Rows [begin, end) of a matrix into panels, zeros behind the last column; `packed` is where row `first` stands.
+// Rows [begin, end) of a matrix into panels, anything behind the last column; `packed` is where row `first` stands.
 template <class T>
 inline void pack_columns(const Matrix<T>& x, int64_t panels, int64_t begin, int64_t end, int64_t first, int64_t panel_stride, Acc<T>* packed) {
   using V = Vec<T>;
+  const int64_t behind = (x.rows - 1) * x.row_stride + x.columns;  // of a matrix that stands row by row
   for (int64_t row = begin; row < end; ++row) {
     const T* from_row = x.data + row * x.row_stride;
     auto* to = packed + (row - first) * V::width;
+    // a whole register reads what follows the last column, but for the last rows
+    const int64_t whole = x.column_stride != 1 ? 0 : row * x.row_stride + panels * V::width <= behind ? panels : x.columns / V::width;
     int64_t j = 0;
-    for (; x.column_stride == 1 && j + V::width <= x.columns; j += V::width, to += panel_stride) V::store(to, V::load(from_row + j));
+    for (; j < whole * V::width; j += V::width, to += panel_stride) V::store(to, V::load(from_row + j));
     for (; j < panels * V::width; j += V::width, to += panel_stride)
       for (int l = 0; l < V::width; ++l) to[l] = j + l < x.columns ? load_acc(from_row + (j + l) * x.column_stride) : 0;
   }
@@ -91,14 +95,19 @@ inline void column_products(const Pool& pool, const Matrix<T>& x, double* out) {
         for (int64_t t = 0; t == 0 || t < n; t += kChainRows) {
           const int64_t rows = n - t < kChainRows ? n - t : kChainRows;
           const bool first = from + t == 0;
-          for (int64_t i = unit * kUnitColumns; i < stop && i < x.columns; i += kTileLeft) {
+          for (int64_t i = unit * kUnitColumns, left_columns; i < stop && i < x.columns; i += left_columns) {
             const int64_t v = i / W > first_panel(g) ? i / W : first_panel(g);
             const auto *left = packed + i / W * panel_stride + t * W + i % W, *right = packed + v * panel_stride + t * W;
             double* to = out + i * stride + v * W;
+            left_columns = W >= kTallLeft && last - v == 1 ? kTallLeft : kTileLeft;
+            if (left_columns == kTallLeft) {
+              column_tile<V, kTallLeft, 1>(left, right, panel_stride, rows, first, to, stride);
+              continue;
+            }
             switch (last - v) {
-              case 1: column_tile<V, 1>(left, right, panel_stride, rows, first, to, stride); break;
-              case 2: column_tile<V, 2>(left, right, panel_stride, rows, first, to, stride); break;
-              default: column_tile<V, kTileRight>(left, right, panel_stride, rows, first, to, stride);
+              case 1: column_tile<V, kTileLeft, 1>(left, right, panel_stride, rows, first, to, stride); break;
+              case 2: column_tile<V, kTileLeft, 2>(left, right, panel_stride, rows, first, to, stride); break;
+              default: column_tile<V, kTileLeft, kTileRight>(left, right, panel_stride, rows, first, to, stride);
             }
           }
         }

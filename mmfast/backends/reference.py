@@ -67,6 +67,8 @@ def problem_mask(mask: Tensor | None, per: str) -> Tensor | None:
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
     # torch.amp.is_autocast_available would say the same of meta; torch.compile cannot trace it in torch 2.10
+    if x.is_cpu:  # asking for the name of a device takes longer than the rest
+        return torch.is_autocast_enabled("cpu")
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 

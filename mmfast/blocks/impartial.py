@@ -114,9 +114,12 @@ class Impartial(nn.Module):
         if self.modulation is not None:
             self.modulation.entered()
             return self.modulation
-        if self.beta is not None and len(self.beta) != self._k:
-            raise ValueError(f"beta has {len(self.beta)} numbers, expected {self._k}, one per branch")
-        return None if self.beta is None else self
+        beta = self.beta
+        if beta is None:
+            return None
+        if len(beta) != self._k:
+            raise ValueError(f"beta has {len(beta)} numbers, expected {self._k}, one per branch")
+        return self
 
     def current(self, grad: Tensor) -> Tensor:
         """Called in a backward pass: the local step as it is now; one on the CPU stays there, a copy of which would wait for the device."""

@@ -44,12 +44,15 @@ class _LinearHeads(torch.autograd.Function):
         refuse_double_backward("LinearHeads")
         if notices.taken_apart():
             return _backward(ctx, delta, lambda _module, delta, weight, *_: delta @ weight.to(delta.dtype))
-        if ctx.needs_input_grad[0] and not torch.compiler.is_compiling():
+        if ctx.needs_input_grad[0] and notices.looks(ctx):
             module = ctx.module
             notices.tell(
                 ctx, module.resolver, module.per, notices.present_heads, delta, module._head_of, len(module.sizes), group=module.ranks
             )
         return _backward(ctx, delta, _resolved)
+
+
+_apply = transforms.plain_apply(_LinearHeads)
 
 
 class _TransformedHeads(_LinearHeads):
@@ -87,20 +90,25 @@ def _gradients(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple
     if beta is not None:
         wide = reference.wide(delta)
         delta = (delta.to(wide) * beta.to(wide)[head_of]).to(delta.dtype)
-    flat = delta.reshape(-1, delta.shape[-1])
+    flat = _rows(delta)
     wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         wants_y = wants_weight = wants_bias = True  # a trace does not know what functional_call has put in the parameters' place
     return (
         resolve(module, delta, weight, mask, head_of) if wants_y else None,
-        flat.mT @ y.reshape(-1, y.shape[-1]) if wants_weight else None,
+        flat.mT @ _rows(y) if wants_weight else None,
         flat.sum(0) if ctx.has_bias and wants_bias else None,
     )
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x as a matrix."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def _resolved(module: "LinearHeads", delta: Tensor, weight: Tensor, mask: Tensor | None, head_of: Tensor) -> Tensor:
     """The resolved gradient of the shared tensor, [..., in_features]."""
-    problem = (module.resolver, len(module.sizes), module.per, mask, module.preserve_norm)
+    problem = (module.resolver, module._k, module.per, mask, module.preserve_norm)
     if module.ranks is None or module.per == "sample":
         out, info = heads(delta, weight, head_of, *problem)
     else:
@@ -220,16 +228,27 @@ class LinearHeads(Impartial):
         contract.check_dense(y, "y")
         if y.is_complex():
             raise TypeError(f"y is {y.dtype}, expected a floating-point tensor; use an ImpartialityBlock over complex nn.Linear branches")
-        if y.dim() == 0 or y.shape[-1] != self.weight.shape[1]:
-            raise ValueError(f"y has shape {tuple(y.shape)}, expected [..., {self.weight.shape[1]}]")
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if y.dim() == 0 or y.shape[-1] != weight.shape[1]:
+            raise ValueError(f"y has shape {tuple(y.shape)}, expected [..., {weight.shape[1]}]")
         if self.per != "batch" and y.dim() < 2:
             raise ValueError(f"per={self.per!r} needs a leading batch dimension, but y has shape {tuple(y.shape)}")
         if mask is not None:
             contract.check_mask(mask, len(self.sizes), y.shape if y.dim() > 1 else torch.Size(), y.device)
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
         if reference.autocasts(y):
             y, weight, bias = _lowered(y), _lowered(weight), None if bias is None else _lowered(bias)
+        if not transforms.alone():
+            return self._transformed(y, weight, bias, mask)
+        local = self.local_step()
+        if not transforms.wants_gradient(y):
+            self.no_gradient_wanted()
+            if local is None:
+                return F.linear(y, weight, bias)
+        return _apply(y, weight, bias, mask, self)
+
+    def _transformed(self, y: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        """`joint` where torch.compile, torch.export or torch.func is at work."""
         if transforms.exporting():
             return F.linear(y, weight, bias)
         transforms.refuse_compiled(y, "LinearHeads")
@@ -238,14 +257,14 @@ class LinearHeads(Impartial):
         if transforms.active():
             return _TransformedHeads.apply(y, weight, bias, mask, self)
         local = self.local_step()
-        if not transforms.wants_gradient(y):
+        if transforms.wants_gradient(y):
+            y = transforms.tracked(y)
+        else:
             self.no_gradient_wanted()
             if local is None:
                 return F.linear(y, weight, bias)
-        else:
-            y = transforms.tracked(y)
         check_traceable(self.resolver, len(self.sizes))
-        return transforms.apply(_LinearHeads, y, weight, bias, mask, self)
+        return _LinearHeads.apply(y, weight, bias, mask, self)
 
     def _index(self, device: torch.device) -> None:
         """Makes what follows from the sizes alone."""

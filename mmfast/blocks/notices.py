@@ -53,6 +53,13 @@ def plain_sum(grads: Sequence[Tensor | None]) -> Tensor | None:
     return functools.reduce(torch.add, there) if there else None
 
 
+def looks(ctx: Any) -> bool:
+    """Whether `tell` has something to look at, in a backward pass that is not compiled."""
+    if torch.compiler.is_compiling():
+        return False
+    return ctx.seen is not None or goes_back_again() or HAS_GROUPS and torch.distributed.is_initialized()
+
+
 def tell(ctx: Any, resolver: Resolver, per: str, present: Callable[..., Tensor], *gradients: Any, group: Any = None) -> None:
     """Called in a backward pass that is not compiled; present(*gradients) are the branches that it brings, looked at where that may matter."""
     if (ctx.seen is not None or goes_back_again()) and watches(resolver):

@@ -17,6 +17,11 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
 
 
+def alone() -> bool:
+    """Whether neither torch.compile nor torch.export nor a transformation of torch.func is at work: one question in place of several."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or exporting())
+
+
 def exporting() -> bool:
     """Whether torch.export is at work; torch.compiler.is_exporting() says so under torch.compile, too, before torch 2.13."""
     return getattr(torch.compiler, "_is_exporting_flag", False)
@@ -93,11 +98,14 @@ def no_second_derivative(what: str) -> RuntimeError:
     )
 
 
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without binding defaults, of which there are none: that takes longer than a small resolve. For eager torch alone."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args) without binding defaults, of which there are none: that takes longer than a small resolve."""
-    if active() or torch.compiler.is_compiling():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    """function.apply(*args), where nothing traces or transforms it without binding defaults."""
+    return (function.apply if active() or torch.compiler.is_compiling() else plain_apply(function))(*args)
 
 
 class Opaque(torch.autograd.Function):
