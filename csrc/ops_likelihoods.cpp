@@ -1,4 +1,5 @@
 // Operators of the likelihoods on the CPU: their schemas and the checks that memory safety needs.
+#include <string>
 #include <tuple>
 
 #include "cpu/kernels.h"
@@ -9,6 +10,11 @@ namespace mmfast {
 namespace {
 
 const CpuKernels* kernels = choose_kernels();
+
+// What a likelihood takes, in the order of Kind.
+constexpr const char* kSupport[kKinds] = {"any number",         "a number from 0 on",  "a number from 0 on",  "a number from 0 on",
+                                          "a number from 0 to 1", "the number of a class", "the number of a class", "a whole number from 0 on"};
+constexpr const char* kNames[kKinds] = {"Normal", "LogNormal", "Gamma", "Exponential", "Bernoulli", "Categorical", "Ordinal", "Poisson"};
 
 Dtype f32_or_f64(const char* op, const char* name, const Tensor& t) {
   const int32_t dtype = dtype_of(t);
@@ -68,7 +74,12 @@ std::tuple<Tensor, Tensor> log_prob_cpu(Tensor raw, Tensor x, std::optional<Tens
   shape.back() = a.count;
   Tensor out = empty(cpu(), shape.data(), static_cast<int64_t>(shape.size()), dtype_of(raw));
   const int64_t wrong = kernels->log_prob(torch_pool(), a, out.mutable_data_ptr(), with_slopes ? slopes.mutable_data_ptr() : nullptr);
-  STD_TORCH_CHECK(wrong < 0, op, ": x has a value in feature ", wrong, " that is none of its classes");
+  if (wrong >= 0) {
+    const Feature& f = features[wrong];
+    const bool classes = f.kind == Kind::categorical || f.kind == Kind::ordinal;
+    STD_TORCH_CHECK(false, op, ": x has a value in feature ", wrong, " that its likelihood, ", kNames[static_cast<int>(f.kind)], ", does not take, expected ",
+                    kSupport[static_cast<int>(f.kind)], classes ? ", 0 to " : "", classes ? std::to_string(f.outputs - 1) : "");
+  }
   return {out, slopes};
 }
 

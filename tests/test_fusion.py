@@ -41,6 +41,7 @@ def test_the_task_loss():
     labels = (torch.rand(6, 4) > 0.5).double()
     expected = -(labels * F.logsigmoid(logits) + (1 - labels) * F.logsigmoid(-logits))
     torch.testing.assert_close(task_loss(logits, labels, rows), expected[rows].mean())
+    assert task_loss(logits, 2 * labels - 1).isnan() and task_loss(logits, torch.where(rows[:, None], labels, 2.0), rows).isfinite()
     for target, found in ((torch.ones(6), r"torch.float32 \(6,\)"), (torch.zeros(6, 4).long(), r"torch.int64 \(6, 4\)")):
         with pytest.raises(ValueError, match=rf"target is {found}, expected int64 \(6,\) or floating-point \(6, 4\)"):
             task_loss(logits, target)

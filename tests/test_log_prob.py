@@ -103,15 +103,6 @@ def test_derivatives_at_the_clamps(kind, raws):
     assert ((mine == 0) == (theirs == 0)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_no_count_is_what_torch_makes_of_it(dtype):
-    """Negative numbers, halves and infinity under a Poisson likelihood: log Gamma has poles and signs there."""
-    joint = Joint([Poisson()])
-    x = torch.tensor([-1.0, -0.5, -2.0, -3.25, 0.5, torch.inf, torch.nan, 3.0], dtype=dtype).unsqueeze(1)
-    raw = torch.linspace(-1, 1, len(x), dtype=dtype).unsqueeze(1)
-    torch.testing.assert_close(joint.log_prob(raw, x), joint.in_torch(raw, x), equal_nan=True)
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("samples", [(), (3,), (2, 2)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 64, 1000])
@@ -205,19 +196,45 @@ def test_outputs_that_are_no_numbers(kind, dtype):
     assert found.isnan().sum() == 3
 
 
-@pytest.mark.parametrize("way", ["direct", "operator", "torch"])
-@pytest.mark.parametrize("kind, value", [("categorical", 5.0), ("categorical", -1.0), ("ordinal", torch.nan), ("categorical", torch.inf)])
-def test_a_class_that_does_not_exist(kind, value, way, monkeypatch):
-    joint, raw, x, _ = problem([Normal(), KINDS[kind]])
+# values that no feature of the kind has, and the nearest that one has
+OUTSIDE = {
+    "log-normal": [(-1e-30, 0.0), (-torch.inf, 1e30)],
+    "gamma": [(-0.5, 0.0)],
+    "exponential": [(-1e-3, 0.0)],
+    "bernoulli": [(-1e-6, 0.0), (1.0001, 1.0), (2.0, 0.5), (-torch.inf, 1.0)],
+    "categorical": [(5.0, 4.0), (-1.0, 0.0), (torch.nan, 0.0), (torch.inf, 4.9)],
+    "ordinal": [(5.0, 4.0), (torch.nan, 0.0)],
+    "poisson": [(-1.0, 0.0), (0.5, 0.0), (-3.25, 3.0), (2.0**20 + 0.5, 2.0**23 + 1), (-torch.inf, 1e30)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated", "ignore::DeprecationWarning:torch")  # torch.compile does that itself
+@pytest.mark.parametrize("way", ["direct", "operator", "compiled", "torch"])
+@pytest.mark.parametrize("kind, value, near", [(kind, *pair) for kind, pairs in OUTSIDE.items() for pair in pairs])
+def test_a_value_that_the_likelihood_does_not_take(kind, value, near, way, monkeypatch):
+    """Refused where compiled code looks, with its derivatives NaN where plain torch computes: its formula would go on with it."""
+    joint, raw, x, _ = problem([Normal(), KINDS[kind], Normal()], dtype=torch.float64)
     x[5, 1] = value
-    if way != "direct":
-        monkeypatch.setattr(direct, "_direct", None)
-    function = joint.in_torch if way == "torch" else joint.log_prob
-    with pytest.raises((RuntimeError, IndexError), match="index|feature 1 that is none of its classes"):
-        function(raw, x)
     seen = torch.ones_like(x)
     seen[5, 1] = 0
+    if way == "operator":
+        monkeypatch.setattr(direct, "_direct", None)
+    function = joint.in_torch if way == "torch" else joint.log_prob
+    if way == "compiled":
+        torch.compiler.reset()
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
     assert function(raw, x, seen).isfinite().all()
+    if way == "torch" and kind not in ("categorical", "ordinal"):
+        out = function(raw, x)
+        slopes = torch.autograd.grad(out.sum(), raw)[0]
+        first, last = 2, 2 + joint.sizes[1]
+        assert out[5, 1].isnan() and slopes[5, first:last].isnan().all()
+        assert out.isnan().sum() == 1 and slopes.isnan().sum() == last - first
+    else:
+        with pytest.raises((RuntimeError, IndexError), match="index|feature 1 that its likelihood, .*, does not take, expected"):
+            function(raw, x)
+    x[5, 1] = near
+    assert not function(raw, x).isnan().any()
 
 
 def arguments(samples=(), slopes=True, mask=True, dtype=torch.float32):

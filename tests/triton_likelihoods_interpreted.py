@@ -8,10 +8,11 @@ import copy
 import pytest
 import torch
 from interpreter import poison, quiet  # noqa: F401
-from test_log_prob import KINDS, both, error, problem
+from test_log_prob import KINDS, OUTSIDE, both, error, problem
 
 from mmfast.backends import library
 from mmfast.backends.triton import likelihoods, rows
+from mmfast.models.likelihoods import Normal
 
 assert rows.INTERPRETED and library.ASKED == "triton", "TRITON_INTERPRET must be 1, MMFAST_BACKEND triton"
 
@@ -53,9 +54,14 @@ def test_rows_and_samples(count, samples):
         torch.testing.assert_close(joint.log_prob(raw, x, seen), joint.in_torch(raw, x, seen), rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["categorical", "ordinal"])
-def test_a_class_that_does_not_exist_shows(kind):
-    joint, raw, x, _ = problem([KINDS[kind]])
-    x[5] = 5
-    found = joint.log_prob(raw, x)
-    assert found[5].isnan() and found.isnan().sum() == 1
+@pytest.mark.parametrize("kind, value, near", [(kind, *pair) for kind, pairs in OUTSIDE.items() for pair in pairs])
+def test_a_value_that_the_likelihood_does_not_take_shows(kind, value, near):
+    """NaN, and so are its derivatives; no other value's."""
+    joint, raw, x, _ = problem([Normal(), KINDS[kind], Normal()])
+    x[5, 1] = value
+    out = joint.log_prob(raw, x)
+    slopes = torch.autograd.grad(out.sum(), raw)[0]
+    assert out[5, 1].isnan() and out.isnan().sum() == 1
+    assert slopes[5, 2:-2].isnan().all() and slopes.isnan().sum() == joint.sizes[1]
+    x[5, 1] = near
+    assert not joint.log_prob(raw, x).isnan().any()

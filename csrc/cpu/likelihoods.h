@@ -147,6 +147,25 @@ MMFAST_INLINE Doubles log_prob_of(const Feature& f, Column c, Doubles x) {
   return x;
 }
 
+// Where x is no value that the feature can have. NaN is left to the formulas, but for classes.
+MMFAST_INLINE Longs outside(const Feature& f, Doubles x) {
+  const Doubles zero = all(0.0);
+  switch (f.kind) {
+    case Kind::normal: return Longs{};
+    case Kind::log_normal:
+    case Kind::gamma:
+    case Kind::exponential: return less(x, zero);
+    case Kind::bernoulli: return less(x, zero) | less(all(1.0), x);
+    case Kind::categorical:
+    case Kind::ordinal: return ~(less(all(-1.0), x) & less(x, all(static_cast<double>(f.outputs))));
+    case Kind::poisson: {
+      const Doubles nearest = select(less(x, all(0x1p51)), (x + all(kRound)) - all(kRound), x);  // from there on numbers are whole
+      return less(x, zero) | less(x, nearest) | less(nearest, x);
+    }
+  }
+  return Longs{};
+}
+
 template <class T>
 inline int64_t log_prob_typed(const Pool& pool, const LogProb& a, T* out, T* slopes) {
   const T *raw = static_cast<const T*>(a.raw), *x = static_cast<const T*>(a.x);
@@ -154,7 +173,8 @@ inline int64_t log_prob_typed(const Pool& pool, const LogProb& a, T* out, T* slo
   parallel_for(pool, (a.rows + kRows - 1) / kRows, a.rows * a.outputs * 16, [&](int64_t begin, int64_t end) {
     Arena arena;
     double *columns = arena.take<double>(a.outputs * kRows), *values = arena.take<double>(a.count * kRows), *results = arena.take<double>(a.count * kRows);
-    int64_t* hidden = a.seen ? arena.take<int64_t>(a.count * kRows) : nullptr;
+    int64_t *hidden = a.seen ? arena.take<int64_t>(a.count * kRows) : nullptr, *refused = arena.take<int64_t>(a.count * kRows);
+    std::fill_n(refused, a.count * kRows, 0);
     for (int64_t r = begin * kRows; r < end * kRows; r += kRows) {
       const int rows = static_cast<int>(a.rows - r < kRows ? a.rows - r : kRows);
       for (int l = 0; l < kRows; ++l) {  // rows that are not there repeat the last one
@@ -176,10 +196,10 @@ inline int64_t log_prob_typed(const Pool& pool, const LogProb& a, T* out, T* slo
           std::memcpy(&there, hidden + k * kRows, sizeof there);
           v = select(there, all(0.0), v);
         }
-        if (f.kind == Kind::categorical || f.kind == Kind::ordinal) {
-          const Longs right = less(all(-1.0), v) & less(v, all(static_cast<double>(f.outputs)));
-          if (!all_bits(right)) __atomic_store_n(&wrong, k, __ATOMIC_RELAXED);
-        }
+        Longs so_far;
+        std::memcpy(&so_far, refused + k * kRows, sizeof so_far);
+        so_far |= outside(f, v);
+        std::memcpy(refused + k * kRows, &so_far, sizeof so_far);
         Doubles y = log_prob_of<T>(f, c, v);
         if (hidden) {
           y = select(there, all(0.0), y);
@@ -195,6 +215,8 @@ inline int64_t log_prob_typed(const Pool& pool, const LogProb& a, T* out, T* slo
         for (int64_t o = 0; o < a.outputs; ++o) row_of_slopes[o] = static_cast<T>(columns[o * kRows + l]);
       }
     }
+    for (int64_t e = 0; e < a.count * kRows; ++e)
+      if (refused[e]) __atomic_store_n(&wrong, e / kRows, __ATOMIC_RELAXED);
   });
   return wrong;
 }

@@ -4,6 +4,8 @@ Every class follows one contract. `raw` is [..., n_outputs], what a linear head 
 local step of Javaloy et al. (ICML 2022): the density is that of the rescaled feature (w x, or x^w for a positive one), predictions come back in
 original units. Discrete features are not rescaled: they ignore `w`. `w` may be a number or a tensor that broadcasts against `x`, so one call serves
 many features of one kind.
+
+A value that a likelihood does not take (below zero for a log-normal feature, half a count) has the log-density NaN, and so have its derivatives.
 """
 
 import math
@@ -38,6 +40,11 @@ class Likelihood:
         raise NotImplementedError
 
 
+def _none_where(outside: Tensor, x: Tensor) -> Tensor:
+    """x with NaN where the likelihood takes no such value: its formula would go on with it."""
+    return torch.where(outside, torch.nan, x)
+
+
 def _mean_precision(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and precision from the natural parameters (precision * mean, -precision / 2 < 0)."""
     precision = 2 * (_TINY + F.softplus(raw[..., 1]))
@@ -62,12 +69,12 @@ class Normal(Likelihood):
 
 
 class LogNormal(Likelihood):
-    """A positive feature; natural parameters of its logarithm, predicts the mode."""
+    """A positive feature (zero counts as 1e-20); natural parameters of its logarithm, predicts the mode."""
 
     n_outputs = 2
 
     def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
-        log_x = w * x.clamp_min(1e-20).log()
+        log_x = w * _none_where(x < 0, x).clamp_min(1e-20).log()
         return _normal_log_prob(raw, log_x) - log_x
 
     def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
@@ -76,7 +83,7 @@ class LogNormal(Likelihood):
 
 
 class Gamma(Likelihood):
-    """A positive feature; outputs of shape and rate (natural parameters shape - 1 and -rate), predicts the mode."""
+    """A positive feature (zero counts as 1e-20); outputs of shape and rate (natural parameters shape - 1 and -rate), predicts the mode."""
 
     n_outputs = 2
 
@@ -86,7 +93,7 @@ class Gamma(Likelihood):
 
     def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
         shape, rate = self._shape_rate(raw)
-        x = (w * x).clamp_min(1e-20)
+        x = (w * _none_where(x < 0, x)).clamp_min(1e-20)
         return shape * rate.log() + (shape - 1) * x.log() - rate * x - torch.lgamma(shape)
 
     def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
@@ -102,17 +109,17 @@ class Exponential(Likelihood):
 
     def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
         rate = self._rate(raw)
-        return rate.log() - rate * (w * x)
+        return rate.log() - rate * (w * _none_where(x < 0, x))
 
     def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
         return 1 / (self._rate(raw) * w)
 
 
 class Bernoulli(Likelihood):
-    """A binary feature, 0 or 1; the output is the logit, predicts the likelier value."""
+    """A binary feature, 0 or 1, or a share between them; the output is the logit, predicts the likelier value."""
 
     def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
-        return x * raw[..., 0] - F.softplus(raw[..., 0])
+        return _none_where((x < 0) | (x > 1), x) * raw[..., 0] - F.softplus(raw[..., 0])
 
     def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
         return (raw[..., 0] >= 0).to(raw.dtype)
@@ -178,7 +185,7 @@ class Poisson(Likelihood):
         return raw[..., 0].clamp(math.log(1e-6), math.log(1e20))
 
     def log_prob(self, raw: Tensor, x: Tensor, w: Tensor | float = 1.0) -> Tensor:
-        log_rate = self._log_rate(raw)
+        log_rate, x = self._log_rate(raw), _none_where((x < 0) | (x != x.floor()), x)
         return x * log_rate - log_rate.exp() - torch.lgamma(x + 1)
 
     def predict(self, raw: Tensor, w: Tensor | float = 1.0) -> Tensor:
@@ -260,7 +267,8 @@ class Joint(nn.Module):
             seen: [B, K] like x, or None; where it is 0 the likelihood is 0, whatever x is there.
 
         Raises:
-            RuntimeError, IndexError: x has a value that is no class of its feature.
+            RuntimeError: x has a value that its likelihood does not take, such as one below zero for a log-normal feature. Where plain torch or a GPU computes,
+                such a value gives NaN instead, but for a class that does not exist (IndexError, or a RuntimeError of torch).
         """
         if self._known and x.dim() > 1 and x.shape[:-1] == raw.shape[-x.dim() : -1]:
             found = fused.log_prob(raw, x, seen, self._kinds, self.w, self.in_torch)

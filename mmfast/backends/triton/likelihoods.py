@@ -92,7 +92,7 @@ def log_prob_kernel(
     raw, x, seen, features, w, out, slopes, rows: tl.int64, x_rows: tl.int64, outputs: tl.int64, count: tl.int64, SEEN: tl.constexpr,
     SLOPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[row, k], and slopes[row, its outputs], of feature k = program_id(1); a class that does not exist gives NaN."""
+    """out[row, k], and slopes[row, its outputs], of feature k = program_id(1); a value that its likelihood does not take gives NaN."""
     k = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
@@ -111,6 +111,11 @@ def log_prob_kernel(
     a = tl.load(at, mask=visible, other=0)
     b = tl.load(at + 1, mask=visible & second, other=0)
     y, da, db = v * 0, v * 0, v * 0
+    if (kind == 5) | (kind == 6):
+        outside = ((v > -1) & (v < n)) == 0
+    else:
+        outside = ((kind > 0) & (v < 0)) | ((kind == 4) & (v > 1)) | ((kind == 7) & (tl.floor(v) != v))
+    refused = tl.where(outside, float("nan"), 0.0)  # added to whatever is made of such a value
     if kind <= 1:  # normal, log-normal
         if kind == 1:
             v = scale * tl.log(tl.where(v < 1e-20, 1e-20, v))
@@ -156,11 +161,10 @@ def log_prob_kernel(
         for j in range(n):
             total += tl.exp(tl.load(at + j, mask=visible, other=0) - largest)
         y = (chosen - largest) - tl.log(total)
-        y = tl.where((v > -1) & (v < n), y, float("nan"))
         if SLOPES:
             for j in range(n):
                 share = tl.exp(tl.load(at + j, mask=visible, other=0) - largest) / total
-                tl.store(to + j, tl.where(visible, tl.where(_is_class(v, j), 1.0, 0.0) - share, 0.0), mask=there)
+                tl.store(to + j, tl.where(visible, tl.where(_is_class(v, j), 1.0, 0.0) - share + refused, 0.0), mask=there)
     else:  # ordinal
         cut, above, below, step = b - a, v * 0, v * 0, v * 0 + 1
         for j in range(n - 1):
@@ -176,7 +180,6 @@ def log_prob_kernel(
         between = _expm1_of_minus(step)
         inside = (lowest | highest) == 0
         y = tl.where(highest, 0.0, -over) + tl.where(lowest, 0.0, -under) + tl.where(inside, tl.log(between), 0.0)
-        y = tl.where((v > -1) & (v < n), y, float("nan"))
         d_above, d_below = tl.where(highest, 0.0, d_above), tl.where(lowest, 0.0, -d_below)
         d_step = tl.where(inside, tl.exp(-step) / between, 0.0)
         da, db = -(d_above + d_below), d_above + d_below
@@ -185,11 +188,11 @@ def log_prob_kernel(
                 _, slope = _positive(tl.load(at + j + 1, mask=visible, other=0))
                 change = tl.where(_is_class(v, j), d_above + d_step, 0.0)
                 change = tl.where(v >= j + 1, d_above + d_below, change)
-                tl.store(to + j + 1, tl.where(visible, change * slope, 0.0), mask=there)
-    tl.store(out + row * count + k, tl.where(visible, y, 0.0), mask=there)
+                tl.store(to + j + 1, tl.where(visible, change * slope + refused, 0.0), mask=there)
+    tl.store(out + row * count + k, tl.where(visible, y + refused, 0.0), mask=there)
     if SLOPES & (kind != 5):
-        tl.store(to, tl.where(visible, da, 0.0), mask=there)
-        tl.store(to + 1, tl.where(visible, db, 0.0), mask=there & second)
+        tl.store(to, tl.where(visible, da + refused, 0.0), mask=there)
+        tl.store(to + 1, tl.where(visible, db + refused, 0.0), mask=there & second)
 
 
 @kernel
@@ -208,7 +211,7 @@ def log_prob_backward_kernel(grad, slopes, features, out, rows: tl.int64, output
 
 
 def _log_prob(raw: Tensor, x: Tensor, seen: Tensor | None, features: Tensor, w: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
-    """As the operator `mmfast::log_prob`; a class that does not exist gives NaN, for a kernel can't raise."""
+    """As the operator `mmfast::log_prob`; a value that its likelihood does not take gives NaN, for a kernel can't raise."""
     raw, x, w = raw.contiguous(), x.contiguous(), w.contiguous()
     seen = None if seen is None else seen.contiguous()
     count, outputs = len(features), raw.shape[-1]
@@ -248,7 +251,7 @@ _backward_operator.register_fake(lambda grad, slopes, features: torch.empty_like
 
 
 def log_prob(raw: Tensor, x: Tensor, seen: Tensor | None, features: Tensor, w: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
-    """As the operator `mmfast::log_prob`; a class that does not exist gives NaN, for a kernel can't raise."""
+    """As the operator `mmfast::log_prob`; a value that its likelihood does not take gives NaN, for a kernel can't raise."""
     return (_operator if torch.compiler.is_compiling() else _log_prob)(raw, x, seen, features, w, slopes)
 
 

@@ -31,7 +31,8 @@ def task_loss(logits: Tensor, target: Tensor, rows: Tensor | None = None) -> Ten
 
     Args:
         logits: [B, C].
-        target: classes, int64 [B]; or floating-point probabilities [B, C] of C labels that are each yes or no.
+        target: classes, int64 [B]; or floating-point probabilities [B, C] of C labels that are each yes or no; the loss of one that is
+            not between 0 and 1 (labels of -1 and 1) is NaN.
         rows: bool [B], the rows that count; None for all. Where there is none the loss is 0.
 
     Returns:
@@ -51,6 +52,7 @@ def task_loss(logits: Tensor, target: Tensor, rows: Tensor | None = None) -> Ten
             f"expected int64 {tuple(logits.shape[:1])} or floating-point {tuple(logits.shape)}"
         )
     if target.is_floating_point():
+        target = torch.where((target < 0) | (target > 1), torch.nan, target)
         each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
     else:
         each = F.cross_entropy(logits, target, reduction="none", ignore_index=_NO_CLASS)
