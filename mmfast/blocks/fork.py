@@ -69,9 +69,9 @@ class mmfast_fork(torch.autograd.Function):
             return None, None, None
         refuse_double_backward("a fork")
         (mask,) = ctx.saved_tensors
-        if notices.taken_apart():
-            return notices.plain_sum(grads), None, None
         if not torch.compiler.is_compiling():
+            if notices.taken_apart():
+                return notices.plain_sum(grads), None, None
             notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, notices.present_branches, grads)
         return resolved(ctx.plan, mask, *grads), None, None
 
@@ -200,9 +200,9 @@ class mmfast_fork_of_several(torch.autograd.Function):
         if not across_ranks and all(g is None for g in flat):
             return (None,) * (2 + ctx.count)
         refuse_double_backward("a fork")
-        if notices.taken_apart():
-            return (None, None, *(notices.plain_sum(column) for column in zip(*grads, strict=True)))
         if not torch.compiler.is_compiling():
+            if notices.taken_apart():
+                return (None, None, *(notices.plain_sum(column) for column in zip(*grads, strict=True)))
             notices.tell(ctx, ctx.plan.resolver, ctx.plan.per, present_in_lists, grads, group=ctx.plan.ranks)
         if across_ranks:
             return (None, None, *resolved_across(ctx.plan, mask, grads, ctx.kinds))

@@ -42,6 +42,8 @@ class _LinearHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward("LinearHeads")
+        if torch.compiler.is_compiling():
+            return _backward(ctx, delta, _resolved)
         if notices.taken_apart():
             return _backward(ctx, delta, lambda _module, delta, weight, *_: delta @ weight.to(delta.dtype))
         if ctx.needs_input_grad[0] and notices.looks(ctx):
@@ -92,7 +94,7 @@ def _gradients(ctx: Any, delta: Tensor, resolve: Callable[..., Tensor]) -> tuple
         delta = (delta.to(wide) * beta.to(wide)[head_of]).to(delta.dtype)
     flat = _rows(delta)
     wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
         wants_y = wants_weight = wants_bias = True  # a trace does not know what functional_call has put in the parameters' place
     return (
         resolve(module, delta, weight, mask, head_of) if wants_y else None,

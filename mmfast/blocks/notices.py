@@ -28,8 +28,9 @@ _apart: set[int] = set()  # threads that differentiate each loss by itself
 
 
 def taken_apart() -> bool:
-    """Whether find_blocks, backward or collect is at work in this thread: then a block passes the plain sum on, and keeps nothing."""
-    return not torch.compiler.is_compiling() and bool(_apart) and threading.get_ident() in _apart
+    """Asked in a backward pass that is not compiled: whether find_blocks, backward or collect is at work in this thread. Then a block passes the plain
+    sum on, and keeps nothing."""
+    return bool(_apart) and threading.get_ident() in _apart
 
 
 @contextlib.contextmanager
@@ -54,9 +55,7 @@ def plain_sum(grads: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def looks(ctx: Any) -> bool:
-    """Whether `tell` has something to look at, in a backward pass that is not compiled."""
-    if torch.compiler.is_compiling():
-        return False
+    """Asked in a backward pass that is not compiled: whether `tell` has something to look at."""
     return ctx.seen is not None or goes_back_again() or HAS_GROUPS and torch.distributed.is_initialized()
 
 
