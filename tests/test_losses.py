@@ -112,6 +112,74 @@ def test_gradnorm_brings_gradients_to_one_length():
     torch.testing.assert_close(module.weights() * norms, torch.full((K,), 12 / 7), rtol=0.05, atol=0.0)
 
 
+MAKERS = [
+    lambda: ours.DWA(K, temperature=0.7),
+    lambda: ours.FAMO(K),
+    lambda: ours.GradNorm(K),
+    lambda: ours.STCH(0.3, [0.1, 0.2, 0.7], [0.01, 0.02, 0.03]),
+    lambda: ours.COSMOS(2.0, [0.1, 0.2, 0.7]),
+    lambda: ours.PBI(3.0, [0.1, 0.2, 0.7]),
+]
+
+
+def train(module, steps, start=0):
+    for step in range(start, start + steps):
+        total = module(some(step))
+        if isinstance(module, ours.FAMO):
+            module.update(some(1000 + step))
+        if isinstance(module, ours.GradNorm):
+            module.update(some(2000 + step))
+        if isinstance(module, ours.DWA) and step % 300 == 299:
+            module.step()
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_model_of_16_bits_does_not_round_what_is_kept(make, dtype):
+    """Over 300 calls a count, or a sum, in bfloat16 would stand still."""
+    plain, module = make(), torch.nn.ModuleDict({"weighted": make(), "layer": torch.nn.Linear(2, 2)}).to(dtype)
+    assert module["layer"].weight.dtype == dtype
+    torch.testing.assert_close(train(module["weighted"], 700), train(plain, 700), rtol=0, atol=0)
+    assert all(b.dtype == torch.float32 for b in module["weighted"].buffers() if b.is_floating_point())
+    module.double()
+    assert all(b.dtype == torch.float64 for b in module["weighted"].buffers() if b.is_floating_point())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(b.dtype == torch.float32 for b in make().buffers() if b.is_floating_point())
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_memory_of_to_empty_is_made_anew(make):
+    """On the meta device and back, as wrappers for large models do it."""
+    module = make()
+    train(module, 5)
+    module = module.to("meta").to_empty(device="cpu")
+    for part in module.modules():
+        for buffer in part.buffers(recurse=False):
+            buffer.fill_(7)
+    for part in module.modules():
+        part.reset_parameters()
+    torch.testing.assert_close(train(module, 40), train(make(), 40), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", MAKERS[:3])
+def test_an_evaluation_leaves_no_trace(make):
+    module, plain = make(), make()
+    for epoch in range(3):
+        for m in (module, plain):
+            train(m.train(), 300, 300 * epoch)
+        state = copy.deepcopy(module.state_dict())
+        module.eval()
+        assert module(torch.full((K,), 1e3)).isfinite()
+        for name, value in module.state_dict().items():
+            torch.testing.assert_close(value, state[name], equal_nan=True)
+    torch.testing.assert_close(module.weights(), plain.weights())
+
+
 def test_learned_scales_reach_their_optimum():
     for module, wanted in ((ours.UW(K), lambda s: s.exp()), (ours.IMTLL(K), lambda s: (-s).exp())):
         optimizer = torch.optim.Adam(module.parameters(), 0.05)

@@ -1,27 +1,28 @@
-"""Losses weighted by how they went so far. What is kept are buffers: it is in the state_dict, and nothing waits for a GPU."""
+"""Losses weighted by how they went so far. What is kept are buffers: it is in the state_dict, and nothing waits for a GPU; in eval mode nothing is added to it."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmfast.losses.fixed import check_k, check_losses
+from mmfast.losses.kept import Keeping, wide_dtype
 
 EPS = 1e-8
 
 
-class _Adam(nn.Module):
-    """One vector under Adam, kept in buffers."""
+class _Adam(Keeping):
+    """One vector [K] under Adam, kept in buffers."""
 
-    def __init__(self, start: Tensor, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(self, k: int, start: float, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__()
-        self.lr, self.weight_decay = lr, weight_decay
+        self.start, self.lr, self.weight_decay = start, lr, weight_decay
         self.value: Tensor
         self.mean: Tensor
         self.square: Tensor
         self.steps: Tensor
-        self.register_buffer("value", start)
-        self.register_buffer("mean", torch.zeros_like(start))
-        self.register_buffer("square", torch.zeros_like(start))
-        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("value", torch.full((k,), start, dtype=wide_dtype()))
+        self.register_buffer("mean", torch.zeros_like(self.value))
+        self.register_buffer("square", torch.zeros_like(self.value))
+        self.register_buffer("steps", torch.zeros((), dtype=wide_dtype()))
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
@@ -32,13 +33,13 @@ class _Adam(nn.Module):
         mean, square = self.mean / (1 - 0.9**self.steps), self.square / (1 - 0.999**self.steps)
         self.value -= self.lr * mean / (square.sqrt() + EPS)
 
-    def restart(self, start: float) -> None:
-        self.value.fill_(start)
+    def reset_parameters(self) -> None:
+        self.value.fill_(self.start)
         for buffer in (self.mean, self.square, self.steps):
             buffer.zero_()
 
 
-class DWA(nn.Module):
+class DWA(Keeping):
     """Dynamic weight average: losses that fall slowly weigh more (Liu et al., "End-to-end multi-task learning with attention", CVPR 2019).
 
     `forward(losses)` takes [K] and returns sum_i w_i l_i; `step()` ends an epoch. The weights are K softmax(r / temperature), r the ratios of the mean
@@ -65,11 +66,10 @@ class DWA(nn.Module):
         self.total: Tensor
         self.count: Tensor
         self.means: Tensor
-        self.register_buffer("total", torch.zeros(k))
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer(
-            "means", torch.ones(2, k)
-        )  # of the last epoch, and of the one before: their ratio is one as long as nothing is known
+        self.register_buffer("total", torch.zeros(k, dtype=wide_dtype()))
+        self.register_buffer("count", torch.zeros((), dtype=wide_dtype()))
+        # of the last epoch, and of the one before: their ratio is one as long as nothing is known
+        self.register_buffer("means", torch.ones(2, k, dtype=wide_dtype()))
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
         self.epochs: Tensor
 
@@ -80,9 +80,10 @@ class DWA(nn.Module):
 
     def forward(self, losses: Tensor) -> Tensor:
         check_losses(losses, self.k)
-        with torch.no_grad():
-            self.total += losses
-            self.count += 1
+        if self.training:
+            with torch.no_grad():
+                self.total += losses
+                self.count += 1
         return (self.weights() * losses).sum()
 
     @torch.no_grad()
@@ -100,11 +101,13 @@ class DWA(nn.Module):
         for buffer in (self.total, self.count, self.epochs):
             buffer.zero_()
 
+    reset_parameters = reset
+
     def extra_repr(self) -> str:
         return f"{self.k}, temperature={self.temperature}"
 
 
-class FAMO(nn.Module):
+class FAMO(Keeping):
     """Fast adaptive multitask optimization: equal relative decrease from the losses alone (Liu et al., "FAMO", NeurIPS 2023).
 
     `forward(losses)` takes [K], all above `min_losses`, and returns sum_i z_i log(l_i - b_i) / c with z = softmax of the logits and c = sum_i z_i / (l_i - b_i); after the model's step
@@ -127,9 +130,9 @@ class FAMO(nn.Module):
         super().__init__()
         check_k(k)
         self.k, self.min_losses = k, min_losses
-        self.logits = _Adam(torch.zeros(k), lr, weight_decay)
+        self.logits = _Adam(k, 0.0, lr, weight_decay)
         self.before: Tensor
-        self.register_buffer("before", torch.full((k,), torch.nan))
+        self.register_buffer("before", torch.full((k,), torch.nan, dtype=wide_dtype()))
 
     def weights(self) -> Tensor:
         """z, [K]."""
@@ -137,7 +140,8 @@ class FAMO(nn.Module):
 
     def forward(self, losses: Tensor) -> Tensor:
         check_losses(losses, self.k)
-        self.before.copy_(losses.detach())
+        if self.training:
+            self.before.copy_(losses.detach())
         weights, shifted = self.weights(), losses - self.min_losses + EPS
         return (weights * shifted.log()).sum() / (weights / shifted.detach()).sum()
 
@@ -151,14 +155,16 @@ class FAMO(nn.Module):
 
     def reset(self) -> None:
         """As at first."""
-        self.logits.restart(0.0)
+        self.logits.reset_parameters()
         self.before.fill_(torch.nan)
+
+    reset_parameters = reset
 
     def extra_repr(self) -> str:
         return f"{self.k}"
 
 
-class GradNorm(nn.Module):
+class GradNorm(Keeping):
     """The original GradNorm: weights by which all gradients fall into a common length, the longer the slower a loss falls (Chen et al., ICML 2018).
 
     `forward(losses)` takes [K] and returns sum_i w_i l_i, the first call's losses being those that others are compared with; `update(norms)` takes the lengths [K] of the gradients of
@@ -184,11 +190,11 @@ class GradNorm(nn.Module):
         if not alpha >= 0:
             raise ValueError(f"alpha is {alpha}, expected a number of at least 0")
         self.k, self.alpha = k, float(alpha)
-        self.scale = _Adam(torch.ones(k), lr)
+        self.scale = _Adam(k, 1.0, lr)
         self.first: Tensor
         self.last: Tensor
-        self.register_buffer("first", torch.full((k,), torch.nan))
-        self.register_buffer("last", torch.full((k,), torch.nan))
+        self.register_buffer("first", torch.full((k,), torch.nan, dtype=wide_dtype()))
+        self.register_buffer("last", torch.full((k,), torch.nan, dtype=wide_dtype()))
 
     def weights(self) -> Tensor:
         """w, [K], of sum K."""
@@ -196,8 +202,9 @@ class GradNorm(nn.Module):
 
     def forward(self, losses: Tensor) -> Tensor:
         check_losses(losses, self.k)
-        self.last.copy_(losses.detach())
-        self.first.copy_(torch.where(self.first.isnan(), self.last, self.first))
+        if self.training:
+            self.last.copy_(losses.detach())
+            self.first.copy_(torch.where(self.first.isnan(), self.last, self.first))
         return (self.weights() * losses).sum()
 
     @torch.no_grad()
@@ -213,9 +220,11 @@ class GradNorm(nn.Module):
 
     def reset(self) -> None:
         """As at first."""
-        self.scale.restart(1.0)
+        self.scale.reset_parameters()
         self.first.fill_(torch.nan)
         self.last.fill_(torch.nan)
+
+    reset_parameters = reset
 
     def extra_repr(self) -> str:
         return f"{self.k}, alpha={self.alpha}"

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmfast.losses.kept import Keeping, wide_dtype
+
 SMALL = 1e-12  # under a root whose derivative would be infinite
 
 
@@ -23,7 +25,7 @@ def check_k(k: int) -> None:
 
 def as_row(values: Sequence[float] | Tensor, name: str) -> Tensor:
     """A preference or a reference point as a buffer [K]."""
-    row = torch.as_tensor(values, dtype=torch.get_default_dtype()).detach().clone()
+    row = torch.as_tensor(values, dtype=wide_dtype()).detach().clone()
     if row.dim() != 1 or not len(row) or not bool(row.isfinite().all()):
         raise ValueError(f"{name} is {values!r}, expected K finite numbers")
     return row
@@ -46,7 +48,7 @@ class GeometricMean(nn.Module):
 GLS = GeometricMean
 
 
-class _Preferring(nn.Module):
+class _Preferring(Keeping):
     """Weights [K], and a reference point that is taken off the losses."""
 
     weights: Tensor | None
@@ -60,6 +62,13 @@ class _Preferring(nn.Module):
             raise ValueError(f"weights is {weights!r}, expected K numbers, none negative, not all zero")
         if self.weights is not None and self.reference is not None and len(self.weights) != len(self.reference):
             raise ValueError(f"reference has {len(self.reference)} numbers, expected {len(self.weights)} as weights has")
+        self._given = {name: None if row is None else row.tolist() for name, row in self._buffers.items()}
+
+    def reset_parameters(self) -> None:
+        """Weights and reference as they were given, after `to_empty`."""
+        for name, row in self._buffers.items():
+            if row is not None:
+                row.copy_(torch.tensor(self._given[name], dtype=row.dtype))
 
     def shifted(self, losses: Tensor) -> Tensor:
         given = self.weights if self.weights is not None else self.reference
