@@ -8,7 +8,7 @@ import mmfast
 ROOT = Path(mmfast.__file__).parent
 # from the bottom up; a file or folder imports from its own floor and those below it
 FLOORS = [
-    {"contract", "console"},
+    {"contract", "console", "precision"},
     {"stats", "plots", "resolvers", "losses"},
     {"backends"},
     {"ops"},

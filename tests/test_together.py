@@ -60,6 +60,31 @@ def train(together, x, seen, steps):
     return torch.stack(losses[:steps], 1)
 
 
+@pytest.mark.parametrize("held", [torch.nan, torch.inf, -1.0, 0.0, 1e9])
+def test_a_missing_cell_has_no_influence(held):
+    x, seen = data(2)
+    losses = []
+    for cells in (x, torch.where(seen > 0, x, held)):
+        together = Together(models([mf.MGDA()] * 2), seeds=[0, 1])
+        losses.append(train(together, cells, seen, 20))
+    assert torch.equal(*losses) and losses[0].isfinite().all()
+    x[0, 5, 1], seen[0, 5, 1] = -1.0, 1.0  # a value that is seen and that its likelihood does not take
+    try:
+        assert Together(models([None] * 2), seeds=[0, 1]).step(x, seen)[0].isnan()
+    except RuntimeError as error:
+        assert "feature 1 that its likelihood" in str(error)
+
+
+def test_autocast_changes_nothing():
+    x, seen = data(2)
+    losses = []
+    for on in (False, True):
+        together = Together(models([mf.MGDA()] * 2), seeds=[0, 1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            losses.append(train(together, x, seen, 5))
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("objective, samples", [("elbo", 1), ("iwae", 5)])
 @pytest.mark.parametrize(
     "rules",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mmfast.losses.fixed import check_k, check_losses
-from mmfast.losses.kept import Keeping, wide_dtype
+from mmfast.precision import Keeping, wide_dtype
 
 EPS = 1e-8
 

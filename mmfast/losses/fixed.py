@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmfast.losses.kept import Keeping, wide_dtype
+from mmfast.precision import Keeping, wide_dtype
 
 SMALL = 1e-12  # under a root whose derivative would be infinite
 

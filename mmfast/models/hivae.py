@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from mmfast import contract
 from mmfast.models.likelihoods import Bernoulli, Categorical, Joint, LogNormal, Normal, Poisson
 from mmfast.models.vae import apply_heads, make_heads, rules_of
+from mmfast.precision import wide
 from mmfast.resolvers.names import ResolverLike
 
 _INIT = 0.05  # standard deviation of the first weights
@@ -97,11 +98,13 @@ class HIVAE(nn.Module):
 
     def inputs(self, x: Tensor, seen: Tensor) -> Tensor:
         """What the encoder sees, [rows, inputs]: standardised numbers, log(1 + count), classes one-hot, zeros where a cell is missing."""
-        real, positive, count = x[:, self._numeric].split(self._counts, 1)
+        there = seen != 0
+        real, positive, count = torch.where(there, x, 1)[:, self._numeric].split(self._counts, 1)
         w = self.joint.w[self._numeric].split(self._counts)
-        numbers = torch.cat([w[0] * real, w[1] * positive.log(), count.log1p()], 1) * seen[:, self._numeric]
-        codes = x.new_zeros(len(x), self._codes).scatter_(1, x[:, self._classes].long() + self._offsets, seen[:, self._classes].to(x.dtype))
-        return torch.cat([numbers, codes], 1)
+        numbers = torch.cat([w[0] * real, w[1] * positive.log(), count.log1p()], 1) * there[:, self._numeric]
+        places = torch.where(there, x, 0)[:, self._classes].long() + self._offsets
+        codes = torch.zeros_like(numbers[:, :1]).repeat(1, self._codes).scatter_(1, places, there[:, self._classes].to(numbers.dtype))
+        return torch.cat([numbers, codes], 1).to(x.dtype)
 
     def set_epoch(self, epoch: int) -> None:
         """Lowers the temperature of the relaxation: from 1 by 0.01 per epoch, down to 0.001."""
@@ -110,31 +113,36 @@ class HIVAE(nn.Module):
     def decode(self, z: Tensor, s: Tensor) -> Tensor:
         """All heads' outputs side by side."""
         with parametrize.cached():  # the product of the factors once, though the heads look at their weight several times
-            return (apply_heads(self.z_heads, z) + apply_heads(self.s_heads, s)) * self.free
+            return (apply_heads(self.z_heads, self._low(z)) + apply_heads(self.s_heads, self._low(s))) * self.free
+
+    def _low(self, x: Tensor) -> Tensor:
+        """x as the layers take it, which may be of 16 bits."""
+        return x.to(self.prior.weight.dtype)
 
     def loss(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Minus the evidence lower bound, one sample of s and z (the divergence of s is exact), summed over the batch; missing cells are left out.
+        """Minus the evidence lower bound, one sample of s and z (the divergence of s is exact), summed over the batch, in float32 at least; missing cells are left
+        out.
 
         Args:
-            x: [rows, K] as `mmfast.data.prepare.prepare` gives it; where a cell is missing any value that its likelihood has, not NaN.
+            x: [rows, K] as `mmfast.data.prepare.prepare` gives it; what a missing cell holds is not read.
             seen: [rows, K], 1 where a cell was observed.
         """
         h = self.inputs(x, seen)
-        log_q_s = self.to_s(h).log_softmax(-1)
+        log_q_s = wide(self.to_s(h)).log_softmax(-1)
         s = F.gumbel_softmax(log_q_s, self.tau)
-        hs = torch.cat([h, s], -1)
-        mean, log_std = self.to_mean(hs), self.to_log_std(hs)
+        hs = torch.cat([h, s.to(h.dtype)], -1)
+        mean, log_std = wide(self.to_mean(hs)), wide(self.to_log_std(hs))
         noise = torch.randn_like(mean)
         z = mean + log_std.exp() * noise
         log_x = self.joint.log_prob(self.decode(z, s), x, seen).sum()
-        kl_z = (0.5 * ((z - self.prior(s)).square() - noise.square()) - log_std).sum()
+        kl_z = (0.5 * ((z - wide(self.prior(self._low(s)))).square() - noise.square()) - log_std).sum()
         kl_s = (log_q_s.exp() * log_q_s).sum() + len(x) * math.log(self.components)  # exact: at the relaxed s it would be biased
         return kl_z + kl_s - log_x
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions [rows, K] and log-likelihoods [rows, K] at the likeliest s and the mean of z."""
+        """Predictions [rows, K], and log-likelihoods [rows, K], 0 where a cell is missing, at the likeliest s and the mean of z."""
         h = self.inputs(x, seen)
         s = F.one_hot(self.to_s(h).argmax(-1), self.components).to(h.dtype)
         raw = self.decode(self.to_mean(torch.cat([h, s], -1)), s)
-        return self.joint.predict(raw), self.joint.log_prob(raw, x)
+        return self.joint.predict(raw), self.joint.log_prob(raw, x, seen)

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mmfast.models import fused
+from mmfast.precision import Keeping, wide
 
 _TINY = 1e-15  # keeps precisions away from zero where softplus underflows
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -195,7 +196,7 @@ class Poisson(Likelihood):
 KINDS = (Normal, LogNormal, Gamma, Exponential, Bernoulli, Categorical, Ordinal, Poisson)  # in the order of csrc/args.h
 
 
-class Joint(nn.Module):
+class Joint(Keeping):
     """K independent features; all of one kind are evaluated in one call, categorical ones of any number of classes too.
 
     Args:
@@ -256,7 +257,7 @@ class Joint(nn.Module):
             yield part, r.unflatten(-1, (n, part.n_outputs)), w
 
     def log_prob(self, raw: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Log-likelihood of each feature, [..., K], of the dtype of raw and x together.
+        """Log-likelihood of each feature, [..., K], of the dtype of raw and x together, float32 at least.
 
         On a CPU one compiled pass gives values and derivatives, of float32 and float64, computed in double precision; elsewhere, for other dtypes and for
         derivatives of torch.func it is plain torch.
@@ -270,6 +271,7 @@ class Joint(nn.Module):
             RuntimeError: x has a value that its likelihood does not take, such as one below zero for a log-normal feature. Where plain torch or a GPU computes,
                 such a value gives NaN instead, but for a class that does not exist (IndexError, or a RuntimeError of torch).
         """
+        raw, x = wide(raw), wide(x)
         if self._known and x.dim() > 1 and x.shape[:-1] == raw.shape[-x.dim() : -1]:
             found = fused.log_prob(raw, x, seen, self._kinds, self.w, self.in_torch)
             if found is not None:
@@ -278,6 +280,7 @@ class Joint(nn.Module):
 
     def in_torch(self, raw: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """`log_prob` in plain torch."""
+        raw, x = wide(raw), wide(x)
         if seen is not None:
             x = torch.where(seen != 0, x, 0)  # a value of every kind
         xs = x.expand(*raw.shape[:-1], -1).index_select(-1, self._features).split([n for _, n in self._groups], -1)
@@ -286,5 +289,5 @@ class Joint(nn.Module):
         return out if seen is None else torch.where(seen != 0, out, 0)
 
     def predict(self, raw: Tensor) -> Tensor:
-        """Point predictions [..., K], in original units."""
-        return torch.cat([part.predict(r, w) for part, r, w in self._by_kind(raw)], -1).index_select(-1, self._order)
+        """Point predictions [..., K], in original units, in float32 at least."""
+        return torch.cat([part.predict(r, w) for part, r, w in self._by_kind(wide(raw))], -1).index_select(-1, self._order)

@@ -208,7 +208,7 @@ class Together:
             g.set_state(random)
 
     def step(self, x: Tensor, seen: Tensor) -> Tensor:
-        """One step of training on x and seen [E, rows, K]; returns the losses [E] from before it. `stats()` of the models' blocks does not see it.
+        """One step of training on x and seen [E, rows, K]; returns the losses [E] from before it. `stats()` of the models' blocks does not see it, nor does autocast.
 
         Raises:
             ValueError: x or seen is of another shape.
@@ -217,8 +217,9 @@ class Together:
         for name, given in (("x", x), ("seen", seen)):
             if given.dim() != 3 or (given.shape[0], given.shape[2]) != (n, k):
                 raise ValueError(f"{name} has shape {tuple(given.shape)}, expected ({n}, rows, {k}): a batch for each model")
-        losses = self._losses(x, seen)
-        grads = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
+        with torch.autocast("cpu", enabled=False):  # the products are in float32
+            losses = self._losses(x, seen)
+            grads = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
         flat = torch.cat([g.flatten(1) for g in grads], 1)
         self.batches_tracked += 1
         for row, grad in zip(self.rows, flat, strict=True):
@@ -244,10 +245,11 @@ class Together:
 
     def _log_likelihood(self, raw: Tensor, x: Tensor, seen: Tensor) -> Tensor:
         """Of the observed cells of each row, [E, samples, rows]."""
+        x = torch.where(seen != 0, x, 1)  # which has every power and logarithm
         scaled = torch.where(self._times, self._scale * x, torch.where(self._positive, x**self._scale, x))
         powers, joint, volume = scaled[..., self._positive], self.joint, torch.zeros(())
         if not bool(((powers > 1e-20) & (powers < torch.inf)).all()):  # float32 does not hold those of a narrow column
-            logs = self._scale * x.clamp_min(1e-20).log()
+            logs = self._scale * torch.where(x < 0, torch.nan, x).clamp_min(1e-20).log()
             scaled, joint = torch.where(self._positive, logs, scaled), self.joint_of_logs
             volume = (
                 torch.where(self._positive & (seen != 0), logs, 0).sum(-1).unsqueeze(1)
@@ -259,7 +261,7 @@ class Together:
         n, rows, k = x.shape
         dropout, norm = self.models[0].encoder[0], self.models[0].encoder[1]
         assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.BatchNorm1d) and norm.momentum is not None
-        h = x * seen
+        h = torch.where(seen != 0, x, 0)
         if dropout.p > 0:
             kept = [torch.empty(rows, k).bernoulli_(1 - dropout.p, generator=g) for g in self.generators]
             h = h * torch.stack(kept).div_(1 - dropout.p)

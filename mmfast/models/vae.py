@@ -12,6 +12,7 @@ from mmfast.blocks import transforms
 from mmfast.blocks.linear_heads import LinearHeads
 from mmfast.models.dreg import decode_once
 from mmfast.models.likelihoods import Joint
+from mmfast.precision import wide
 from mmfast.resolvers.names import ResolverLike
 
 OBJECTIVES = ("elbo", "iwae", "dreg")
@@ -125,25 +126,26 @@ class VAE(nn.Module):
             self.through.heads.weight, self.through.heads.bias = heads.weight, heads.bias
 
     def posterior(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of q(z | x), [rows, latent]; missing cells enter as zero."""
-        h = self.encoder(x * seen)
-        return self.mean(h), F.softplus(self.std(h)) + 1e-6
+        """Mean and standard deviation of q(z | x), [rows, latent], in float32 at least; missing cells enter as zero."""
+        h = self.encoder(torch.where(seen != 0, x, 0))
+        return wide(self.mean(h)), F.softplus(wide(self.std(h))) + 1e-6
 
     def loss(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Minus the objective, summed over the batch; missing cells are left out.
+        """Minus the objective, summed over the batch, in float32 at least; missing cells are left out.
 
         Args:
-            x: [rows, K] as `mmfast.data.prepare.prepare` gives it; where a cell is missing any value that its likelihood has, not NaN.
+            x: [rows, K] as `mmfast.data.prepare.prepare` gives it; what a missing cell holds is not read.
             seen: [rows, K], 1 where a cell was observed.
         """
         mean, std = self.posterior(x, seen)
         noise = torch.randn(self.samples, *mean.shape, device=mean.device, dtype=mean.dtype)
         z = mean + std * noise
+        low = z.to(self.mean.weight.dtype)  # what a decoder of 16 bits takes
         if self.objective != "dreg":
-            log_x = self._log_likelihood(self.decoder(z), x, seen)
+            log_x = self._log_likelihood(self.decoder(low), x, seen)
             log_w = log_x + _log_prior(z) - _log_normal(noise, std)
             return -log_w.logsumexp(0).sum()  # of one sample: itself; log S is a constant
-        log_x, log_x_through = self._decodes(z, x, seen)
+        log_x, log_x_through = self._decodes(low, x, seen)
         fixed = std.detach()
         log_w = log_x_through + _log_prior(z) - _log_normal(noise + (z - z.detach()) / fixed, fixed)  # a function of z alone
         weight = log_w.detach().softmax(0)
@@ -167,9 +169,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions [rows, K] and log-likelihoods [rows, K] at z = the posterior's mean."""
+        """Predictions [rows, K], and log-likelihoods [rows, K], 0 where a cell is missing, at z = the posterior's mean."""
         was_training = self.training
         self.eval()
-        raw = self.decoder(self.posterior(x, seen)[0])
+        raw = self.decoder(self.posterior(x, seen)[0].to(self.mean.weight.dtype))
         self.train(was_training)
-        return self.joint.predict(raw), self.joint.log_prob(raw, x)
+        return self.joint.predict(raw), self.joint.log_prob(raw, x, seen)

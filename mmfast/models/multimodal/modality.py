@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.backends.reference import autocasts
-
-LOW = (torch.float16, torch.bfloat16)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32 at least: densities of 16 bits are none."""
-    return x.float() if x.dtype in LOW else x
+from mmfast.precision import wide
 
 
 class Modality(nn.Module):

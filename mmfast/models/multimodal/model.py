@@ -22,7 +22,8 @@ from mmfast.models.multimodal.mixture import (
     products,
     valid_components,
 )
-from mmfast.models.multimodal.modality import LOW, Modality, wide
+from mmfast.models.multimodal.modality import Modality
+from mmfast.precision import LOW, wide
 
 AT_ONCE = 4096  # latents that log_likelihood decodes at once, or as many as a training step if those are more
 

@@ -1,9 +1,16 @@
-"""What the losses keep between calls: sums, counts and constants, for which 16 bits are too few (a count in bfloat16 ends at 256)."""
+"""Where 16 bits are too few: densities, whose sums a bound takes the exponential of, and what is kept between calls (a count in bfloat16 ends at 256)."""
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+LOW = (torch.float16, torch.bfloat16)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.float() if x.dtype in LOW else x
 
 
 def wide_dtype() -> torch.dtype:
@@ -19,6 +26,6 @@ class Keeping(nn.Module):
         super()._apply(fn, recurse)
         for name, value in kept.items():
             new = self._buffers[name]
-            if value is not None and new is not None and new.is_floating_point() and new.element_size() < 4:
+            if value is not None and new is not None and new.dtype in LOW:
                 self._buffers[name] = torch.empty_like(value, device=new.device) if value.is_meta else value.to(new.device)
         return self
