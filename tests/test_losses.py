@@ -153,6 +153,16 @@ def test_a_model_of_16_bits_does_not_round_what_is_kept(make, dtype):
 
 
 @pytest.mark.parametrize("make", MAKERS)
+def test_autocast_rounds_nothing(make):
+    """The losses of a step are float32, and often weighted inside of autocast; PBI takes what is nearly the same apart."""
+    for losses in (some(), torch.tensor([0.1, 0.2001, 0.7])):
+        wanted, module = value_and_gradient(make(), losses), make()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = value_and_gradient(module, losses)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_memory_of_to_empty_is_made_anew(make):
     """On the meta device and back, as wrappers for large models do it."""
     module = make()

@@ -125,6 +125,33 @@ def test_autocast_leaves_double_precision_alone(kind):
     assert all(torch.equal(found[name], g) for name, g in expected.items())
 
 
+@pytest.fixture
+def lowered():
+    """Products of float32 matrices in as few bits as torch has for them, where the processor has units for that."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_setting_of_torch_lowers_a_gramian(backend, per, lowered):
+    """TF32 and bfloat16 for products of float32 matrices: what is left of gradients that cancel would be below their rounding."""
+    if backend == "cpu" and not library.available:
+        pytest.skip(str(library.missing_reason))
+    limit = 4e-7 if backend == "cpu" else 1e-12  # plain torch multiplies in double precision, which nothing lowers
+    shared = 100 * torch.randn(3, 20_000)
+    grads = [shared + torch.randn(3, 20_000) for _ in range(4)]
+    J = torch.stack(grads).double()
+    J = J.sum(1) if per == "batch_sum" else J.movedim(1, 0) if per == "sample" else J.flatten(1)
+    torch.testing.assert_close(mf.gram(grads, per=per, backend=backend), J @ J.mT, rtol=limit, atol=0)
+    delta, weight, head_of = torch.randn(200, 8), torch.randn(8, 300), torch.arange(4).repeat_interleave(2)
+    J = torch.stack([delta[:, head_of == i].double() @ weight[head_of == i].double() for i in range(4)]).flatten(1)
+    _, info = linear_heads(delta, weight, head_of, mf.MGDA(), 4, "batch", None, False, backend)
+    assert ((info[4:].view(4, 4) - J @ J.T).abs() / J.norm(dim=1).outer(J.norm(dim=1))).max() < limit
+
+
 def test_a_device_without_autocast():
     heads = mf.LinearHeads(4, [1, 2], mf.MGDA()).to("meta")
     assert [out.shape for out in heads(torch.randn(3, 4, device="meta"))] == [(3, 1), (3, 2)]

@@ -130,7 +130,7 @@ class COSMOS(_Preferring):
 
     def forward(self, losses: Tensor) -> Tensor:
         shifted = self.shifted(losses)
-        return self.weights @ shifted - self.penalty * nn.functional.cosine_similarity(self.weights, shifted, 0)
+        return (self.weights * shifted).sum() - self.penalty * nn.functional.cosine_similarity(self.weights, shifted, 0)
 
     def extra_repr(self) -> str:
         return f"penalty={self.penalty}"
@@ -161,7 +161,7 @@ class PBI(_Preferring):
     def forward(self, losses: Tensor) -> Tensor:
         shifted = self.shifted(losses)
         direction = self.weights / self.weights.norm()
-        along = shifted @ direction
+        along = (shifted * direction).sum()  # no product of matrices, which autocast would round
         return along + self.theta * ((shifted - along * direction).square().sum() + SMALL).sqrt()
 
     def extra_repr(self) -> str:

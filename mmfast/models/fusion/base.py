@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmfast.models.multimodal.inputs import batch_of
+from mmfast.precision import wide
 
 Features = dict[str, Tensor]  # [B, d_i] of each modality, in the model's order; zero where it is absent
 Inputs = Mapping[str, Tensor]
@@ -52,6 +53,7 @@ def task_loss(logits: Tensor, target: Tensor, rows: Tensor | None = None) -> Ten
             f"expected int64 {tuple(logits.shape[:1])} or floating-point {tuple(logits.shape)}"
         )
     if target.is_floating_point():
+        logits = wide(logits)
         target = torch.where((target < 0) | (target > 1), torch.nan, target)
         each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
     else:
