@@ -161,6 +161,15 @@ def test_similarity_and_the_order_of_substitutes():
         assert model.order[i].tolist() == [i, *others]
 
 
+def test_a_model_in_bfloat16_counts_on():
+    """The sums over 1,200 samples, and the similarity, are in float64: in bfloat16 a count would end at 256."""
+    model, (x, _, present) = ebr().bfloat16(), batch()
+    x = {name: value.bfloat16() for name, value in x.items()}
+    once, often = (model.fit_substitutes([(x, present)] * n) for n in (1, 1200 // ROWS))
+    assert once.dtype == model.similarity.dtype == torch.float64
+    torch.testing.assert_close(often, once)
+
+
 def test_modalities_that_are_never_together_come_last():
     model, (x, _, _) = ebr(), batch()
     yes, no = torch.ones(ROWS, dtype=torch.bool), torch.zeros(ROWS, dtype=torch.bool)

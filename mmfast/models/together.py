@@ -1,6 +1,7 @@
 """Many VAEs of one shape in one process: every layer is one batched product, every block one call of the solver for the problems of all of them."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -241,7 +242,7 @@ class Together:
         log_x = self._log_likelihood(raw, x, seen)
         # log N(z; 0, I) - log N(z; mean, std), where (z - mean) / std is the noise
         log_w = log_x + 0.5 * (noise.square().sum(-1) - z.square().sum(-1)) + std.log().sum(-1)
-        return -log_w.logsumexp(1).sum(-1)
+        return -(log_w.logsumexp(1) - math.log(self.samples)).sum(-1)
 
     def _log_likelihood(self, raw: Tensor, x: Tensor, seen: Tensor) -> Tensor:
         """Of the observed cells of each row, [E, samples, rows]."""

@@ -1,5 +1,6 @@
 """The tabular variational autoencoder: one linear head and one likelihood per feature, trained with the ELBO, IWAE or DReG."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -131,7 +132,7 @@ class VAE(nn.Module):
         return wide(self.mean(h)), F.softplus(wide(self.std(h))) + 1e-6
 
     def loss(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Minus the objective, summed over the batch, in float32 at least; missing cells are left out.
+        """Minus the bound on the log-likelihood (for DReG the IWAE's, with DReG's gradient), summed over the batch, in float32 at least; missing cells are left out.
 
         Args:
             x: [rows, K] as `mmfast.data.prepare.prepare` gives it; what a missing cell holds is not read.
@@ -144,12 +145,17 @@ class VAE(nn.Module):
         if self.objective != "dreg":
             log_x = self._log_likelihood(self.decoder(low), x, seen)
             log_w = log_x + _log_prior(z) - _log_normal(noise, std)
-            return -log_w.logsumexp(0).sum()  # of one sample: itself; log S is a constant
+            return -self._bound(log_w)
         log_x, log_x_through = self._decodes(low, x, seen)
         fixed = std.detach()
         log_w = log_x_through + _log_prior(z) - _log_normal(noise + (z - z.detach()) / fixed, fixed)  # a function of z alone
         weight = log_w.detach().softmax(0)
-        return -(weight * log_x + weight.square() * log_w).sum()
+        surrogate = -(weight * log_x + weight.square() * log_w).sum()
+        return surrogate - (surrogate + self._bound(log_w)).detach()  # of its gradient, and of the value of what it trains
+
+    def _bound(self, log_w: Tensor) -> Tensor:
+        """That of Burda et al. from log-weights [samples, rows], the ELBO for one sample, summed over the rows."""
+        return (log_w.logsumexp(0) - math.log(self.samples)).sum()
 
     def _decodes(self, z: Tensor, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """DReG's log p(x | z), whose gradient goes to the decoder alone, and the same whose gradient goes to z alone."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mmfast.models.fusion.base import Features, FusionModel, Inputs, Present, mean_of, network
 from mmfast.models.multimodal.junction import Junction
+from mmfast.precision import Keeping
 from mmfast.resolvers.names import ResolverLike
 
 
@@ -51,7 +52,7 @@ def two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return made
 
 
-class EBR(FusionModel):
+class EBR(Keeping, FusionModel):
     """Explicit basis reallocation around a user's encoders and what fuses their features.
 
     With features f_i: factors g_i = h_i(f_i) in one latent space, inverse mechanisms back, f~_i = h_i^-1(g_i), and the fusion acts on f~.
@@ -194,7 +195,7 @@ class EBR(FusionModel):
         """
         was_training = self.training
         self.eval()
-        sums, counts = torch.zeros_like(self.similarity), torch.zeros_like(self.similarity)
+        sums, counts = torch.zeros_like(self.similarity, dtype=torch.float64), torch.zeros_like(self.similarity, dtype=torch.float64)
         for batch in batches:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise TypeError(f"batches holds a {type(batch).__name__}, expected pairs (inputs, present)")
@@ -205,10 +206,10 @@ class EBR(FusionModel):
             sums += torch.einsum("bil,bjl->ij", g, g)
             counts += seen.T @ seen
         self.train(was_training)
-        self.similarity.copy_(sums / counts)
-        ranked = self.similarity.nan_to_num(nan=-2.0).fill_diagonal_(2.0)
-        self.order.copy_(ranked.argsort(dim=1, descending=True, stable=True))
-        return self.similarity.clone()
+        found = sums / counts
+        self.similarity.copy_(found)
+        self.order.copy_(found.nan_to_num(nan=-2.0).fill_diagonal_(2.0).argsort(dim=1, descending=True, stable=True))
+        return found
 
     def _factors(self, features: Features) -> Features:
         return {name: self.factors[name](f) for name, f in features.items()}
