@@ -51,6 +51,26 @@ def test_a_frozen_encoder(make):
 
 
 @every
+def test_a_cuda_graph_that_is_replayed_after_an_eager_pass(make, monkeypatch):
+    """Replays write into the record of the pass that was captured: here by hand, of a capture that is pretended."""
+    block = make()
+    step(block)
+    monkeypatch.setattr(mf.blocks.impartial, "_capturing", lambda info: True)
+    monkeypatch.setattr(mf.blocks.impartial.Impartial, "_captured", True)
+    step(block)
+    captured = block._info
+    monkeypatch.setattr(mf.blocks.impartial, "_capturing", lambda info: False)
+    step(block)
+    eager = block.stats().weights.clone()
+    step(block, wanted=False)
+    with pytest.raises(RuntimeError, match=FROZEN):
+        block.stats()
+    assert captured is block._info
+    captured.copy_(torch.cat([torch.tensor([0.2, 0.3, 0.5]), torch.eye(3).flatten()]))  # a replay
+    assert block.stats().weights.tolist() == pytest.approx([0.2, 0.3, 0.5]) and eager.sum() > 0
+
+
+@every
 def test_an_empty_batch(make):
     block = make(per="sample")
     step(block)

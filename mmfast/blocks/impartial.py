@@ -29,6 +29,10 @@ _REASONS = {
 }
 
 
+def _capturing(info: Tensor) -> bool:
+    return info.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 _block_of: WeakKeyDictionary[Rule, "ref[Impartial]"] = WeakKeyDictionary()  # of rules that keep state
 
 
@@ -62,6 +66,7 @@ class Impartial(nn.Module):
 
     beta: Tensor | None  # read in every backward pass
     modulation: GradientModulation | None  # in beta's place, where it changes from step to step
+    _captured = False  # whether a CUDA graph writes into the record
     _info: Tensor | None  # K weights and the Gramian, [K + K*K] or [B, K + K*K]; None from a resolver without a Gramian
 
     def __init__(
@@ -158,7 +163,11 @@ class Impartial(nn.Module):
     def record(self, info: Tensor | None) -> None:
         """Keeps weights and Gramian of a backward pass."""
         if not torch.compiler.is_compiling():
-            self.__dict__["_info"] = info if info is None else contract.plain(info)
+            info = info if info is None else contract.plain(info)
+            if self._captured or info is not None and info.is_cuda:
+                self._keep(info)
+            else:
+                self.__dict__["_info"] = info
         elif torch._C._are_functorch_transforms_active():
             pass  # which may not write into a tensor that is not their own
         elif info is not None and self._info is not None:  # a graph can write into a tensor of ours, not bind a name
@@ -166,6 +175,14 @@ class Impartial(nn.Module):
                 self._info.copy_(info)
             else:
                 self._info.fill_(_OTHER_SHAPE)
+
+    def _keep(self, info: Tensor | None) -> None:
+        """Binds the name, but where a CUDA graph writes into what it is bound to: of a replay after an eager pass nothing would be seen."""
+        before = self._info
+        if self._captured and info is not None and before is not None and (info.shape, info.device) == (before.shape, before.device):
+            before.copy_(info)
+        else:
+            self.__dict__.update(_info=info, _captured=info is not None and _capturing(info))
 
     def no_gradient_wanted(self) -> None:
         """Called in a forward pass whose tensor asks for no gradient: what was recorded before is not what a backward pass now sees."""
@@ -176,7 +193,7 @@ class Impartial(nn.Module):
             return
         if not torch.compiler.is_compiling():  # a tensor that says so: compiled code, which can't unset a name, writes over it
             shape = info.shape if info.numel() else (self._k + self._k**2,)
-            self.__dict__["_info"] = torch.full(shape, _NO_GRADIENT, dtype=info.dtype, device=info.device)
+            self._keep(torch.full(shape, _NO_GRADIENT, dtype=info.dtype, device=info.device))
         elif not torch._C._are_functorch_transforms_active():
             info.fill_(_NO_GRADIENT)
 
