@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from modulation_models import KINDS, C, N, batch
+from torch import nn
 from torch.nn import functional as F
 
 import mmfast as mf
@@ -205,6 +206,22 @@ def test_forms_of_logits_and_labels(kind):
         assert not scale.beta.requires_grad
         betas.append(scale.beta)
     assert all(torch.equal(beta, betas[0]) for beta in betas)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attached", [False, True])
+def test_logits_by_the_names_of_the_branches(kind, attached):
+    """A dict in another order than the block's branches: its names count."""
+    logits, labels = batch(3)
+    branches = nn.ModuleDict({name: nn.Linear(5, C) for name in ("text", "image", "sound")})
+    scale, plain = KINDS[kind](3), KINDS[kind](3)
+    (mf.attach if attached else mf.ImpartialityBlock)(branches, "mgda", local=scale)
+    plain.update(logits, labels)
+    given = dict(zip(branches, logits, strict=True))
+    scale.update({name: given[name] for name in sorted(given)}, labels)
+    assert torch.equal(scale.beta, plain.beta)
+    with pytest.raises(ValueError, match="logits has the names a, image, sound, expected those of the branches: text, image, sound"):
+        scale.update({"a": logits[0], "image": logits[1], "sound": logits[2]}, labels)
 
 
 @pytest.mark.parametrize(

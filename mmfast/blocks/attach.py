@@ -163,6 +163,7 @@ class Attached(Impartial):
     ) -> None:
         self._names = tuple(branches)
         super().__init__(len(branches), resolver, local, per, preserve_norm, group)
+        self.tell_names()
         if self.ranks is not None and isinstance(self.resolver, ElementwiseRule):
             raise TypeError(
                 f"resolver is {self.resolver!r}, an elementwise rule, which attach can't serve with group=; use an ImpartialityBlock there"

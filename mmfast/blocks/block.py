@@ -68,6 +68,7 @@ class ImpartialityBlock(Impartial):
             raise ValueError(f"branches has {k} modules, expected 1 to {contract.MAX_GRADS}")
         super().__init__(k, resolver, local, per, preserve_norm, group)
         self.branches = branches
+        self.tell_names()
 
     @property
     def names(self) -> tuple[str, ...]:

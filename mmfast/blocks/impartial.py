@@ -136,6 +136,11 @@ class Impartial(nn.Module):
         """Of the branches."""
         raise NotImplementedError
 
+    def tell_names(self) -> None:
+        """Lets a modulation find by name what it is given by name."""
+        if self.modulation is not None and self.names != tuple(map(str, range(self._k))):
+            self.modulation.names = self.names
+
     def stats(self) -> BlockStats:
         """What the last backward pass through this block saw; the one method that waits for the device.
 

@@ -44,6 +44,7 @@ class GradientModulation(nn.Module, LocalScale):
     beta: Tensor
     _waits = False  # whether something was scaled since the last update
     _updated = _told = False
+    names: tuple[str, ...] | None = None  # of the branches of the block whose local step it is
 
     def __init__(self, k: int) -> None:
         nn.Module.__init__(self)
@@ -76,7 +77,8 @@ class GradientModulation(nn.Module, LocalScale):
         """Finds the beta of this step's backward pass; to be called after the forward pass and before `loss.backward()`.
 
         Args:
-            logits: K tensors [..., C], what each modality predicts by itself, in the order of the features or branches; no gradient flows through them.
+            logits: K tensors [..., C], what each modality predicts by itself, in the order of the features or branches, or by the branches' names; no gradient
+                flows through them.
             labels: classes, whole numbers [...], on the device of beta, as the logits.
 
         Raises:
@@ -123,9 +125,15 @@ class GradientModulation(nn.Module, LocalScale):
     reset_parameters = reset
 
     def _checked(self, logits: Any, labels: Any) -> list[Tensor]:
+        if len(logits) != self.k:
+            raise ValueError(f"logits has {len(logits)} entries, expected {self.k}, one per modality")
+        if isinstance(logits, Mapping) and self.names is not None:
+            if set(logits) != set(self.names):
+                raise ValueError(
+                    f"logits has the names {', '.join(map(str, logits))}, expected those of the branches: {', '.join(self.names)}"
+                )
+            logits = [logits[name] for name in self.names]
         rows = list(logits.values() if isinstance(logits, Mapping) else logits)
-        if len(rows) != self.k:
-            raise ValueError(f"logits has {len(rows)} entries, expected {self.k}, one per modality")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             what = labels.dtype if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
             raise TypeError(f"labels is {what}, expected a tensor of whole numbers, the classes")
