@@ -191,6 +191,9 @@ def case_parameters_that_differ(rank, world):
     for params, heads, words in calls:
         options = {"params": params, "heads": heads, "retain_graph": True, "group": dist.group.WORLD}
         raises(ValueError, words, lambda options=options: mf.backward(losses, mf.UPGrad(), **options))
+    named = dict(zip(("a", "b") if rank == 0 else ("b", "a"), losses, strict=True))  # each rank's first row another loss's
+    options = {"params": given, "retain_graph": True, "group": dist.group.WORLD}
+    raises(ValueError, "the ranks of the group were given other losses", lambda: mf.backward(named, mf.UPGrad(), **options))
     assert all(p.grad is None for p in given)
 
 

@@ -86,6 +86,59 @@ def test_losses_by_name_and_missing_ones():
     assert stats.weights[1] == 0 and "image" in str(stats) and net.heads[1].weight.grad is None
 
 
+RULES_BY_PLACE = [
+    lambda: mf.GradNorm(alpha=1.0),
+    lambda: mf.NSGD(),
+    lambda: mf.UPGrad(every=3),
+    lambda: mf.UPGrad(pref=[0.2, 0.3, 0.5]),
+    lambda: mf.PCGrad(order="fixed"),
+    lambda: mf.MoCo(),
+]
+
+
+@pytest.mark.parametrize("collected", [False, True])
+@pytest.mark.parametrize("make", RULES_BY_PLACE)
+def test_a_dict_in_another_order(make, collected):
+    """What a rule keeps of a loss, or prefers, stays that loss's."""
+    names, found = ("image", "text", "sound"), []
+    for turns in (False, True):
+        net, rule, seen = model(), make(), []
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for step in range(5):
+            optimizer.zero_grad()
+            losses = dict(zip(names, net.losses(), strict=True))
+            order = names[step % 3 :] + names[: step % 3] if turns else names
+            if collected:
+                with mf.collect(order, rule, net.parameters()) as of:
+                    for name in names:
+                        with of(name):
+                            losses[name].backward(retain_graph=True)
+                stats = of.stats
+            else:
+                stats = mf.backward({name: losses[name] for name in order}, rule)
+            optimizer.step()
+            seen += [p.detach().clone() for p in net.parameters()] + ([] if stats is None else [stats.weights])
+        found.append(seen)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_other_losses_than_those_that_a_rule_knows():
+    net, rule, plain = model(), mf.GradNorm(alpha=1.0), mf.UPGrad()
+    a, b, c = net.losses()
+    for resolver in (rule, plain):
+        mf.backward({"a": a, "b": b}, resolver, retain_graph=True)
+    mf.backward({"c": c, "b": b}, plain, retain_graph=True)  # keeps nothing
+    before = flat(net.parameters())
+    message = r"losses has the names c, b, but GradNorm\(.*\) keeps what it saw of a, b; expected these, None for a loss that is missing; or call reset"
+    with pytest.raises(ValueError, match=message):
+        mf.backward({"c": c, "b": b}, rule, retain_graph=True)
+    with pytest.raises(ValueError, match="but GradNorm"), mf.collect(["a", "b", "c"], rule, net.parameters()):
+        pass
+    assert torch.equal(flat(net.parameters()), before)
+    rule.reset()
+    mf.backward({"c": c, "b": b}, rule)
+
+
 def test_tasks_on_samples_of_their_own():
     """Each loss sees its own half of the batch."""
     net = model()

@@ -9,6 +9,7 @@ from torch import Tensor
 from mmfast import contract
 from mmfast.blocks import notices
 from mmfast.blocks.parameters import add, resolved, stats_of
+from mmfast.blocks.places import in_order
 from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.names import ResolverLike, instance_of
 from mmfast.stats import BlockStats
@@ -117,6 +118,8 @@ def collect(
             raise TypeError(f"params[{i}] is {'no leaf' if isinstance(p, Tensor) else f'a {type(p).__name__}'}, expected a parameter")
     resolver = instance_of(resolver, len(names))
     resolver.check(len(names))
+    if not isinstance(losses, int):
+        names = in_order(names, resolver)
     collected = Collected(names, list({id(p): p for p in given}.values()))
     yield collected
     collected._resolve(resolver, preserve_norm)

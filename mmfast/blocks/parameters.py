@@ -9,6 +9,7 @@ from torch import Tensor
 from mmfast import contract
 from mmfast.blocks import notices, rank_means, two_passes
 from mmfast.blocks.find import by_name, graph_of
+from mmfast.blocks.places import in_order
 from mmfast.ops.across import Ranks
 from mmfast.ops.lists import used_tensors
 from mmfast.ops.resolve import resolve_info
@@ -37,7 +38,8 @@ def backward(
     accumulated (DistributedDataParallel's) do not run; blocks on the way pass plain sums on. Losses that come one after the other: `collect`.
 
     Args:
-        losses: K scalars with a graph, 1 to 4096, by name or in a list; scaled alike where a `GradScaler` is at work.
+        losses: K scalars with a graph, 1 to 4096, by name or in a list; scaled alike where a `GradScaler` is at work. By name they have the places of the rule's first
+            call, in whatever order they come later.
         resolver: the rule, or its name or class; a rule that keeps state belongs to one place, and is kept between calls.
         params: the shared parameters; None takes those that two losses or more reach. Lists of parameters, such as one for each layer, are problems of
             their own, for a rule that keeps no state.
@@ -71,6 +73,8 @@ def backward(
         raise ValueError(f"losses holds {k} losses, expected 1 to {contract.MAX_TILED}")
     resolver = instance_of(resolver, k)
     resolver.check(k)
+    if isinstance(losses, Mapping):
+        named = {name: named[name] for name in in_order(tuple(named), resolver)}
     ranks = _ranks(group, params, low_memory)
     if ranks is None:
         notices.own_gradients(resolver)
@@ -86,7 +90,7 @@ def backward(
     own = [(p, terms) for key, (p, terms) in reached.items() if key not in {id(p) for p in shared}]
     others = [] if ranks is None else _checked(() if heads is None else heads, "heads")
     if ranks is not None:
-        rank_means.check_parameters(shared, others, [p for p, _ in own], k, ranks)
+        rank_means.check_parameters(shared, others, [p for p, _ in own], tuple(named), ranks)
     if low_memory:
         written, infos = two_passes.backward(there, tuple(named), problems, [p for p, _ in own], resolver, preserve_norm, retain_graph)
     else:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mmfast import contract
 from mmfast.ops import across
 from mmfast.ops.across import Ranks
 from mmfast.resolvers.base import Resolver
@@ -13,7 +14,9 @@ from mmfast.resolvers.base import Resolver
 Row = list[Tensor | None]  # a loss's gradient at each parameter
 
 
-def check_parameters(shared: Sequence[Tensor], heads: Sequence[Tensor], reached: Iterable[Tensor], k: int, ranks: Ranks) -> None:
+def check_parameters(
+    shared: Sequence[Tensor], heads: Sequence[Tensor], reached: Iterable[Tensor], names: tuple[str, ...], ranks: Ranks
+) -> None:
     """Raises on every rank where the ranks do not hold the same lists, and on this one where a loss reaches a parameter that is in neither."""
     known = {id(p) for p in (*shared, *heads)}
     strange = [tuple(p.shape) for p in reached if id(p) not in known]
@@ -22,12 +25,13 @@ def check_parameters(shared: Sequence[Tensor], heads: Sequence[Tensor], reached:
             f"with group=, params and heads must name every parameter that the losses reach, on every rank in the same order, but {len(strange)} are in "
             f"neither (shapes {', '.join(map(str, strange[:4]))})"
         )
-    mine = [k, len(shared), len(heads), zlib.crc32(repr([(tuple(p.shape), p.dtype) for p in (*shared, *heads)]).encode())]
+    kinds = [(tuple(p.shape), p.dtype) for p in (*shared, *heads)]
+    mine = [len(names), len(shared), len(heads), zlib.crc32(repr((names, kinds)).encode())]
     device = (*shared, *heads)[0].device
     most = ranks.largest(torch.tensor([*mine, *(-x for x in mine)], device=device)).tolist()
     if most != [*mine, *(-x for x in mine)]:
         raise ValueError(
-            f"the ranks of the group were given other losses, params or heads than each other: this one has {k} losses, {len(shared)} parameters in params and "
+            f"the ranks of the group were given other losses, params or heads than each other: this one has {len(names)} losses ({contract.shortened(names)}), {len(shared)} parameters in params and "
             f"{len(heads)} in heads; expected the same on every rank, in the same order (None for a loss that one lacks)"
         )
 
