@@ -138,3 +138,6 @@ def test_bad_arguments():
         Joint([])
     with pytest.raises(ValueError, match=r"w has shape \(3,\), expected \(1,\), one scale for each likelihood"):
         Joint([Normal()], torch.ones(3))
+    for scale in (0.0, -1.0, torch.inf, torch.nan):
+        with pytest.raises(ValueError, match=r"w is \[1.0, .*\], expected positive finite scales"):
+            Joint([Normal(), Normal()], torch.tensor([1.0, scale]))

@@ -201,7 +201,7 @@ class Joint(Keeping):
 
     Args:
         likelihoods: one per feature.
-        w: [K] scales of the local step; ones if left out.
+        w: [K] scales of the local step, positive; ones if left out.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -223,6 +223,8 @@ class Joint(Keeping):
             raise ValueError("likelihoods is empty, expected one for each feature")
         if w is not None and w.shape != (len(self.likelihoods),):
             raise ValueError(f"w has shape {tuple(w.shape)}, expected ({len(self.likelihoods)},), one scale for each likelihood")
+        if w is not None and not w.is_meta and not bool(((w > 0) & w.isfinite()).all()):
+            raise ValueError(f"w is {w.tolist()}, expected positive finite scales")
         self.sizes = [likelihood.n_outputs for likelihood in likelihoods]  # outputs of each head, in order
         most = max((part.classes for part in likelihoods if isinstance(part, Categorical)), default=0)
         groups: dict[Likelihood, list[int]] = {}
