@@ -105,10 +105,10 @@ def test_each_is_what_it_is_by_itself(rules, objective, samples):
     single = copy.deepcopy(made)
     x, seen = data(len(rules))
     rates = [1e-3 * (1 + i) for i in range(len(rules))]
-    together = Together(made, range(10, 10 + len(rules)), rates)
+    together = Together(made, range(20, 20 + len(rules)), rates)
     losses = train(together, x, seen, steps)
     for e, model in enumerate(single):
-        torch.testing.assert_close(losses[e], alone(model, 10 + e, x[e], seen[e], steps, rates[e]), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(losses[e], alone(model, 20 + e, x[e], seen[e], steps, rates[e]), rtol=1e-5, atol=1e-3)
         for (name, mine), right in zip(made[e].state_dict().items(), model.state_dict().values(), strict=True):
             if mine.is_floating_point():
                 assert (mine - right).norm() <= 2e-5 * right.norm() + 1e-6, (name, e)
