@@ -161,6 +161,11 @@ def test_what_is_refused():
         (lambda: FusionModel({}, head), TypeError, "encoders is not as expected"),
         (lambda: FusionModel({"a": abs}, head), TypeError, r"encoders\['a'\] is a builtin_function_or_method, expected an nn.Module"),
         (lambda: FusionModel({"a.b": nn.Linear(2, 3)}, head), ValueError, "encoders has 'a.b', expected names without a dot"),
+        (
+            lambda: FusionModel({"type": nn.Linear(2, 3)}, head),
+            ValueError,
+            "encoders has 'type', which torch.nn.ModuleDict has as an attribute",
+        ),
         (lambda: FusionModel(encoders(), abs), TypeError, "fusion is a builtin_function_or_method, expected an nn.Module"),
         (lambda: FusionModel(encoders(), head, {"image": 2}), ValueError, "sizes is .*, expected the number of features of each of image"),
         (lambda: FusionModel(encoders(), head, SIZES | {"text": 0}), ValueError, "sizes is "),

@@ -143,7 +143,8 @@ def resolve(
         plain, ours = lengths(columns, functions, mask, w, per).unbind(0)
         w = (w * measured(norm, plain, ours).unsqueeze(-1)).contiguous()
         if w.is_cpu and not torch._C._are_functorch_transforms_active() and not bool(norm.settled.all()):
-            exact = [reference.combine_with_norm(c.grads, c.missing, mask, w, norm, per) for c in columns]  # what is left is as small as rounding
+            # what is left of the summands is as small as their rounding
+            exact = [reference.combine_with_norm(c.grads, c.missing, mask, w, norm, per) for c in columns]
             return [c.result(x) for c, x in zip(columns, exact, strict=True)], torch.cat([w, G.flatten(-2)], -1)
     return combined(columns, functions, mask, w, per), torch.cat([w, G.flatten(-2)], -1)
 

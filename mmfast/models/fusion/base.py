@@ -139,6 +139,8 @@ class FusionModel(nn.Module):
         for name, encoder in encoders.items():
             if not isinstance(name, str) or not name or "." in name:
                 raise ValueError(f"encoders has {name!r}, expected names without a dot")
+            if hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"encoders has {name!r}, which torch.nn.ModuleDict has as an attribute; expected another name")
             if not isinstance(encoder, nn.Module):
                 raise TypeError(f"encoders[{name!r}] is a {type(encoder).__name__}, expected an nn.Module")
         if not isinstance(fusion, nn.Module):
