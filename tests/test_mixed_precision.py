@@ -140,7 +140,7 @@ def test_no_setting_of_torch_lowers_a_gramian(backend, per, lowered):
     """TF32 and bfloat16 for products of float32 matrices: what is left of gradients that cancel would be below their rounding."""
     if backend == "cpu" and not library.available:
         pytest.skip(str(library.missing_reason))
-    limit = 4e-7 if backend == "cpu" else 1e-12  # plain torch multiplies in double precision, which nothing lowers
+    limit = 4e-7 if backend == "cpu" else 1.2e-7  # plain torch multiplies in double precision, and rounds once
     shared = 100 * torch.randn(3, 20_000)
     grads = [shared + torch.randn(3, 20_000) for _ in range(4)]
     J = torch.stack(grads).double()

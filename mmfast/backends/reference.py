@@ -23,6 +23,7 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+_CHUNK = 4096  # elements whose products are rounded once, as sums of the kernels' are; chunks are summed in double
 _AT_ONCE = 1 << 24  # elements that are held in double precision at once
 
 
@@ -72,13 +73,23 @@ def autocasts(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def _product(x: Tensor) -> Tensor:
+    """x @ x.mT, rounded to x's dtype once: a product of float32 matrices is what autocast and torch's settings (TF32, bfloat16) leave of it."""
+    wide = x.double()
+    found = (wide @ wide.mT).to(x.dtype).double()
+    vanished = (x.square() == 0).all(-1)  # in its own precision, as in the kernels: such a row is missing
+    return found - torch.diag_embed(torch.where(vanished, found.diagonal(dim1=-2, dim2=-1), 0))
+
+
 def _products(x: Tensor) -> Tensor:
-    """x @ x.mT of [..., K, N] in float64: in float32 neither autocast nor torch's settings (TF32, bfloat16) would leave it alone."""
+    """x @ x.mT of [..., K, N] in float64, by chunks."""
     n = x.shape[-1]
-    if torch.compiler.is_compiling() or x.numel() <= _AT_ONCE:
-        wide = x.double()
-        return wide @ wide.mT
-    return sum((_products(part) for part in x.split(max(1, _AT_ONCE * n // x.numel()), -1)), start=x.new_zeros((), dtype=torch.float64))
+    if not torch.compiler.is_compiling() and x.numel() > _AT_ONCE and n > _CHUNK:
+        size = max(1, _AT_ONCE * n // x.numel() // _CHUNK) * _CHUNK
+        return sum((_products(part) for part in x.split(size, -1)), start=x.new_zeros((), dtype=torch.float64))
+    whole = n - n % _CHUNK
+    chunks = x[..., :whole].unflatten(-1, (-1, _CHUNK)).movedim(-2, 0)
+    return _product(chunks).sum(0) + _product(x[..., whole:])
 
 
 def gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
@@ -88,7 +99,7 @@ def gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, p
     if per == "sample":
         G = _products(x.movedim(1, 0))
     else:
-        G = _products(x.double().sum(1) if per == "batch_sum" else x.flatten(1))
+        G = _products(x.double().sum(1).to(x.dtype) if per == "batch_sum" else x.flatten(1))
     return pad_missing(pad_missing(G, missing, k), missing, k, -2)
 
 
@@ -220,14 +231,16 @@ def _fold(deltas: Tensor, products: Tensor, members: Tensor, precision: float) -
 def heads_gram(delta: Tensor, weight: Tensor, head_of: Tensor, k: int, per: str) -> Tensor:
     """Gramian [K, K] (per="sample": [B, K, K]) float64 of the gradients delta_i W_i of K linear branches, from delta' delta and W W'."""
     precision, outputs = solve.precision_of(delta.dtype), delta.shape[-1]
+    accumulator = wide(delta)
+    d, w = delta.to(accumulator), weight.to(accumulator)
     members = (head_of.unsqueeze(1) == torch.arange(k, device=delta.device)).double()
-    products = _products(weight)
+    products = _product(w)
     if per == "sample":
-        rows = delta.flatten(1, -2) if delta.dim() > 2 else delta.unsqueeze(1)
+        rows = d.flatten(1, -2) if d.dim() > 2 else d.unsqueeze(1)
         pieces = rows.split(max(1, _SAMPLES_AT_ONCE // (outputs * outputs)))
-        return torch.cat([_fold(_products(part.mT), products, members, precision) for part in pieces])
-    rows = (delta.double().sum(0) if per == "batch_sum" else delta).reshape(-1, outputs)
-    return _fold(_products(rows.mT), products, members, precision)
+        return torch.cat([_fold(_product(part.mT), products, members, precision) for part in pieces])
+    rows = (d.sum(0) if per == "batch_sum" else d).reshape(-1, outputs)
+    return _fold(_product(rows.mT), products, members, precision)
 
 
 def heads(

@@ -43,7 +43,7 @@ class _Block:
     def resolved(self, delta: Tensor, weight: Tensor, of_heads: Tensor, head_of: Tensor) -> Tensor:
         """The gradients [E, N, H] of the heads' inputs from those of their outputs [E, N, O] and their weights [E, O, H]."""
         d, w = delta.double(), weight.double()  # which no setting of torch for float32 products lowers
-        products = (d.mT @ d) * (w @ w.mT)
+        products = (d.mT @ d).to(delta.dtype).double() * (w @ w.mT).to(delta.dtype).double()
         G = (of_heads.mT @ products @ of_heads).contiguous()
         precision = precision_of(delta.dtype)
         if self.draws:  # from streams of their own, as each would by itself: one call each
