@@ -19,13 +19,15 @@ def wide_dtype() -> torch.dtype:
 
 
 class Keeping(nn.Module):
-    """Its floating-point buffers stay what they are in a model that goes over to 16 bits."""
+    """Its buffers keep their dtype in a model that goes over to 16 bits; with `always` whatever it goes over to."""
+
+    always = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Keeping":
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in kept.items():
             new = self._buffers[name]
-            if value is not None and new is not None and new.dtype in LOW:
+            if value is not None and new is not None and (self.always or new.dtype in LOW):
                 self._buffers[name] = torch.empty_like(value, device=new.device) if value.is_meta else value.to(new.device)
         return self

@@ -12,7 +12,6 @@ namespace MMFAST_ISA {
 
 constexpr int64_t kPackedElements = 1 << 18;  // of a stretch of rows, held at once
 constexpr int kTileLeft = 4, kTileRight = 3;  // a tile: 4 columns with up to 3 registers of others, 12 accumulators in 16 registers
-constexpr int kTallLeft = 8;                  // with one register of others, where 4 accumulators would wait for each other
 constexpr int kUnitColumns = 4 * kTileLeft;   // columns of the left that a thread takes at once
 
 // From one row of products to the next: whole registers of every instruction set.
@@ -73,6 +72,7 @@ inline void pack_columns(const Matrix<T>& x, int64_t panels, int64_t begin, int6
 template <class T>
 inline void column_products(const Pool& pool, const Matrix<T>& x, double* out) {
   using V = Vec<T>;
+  constexpr int kAlone = V::width < 8 ? kTileLeft : 8;  // with one register of others, where 4 accumulators would wait for each other
   constexpr int W = V::width, kWhole = W < kTileLeft ? kTileLeft : W;  // columns to fill: whole panels that are whole tiles
   const int64_t panels = (x.columns + kWhole - 1) / kWhole * kWhole / W, groups = (panels + kTileRight - 1) / kTileRight, stride = products_stride(x.columns);
   const int64_t fitting = kPackedElements / (panels * W) / kChainRows * kChainRows, max_rows = fitting < kChainRows ? kChainRows : fitting;
@@ -95,20 +95,16 @@ inline void column_products(const Pool& pool, const Matrix<T>& x, double* out) {
         for (int64_t t = 0; t == 0 || t < n; t += kChainRows) {
           const int64_t rows = n - t < kChainRows ? n - t : kChainRows;
           const bool first = from + t == 0;
-          for (int64_t i = unit * kUnitColumns, left_columns; i < stop && i < x.columns; i += left_columns) {
+          for (int64_t i = unit * kUnitColumns; i < stop && i < x.columns;) {
             const int64_t v = i / W > first_panel(g) ? i / W : first_panel(g);
             const auto *left = packed + i / W * panel_stride + t * W + i % W, *right = packed + v * panel_stride + t * W;
             double* to = out + i * stride + v * W;
-            left_columns = W >= kTallLeft && last - v == 1 ? kTallLeft : kTileLeft;
-            if (left_columns == kTallLeft) {
-              column_tile<V, kTallLeft, 1>(left, right, panel_stride, rows, first, to, stride);
-              continue;
-            }
             switch (last - v) {
-              case 1: column_tile<V, kTileLeft, 1>(left, right, panel_stride, rows, first, to, stride); break;
+              case 1: column_tile<V, kAlone, 1>(left, right, panel_stride, rows, first, to, stride); break;
               case 2: column_tile<V, kTileLeft, 2>(left, right, panel_stride, rows, first, to, stride); break;
               default: column_tile<V, kTileLeft, kTileRight>(left, right, panel_stride, rows, first, to, stride);
             }
+            i += last - v == 1 ? kAlone : kTileLeft;
           }
         }
       }

@@ -73,7 +73,7 @@ def autocasts(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def _product(x: Tensor) -> Tensor:
+def product(x: Tensor) -> Tensor:
     """x @ x.mT, rounded to x's dtype once: a product of float32 matrices is what autocast and torch's settings (TF32, bfloat16) leave of it."""
     wide = x.double()
     found = (wide @ wide.mT).to(x.dtype).double()
@@ -89,7 +89,7 @@ def _products(x: Tensor) -> Tensor:
         return sum((_products(part) for part in x.split(size, -1)), start=x.new_zeros((), dtype=torch.float64))
     whole = n - n % _CHUNK
     chunks = x[..., :whole].unflatten(-1, (-1, _CHUNK)).movedim(-2, 0)
-    return _product(chunks).sum(0) + _product(x[..., whole:])
+    return product(chunks).sum(0) + product(x[..., whole:])
 
 
 def gram(grads: Sequence[Tensor], missing: Sequence[int], mask: Tensor | None, per: str) -> Tensor:
@@ -234,13 +234,13 @@ def heads_gram(delta: Tensor, weight: Tensor, head_of: Tensor, k: int, per: str)
     accumulator = wide(delta)
     d, w = delta.to(accumulator), weight.to(accumulator)
     members = (head_of.unsqueeze(1) == torch.arange(k, device=delta.device)).double()
-    products = _product(w)
+    products = product(w)
     if per == "sample":
         rows = d.flatten(1, -2) if d.dim() > 2 else d.unsqueeze(1)
         pieces = rows.split(max(1, _SAMPLES_AT_ONCE // (outputs * outputs)))
-        return torch.cat([_fold(_product(part.mT), products, members, precision) for part in pieces])
+        return torch.cat([_fold(product(part.mT), products, members, precision) for part in pieces])
     rows = (d.sum(0) if per == "batch_sum" else d).reshape(-1, outputs)
-    return _fold(_product(rows.mT), products, members, precision)
+    return _fold(product(rows.mT), products, members, precision)
 
 
 def heads(

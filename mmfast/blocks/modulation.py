@@ -17,6 +17,7 @@ from mmfast import contract
 from mmfast.blocks import transforms
 from mmfast.blocks.local_step import scale_outputs
 from mmfast.blocks.scaling import LocalScale
+from mmfast.precision import Keeping
 
 _numbers = itertools.count()
 _modulations: "WeakValueDictionary[int, GradientModulation]" = WeakValueDictionary()
@@ -34,13 +35,14 @@ def _(grad: Tensor, number: int, k: int) -> Tensor:
     return torch.empty(k, dtype=torch.float64, device=grad.device)
 
 
-class GradientModulation(nn.Module, LocalScale):
+class GradientModulation(Keeping, LocalScale):
     """What OGM, AGM and CGGM share: `update` finds beta between forward and backward pass, and the backward pass reads it; nothing waits for the device.
 
     Attributes:
         beta: float64 [K], 1 before the first update. It and what else is kept are buffers, in the state_dict of whatever holds the modulation.
     """
 
+    always = True
     beta: Tensor
     _waits = False  # whether something was scaled since the last update
     _updated = _told = False
@@ -159,15 +161,6 @@ class GradientModulation(nn.Module, LocalScale):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._enlist()  # a copy finds its own beta
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "GradientModulation":
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, value in kept.items():  # stays float64 in a model that changes its dtype
-            new = self._buffers[name]
-            assert value is not None and new is not None
-            self._buffers[name] = torch.empty_like(value, device=new.device) if value.is_meta else value.to(new.device)
-        return self
 
     def extra_repr(self) -> str:
         return str(self.k)

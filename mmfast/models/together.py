@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmfast.backends.reference import product
 from mmfast.blocks.linear_heads import LinearHeads
 from mmfast.models.likelihoods import Exponential, Gamma, Joint, LogNormal, Normal
 from mmfast.models.vae import VAE
@@ -42,8 +43,7 @@ class _Block:
 
     def resolved(self, delta: Tensor, weight: Tensor, of_heads: Tensor, head_of: Tensor) -> Tensor:
         """The gradients [E, N, H] of the heads' inputs from those of their outputs [E, N, O] and their weights [E, O, H]."""
-        d, w = delta.double(), weight.double()  # which no setting of torch for float32 products lowers
-        products = (d.mT @ d).to(delta.dtype).double() * (w @ w.mT).to(delta.dtype).double()
+        products = product(delta.mT) * product(weight)
         G = (of_heads.mT @ products @ of_heads).contiguous()
         precision = precision_of(delta.dtype)
         if self.draws:  # from streams of their own, as each would by itself: one call each

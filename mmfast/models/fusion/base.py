@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmfast.models.multimodal.inputs import batch_of
+from mmfast.models.multimodal.inputs import batch_of, check_part
 from mmfast.precision import wide
 
 Features = dict[str, Tensor]  # [B, d_i] of each modality, in the model's order; zero where it is absent
@@ -137,10 +137,7 @@ class FusionModel(nn.Module):
         if not isinstance(encoders, (Mapping, nn.ModuleDict)) or not encoders:
             raise TypeError("encoders is not as expected: a dict from names to modules, one at least")
         for name, encoder in encoders.items():
-            if not isinstance(name, str) or not name or "." in name:
-                raise ValueError(f"encoders has {name!r}, expected names without a dot")
-            if hasattr(nn.ModuleDict(), name):
-                raise ValueError(f"encoders has {name!r}, which torch.nn.ModuleDict has as an attribute; expected another name")
+            check_part("encoders", name)
             if not isinstance(encoder, nn.Module):
                 raise TypeError(f"encoders[{name!r}] is a {type(encoder).__name__}, expected an nn.Module")
         if not isinstance(fusion, nn.Module):

@@ -95,6 +95,7 @@ class EBR(Keeping, FusionModel):
         torch.Size([8, 10])
     """
 
+    always = True
     similarity: Tensor  # [m, m], mean cosine of the factors of two modalities
     order: Tensor  # [m, m], each modality, then its substitutes from the first choice to the last
 
@@ -195,7 +196,7 @@ class EBR(Keeping, FusionModel):
         """
         was_training = self.training
         self.eval()
-        sums, counts = torch.zeros_like(self.similarity, dtype=torch.float64), torch.zeros_like(self.similarity, dtype=torch.float64)
+        sums, counts = torch.zeros_like(self.similarity), torch.zeros_like(self.similarity)
         for batch in batches:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise TypeError(f"batches holds a {type(batch).__name__}, expected pairs (inputs, present)")
@@ -206,10 +207,10 @@ class EBR(Keeping, FusionModel):
             sums += torch.einsum("bil,bjl->ij", g, g)
             counts += seen.T @ seen
         self.train(was_training)
-        found = sums / counts
-        self.similarity.copy_(found)
-        self.order.copy_(found.nan_to_num(nan=-2.0).fill_diagonal_(2.0).argsort(dim=1, descending=True, stable=True))
-        return found
+        self.similarity.copy_(sums / counts)
+        ranked = self.similarity.nan_to_num(nan=-2.0).fill_diagonal_(2.0)
+        self.order.copy_(ranked.argsort(dim=1, descending=True, stable=True))
+        return self.similarity.clone()
 
     def _factors(self, features: Features) -> Features:
         return {name: self.factors[name](f) for name, f in features.items()}

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -29,6 +29,14 @@ def filled(x: Tensor, present: Tensor) -> Tensor:
     present_first = (~present).to(torch.uint8).argsort(stable=True)
     rows = torch.where(present, places, present_first[places % present.sum().clamp(min=1)])
     return torch.where(present.any(), x[rows], torch.zeros_like(x))
+
+
+def check_part(what: str, name: object, marks: str = ".") -> None:
+    """Raises where a part of a model can't bear a name: in an nn.ModuleDict, and beside marks that join names."""
+    if not isinstance(name, str) or not name or set(name) & set(marks):
+        raise ValueError(f"{what} has {name!r}, expected names without {' or '.join({'.': 'a dot', '+': 'a plus'}[m] for m in marks)}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"{what} has {name!r}, which torch.nn.ModuleDict has as an attribute; expected another name")
 
 
 def _check_names(names: Iterable[str], known: Sequence[str], what: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmfast.models.multimodal.bound import OBJECTIVES, Densities, bound
-from mmfast.models.multimodal.inputs import Batch, batch_of
+from mmfast.models.multimodal.inputs import Batch, batch_of, check_part
 from mmfast.models.multimodal.junction import Factory, Junction, rule_of
 from mmfast.models.multimodal.mixture import (
     MIXTURES,
@@ -89,10 +89,7 @@ class MultimodalVAE(nn.Module):
         if not isinstance(modalities, Mapping) or not modalities or not all(isinstance(m, Modality) for m in modalities.values()):
             raise TypeError("modalities is not as expected: a dict from names to Modality, one at least")
         for name in modalities:
-            if not isinstance(name, str) or not name or set(name) & set(".+"):
-                raise ValueError(f"modalities has {name!r}, expected names without a dot or a plus")
-            if hasattr(nn.ModuleDict(), name):  # which are the parts of a model, too
-                raise ValueError(f"modalities has {name!r}, which torch.nn.ModuleDict has as an attribute; expected another name")
+            check_part("modalities", name, ".+")
         for what, value, known in (("mixture", mixture, MIXTURES), ("objective", objective, OBJECTIVES)):
             if value not in known:
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")
