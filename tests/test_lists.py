@@ -251,3 +251,28 @@ def test_one_pass_over_all_tensors(k, dtype):
         assert torch.equal(mf.gram(grads), G) and all(torch.equal(a, b) for a, b in zip(mf.combine(grads, w), out, strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("per", ["batch", "sample", "batch_sum"])
+@pytest.mark.parametrize("name", RULES)
+def test_lengths_that_the_gramian_tells_are_not_measured(name, per, monkeypatch):
+    grads = lists(6)
+    rules = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        rules.append(RULES[name].make(6))
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfast.ops.lists.lengths", None)  # would raise
+        found = [mf.resolve(grads, rules[0], per, preserve_norm=True) for _ in range(3)]  # a state and a stream go on
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfast.ops.lists.told", lambda *_: torch.tensor(False))
+        wanted = [mf.resolve(grads, rules[1], per, preserve_norm=True) for _ in range(3)]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_lengths_that_the_gramian_does_not_tell_are_measured(monkeypatch):
+    grads = lists(2, torch.float32)
+    grads[1] = [-g + 1e-6 * torch.randn_like(g) for g in grads[0]]  # the sum is as small as what float32 knows of the Gramian
+    monkeypatch.setattr("mmfast.ops.lists.lengths", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        mf.resolve(grads, mf.GradNorm(), preserve_norm=True)

@@ -16,7 +16,7 @@ from mmfast.backends import reference
 from mmfast.backends.choice import choose, functions_of
 from mmfast.resolvers.base import Resolver, call_resolver
 from mmfast.resolvers.chain import Bound, bind
-from mmfast.resolvers.norm import measured, shifted
+from mmfast.resolvers.norm import measured, shifted, told
 from mmfast.resolvers.solve import norm_of, precision_of, present_rows, untold
 
 
@@ -138,11 +138,13 @@ def resolve(
     precision = max(precision_of(c.like.dtype) for c in columns)
     G = gram(columns, k, per, mask, backend)
     rows = present_rows(G, reference.problem_mask(mask, per))
-    w, norm = solve(G, rows, resolver, functions, precision, preserve_norm, (columns[0].like.shape[0],) if per == "sample" else (), k)
+    looks = G.is_cpu and type(G) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    problems = (columns[0].like.shape[0],) if per == "sample" else ()
+    w, norm = solve(G, rows, resolver, functions, precision, preserve_norm, problems, k, looks)
     if norm is not None:
         plain, ours = lengths(columns, functions, mask, w, per).unbind(0)
         w = (w * measured(norm, plain, ours).unsqueeze(-1)).contiguous()
-        if w.is_cpu and not torch._C._are_functorch_transforms_active() and not bool(norm.settled.all()):
+        if looks and not bool(norm.settled.all()):
             # what is left of the summands is as small as their rounding
             exact = [reference.combine_with_norm(c.grads, c.missing, mask, w, norm, per) for c in columns]
             return [c.result(x) for c, x in zip(columns, exact, strict=True)], torch.cat([w, G.flatten(-2)], -1)
@@ -155,9 +157,18 @@ def lengths(columns: Sequence[Column], functions: Any, mask: Tensor | None, w: T
 
 
 def solve(
-    G: Tensor, rows: Tensor, resolver: Resolver, functions: Any, precision: float, preserve_norm: bool, problems: tuple[int, ...], k: int
+    G: Tensor,
+    rows: Tensor,
+    resolver: Resolver,
+    functions: Any,
+    precision: float,
+    preserve_norm: bool,
+    problems: tuple[int, ...],
+    k: int,
+    looks: bool = False,
 ) -> tuple[Tensor, Any]:
-    """(weights, what the Gramian says of the norm); norm None where it is not asked for."""
+    """(weights, what the Gramian says of the norm); norm None where it is not asked for, or kept already: where it `looks` at numbers, which a GPU would be waited for,
+    and the Gramian tells the lengths, no element is read for them."""
     chain = resolver.chain()
     if chain is None:
         w = call_resolver(resolver, G, rows, precision).contiguous()
@@ -166,12 +177,21 @@ def solve(
     rows = rows.contiguous()
     if not preserve_norm:
         return functions.weights(G, rows, bound, False, precision), None
-    copies = Bound(chain, [None if s is None else s.clone() for s in bound.states], None if bound.rng is None else bound.rng.clone())
-    moved = functions.weights(shifted(G, precision).contiguous(), rows, copies, False, precision)
-    w = functions.weights(G, rows, bound, False, precision)
+    first, second = _copied(bound), bound
+    if looks:
+        second = _copied(bound)
+        w = functions.weights(G, rows, bound, True, precision)
+        if bool(told(G, rows, w, precision).all()):
+            return w, None
+    moved = functions.weights(shifted(G, precision).contiguous(), rows, first, False, precision)
+    w = functions.weights(G, rows, second, False, precision)
     flat_rows, shape = rows.reshape(-1, k), w.shape[:-1]
     norm = norm_of(G.reshape(-1, k, k), flat_rows, w.reshape(-1, k), moved.reshape(-1, k), precision)
     return w, type(norm)(*(x.reshape(shape) for x in norm))
+
+
+def _copied(bound: Bound) -> Bound:
+    return Bound(bound.chain, [None if s is None else s.clone() for s in bound.states], None if bound.rng is None else bound.rng.clone())
 
 
 def joined(columns: Sequence[Column], k: int, per: str) -> list[Tensor | None]:

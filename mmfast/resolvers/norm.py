@@ -67,6 +67,14 @@ def of_gramian(G: Tensor, rows: Tensor, w: Tensor, shifted_w: Tensor, precision:
     return Norm(torch.where(finite, factor / unit, torch.nan), settled | ~finite, noise * unit)
 
 
+def told(G: Tensor, rows: Tensor, w: Tensor, precision: float) -> Tensor:
+    """Whether a Gramian tells both lengths, that of the plain sum and that of the weights w in any unit: bool [...], False where something is no number."""
+    both = torch.stack([rows.to(G.dtype), w], -2)
+    square = ((both @ G) * both).sum(-1)
+    reach = (both.abs() @ G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-1)).squeeze(-1).square()
+    return (square >= MEASURED * precision * reach).all(-1)
+
+
 def measured(norm: Norm, plain: Tensor, ours: Tensor) -> Tensor:
     """The factor, from the squared lengths of the plain sum and of the resolved gradient where they had to be measured."""
     length, wanted = ours.sqrt(), plain.sqrt()
