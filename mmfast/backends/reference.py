@@ -73,10 +73,19 @@ def autocasts(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def looks(x: Tensor) -> bool:
+    """Whether numbers can be looked at as they come: no device is waited for, nothing traces or batches."""
+    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
 def product(x: Tensor) -> Tensor:
     """x @ x.mT, rounded to x's dtype once: a product of float32 matrices is what autocast and torch's settings (TF32, bfloat16) leave of it."""
     wide = x.double()
-    found = (wide @ wide.mT).to(x.dtype).double()
+    exact = wide @ wide.mT
+    found, square, limits = exact.to(x.dtype).double(), exact.diagonal(dim1=-2, dim2=-1), torch.finfo(x.dtype)
+    told = (square > x.shape[-1] * limits.tiny * limits.eps) | (square == 0)  # by the sum alone, that not all of a row's squares vanish
+    if looks(exact) and bool(told.all()):
+        return found
     vanished = (x.square() == 0).all(-1)  # in its own precision, as in the kernels: such a row is missing
     return found - torch.diag_embed(torch.where(vanished, found.diagonal(dim1=-2, dim2=-1), 0))
 

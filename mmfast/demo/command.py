@@ -60,8 +60,10 @@ def demo(
     from rich.console import Console
 
     from mmfast.demo import figure, report, run
+    from mmfast.experiments.memory import keep_memory
     from mmfast.resolvers import resolver
 
+    keep_memory()
     console = Console()
     started = time.perf_counter()
     try:

@@ -44,8 +44,10 @@ def train_one(
     need("training", "train", EXTRAS)
     from mmfast.data import DataError
     from mmfast.experiments import grid, results
+    from mmfast.experiments.memory import keep_memory
     from mmfast.experiments.settings import SettingsError, settings
 
+    keep_memory()
     try:
         run = settings(model, data, rule, seed, epochs, batch, samples)
         if any(found.settings == run for found in results.read(out / grid.RECORD)):

@@ -17,6 +17,7 @@ from typing import Any
 
 from mmfast.experiments import results
 from mmfast.experiments.checkpoint import part_of
+from mmfast.experiments.memory import keep_memory
 from mmfast.experiments.results import Result
 from mmfast.experiments.run import train
 from mmfast.experiments.settings import Settings, SettingsError, settings
@@ -199,6 +200,7 @@ def _work(runs: tuple[Any, ...], folder: Path, pipe: Connection, parent: int, ex
             raise SystemExit
         pipe.send((epoch, remark))
 
+    keep_memory()
     try:
         pipe.send(experiment.train(runs, folder, checkpoint_of(folder, *runs), tick))
     except Exception:  # noqa: BLE001 - whatever it is, the grid reports it and goes on

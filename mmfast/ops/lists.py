@@ -138,7 +138,7 @@ def resolve(
     precision = max(precision_of(c.like.dtype) for c in columns)
     G = gram(columns, k, per, mask, backend)
     rows = present_rows(G, reference.problem_mask(mask, per))
-    looks = G.is_cpu and type(G) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    looks = reference.looks(G)
     problems = (columns[0].like.shape[0],) if per == "sample" else ()
     w, norm = solve(G, rows, resolver, functions, precision, preserve_norm, problems, k, looks)
     if norm is not None:
