@@ -241,4 +241,5 @@ class BlockStats:
         lines = [f"{'branch':<{width}}  {'weight':>10}  {'norm':>10}  {'cos to d':>8}  {'missing':>7}"]
         for name, w, d, c, m in zip(self.names, *columns, strict=True):
             lines.append(f"{name:<{width}}  {w:>10.4g}  {d:>10.4g}  {c:>8.3f}  {m:>7.0%}")
-        return "\n".join([*lines, f"conflicting pairs: {mean(self.conflict_rate):.0%}"])
+        rate = mean(self.conflict_rate)
+        return "\n".join([*lines, "no pair of branches to compare" if rate.isnan() else f"conflicting pairs: {rate:.0%}"])

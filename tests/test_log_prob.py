@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -327,3 +328,21 @@ def test_no_memory_is_left_unwritten_and_the_graph_may_be_kept():
     assert torch.equal(first, second)
     (nothing,) = torch.autograd.grad(joint.log_prob(raw, x)[:0].sum(), raw)
     assert not nothing.any()
+
+
+@pytest.mark.parametrize("shape", [(37, 3), (3,), (1, 3), (2, 1, 1)])
+def test_seen_may_broadcast(shape):
+    joint, raw, x, _ = problem([Normal(), LogNormal(), Bernoulli()], samples=(2,))
+    x, seen = x.expand(2, *x.shape[-2:]).clone(), (torch.arange(math.prod(shape)) % 2).float().view(shape)
+    assert torch.equal(joint.log_prob(raw, x, seen), joint.log_prob(raw, x, seen.expand_as(x).contiguous()))
+
+
+def test_errors_are_in_words_for_people():
+    joint, raw, x, _ = problem([Normal(), LogNormal(), Bernoulli()])
+    with pytest.raises(ValueError, match=r"seen has shape \(5,\), expected \(37, 3\) as x, or what broadcasts to it"):
+        joint.log_prob(raw, x, torch.ones(5))
+    x[4, 1] = -1
+    with pytest.raises(
+        RuntimeError, match="^x has a value in feature 1 that its likelihood, LogNormal, does not take, expected a number from 0 on$"
+    ):
+        joint.log_prob(raw, x)

@@ -324,19 +324,21 @@ def test_the_noise_of_a_narrow_component_is_not_lost_beside_its_mean(mixture, bl
 @pytest.mark.parametrize("objective", ["iwae", "siwae"])
 def test_no_gradient_is_a_denormal_number(objective, dtype):
     """Log-weights of images lie hundreds apart, and a CPU is slow with what is left of their softmax; leaving it out changes no digit of the bound."""
-    log_w = (torch.randn(3, 50, 20, generator=torch.Generator().manual_seed(1)) * 40).to(dtype).requires_grad_()
+    spread = 40 if dtype == torch.float32 else 250
+    log_w = (torch.randn(3, 50, 20, generator=torch.Generator().manual_seed(1)) * spread).to(dtype).requires_grad_()
     exact = log_w.detach().double().requires_grad_()
     found = bound(log_w, None, objective)
     plain = exact.flatten(0, 1).logsumexp(0) if objective == "siwae" else exact.logsumexp(1).mean(0)
     plain = plain - math.log(150 if objective == "siwae" else 50)
     torch.testing.assert_close(
-        found.double(), plain, rtol=0 if dtype == torch.float64 else 3e-7, atol=1e-13 if dtype == torch.float64 else 0
+        found.double(), plain, rtol=0 if dtype == torch.float64 else 3e-7, atol=1e-12 if dtype == torch.float64 else 0
     )
     found.sum().backward()
     plain.sum().backward()
-    assert (exact.grad > 0).all() and exact.grad.float().min() < torch.finfo(torch.float32).tiny
-    assert (log_w.grad[log_w.grad != 0] > 1e-23).all()
-    torch.testing.assert_close(log_w.grad.double(), exact.grad, rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=2e-22)
+    least = torch.finfo(dtype).tiny
+    assert (exact.grad.to(dtype) < least).any()
+    assert (log_w.grad[log_w.grad != 0] > least**0.6).all()  # which leaves something for what is multiplied by it
+    torch.testing.assert_close(log_w.grad.double(), exact.grad, rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=least**0.5)
 
 
 @pytest.mark.parametrize("blocks", ["", "pqs"])

@@ -106,6 +106,26 @@ def test_blocks_are_those_made_by_hand(mixture, objective, letters, absent):
     assert_same(grads(vae, loss_of(make_plain(vae), x, present, noise)), without, rtol=1e-9)
 
 
+@pytest.mark.parametrize("spread", [3.0, 4.5])
+@pytest.mark.parametrize("mixture, objective, letters", [("moe", "elbo", "q"), ("mopoe", "siwae", "pqs")])
+def test_components_far_apart_are_branches_too(mixture, objective, letters, spread):
+    """Their densities' shares are as small as 1e-100, and to a rule of directions a short gradient is as good as a long one."""
+
+    def of_units(gradients):
+        found = sum(g / g.norm() for g in gradients)
+        return found * sum(gradients).norm() / found.norm()
+
+    vae, x = make(mixture, objective, blocks=letters, resolver=mf.Unit), batch()
+    with torch.no_grad():
+        for i, name in enumerate(vae.names):
+            vae.modalities[name].encoder.out.bias[:2] += spread * (i - 1)
+    noise = noise_of(vae, 2)
+    q = vae._encode(x, None)
+    apart = ((q.mean.unsqueeze(1) - q.mean) / q.std).square().sum(-1) / 2
+    assert 60 < apart.max() < 300
+    assert_same(grads(vae, loss_of(vae, x, None, noise)), by_hand(vae, x, None, noise, letters, of_units), rtol=1e-7, atol=1e-10)
+
+
 def make_plain(vae):
     """The same model, with the same parameters, without blocks."""
     modalities = {name: vae.modalities[name] for name in vae.names}

@@ -89,8 +89,31 @@ def test_an_absent_cell_has_a_present_one_in_its_place():
     """So that a likelihood sees what suits it, and a batch norm what the modality looks like."""
     x = torch.arange(1.0, 6.0).unsqueeze(1)
     assert filled(x, torch.tensor([True, False, True, False, False])).flatten().tolist() == [1, 3, 3, 3, 1]
-    assert filled(x, torch.zeros(5, dtype=torch.bool)).flatten().tolist() == [0] * 5
+    assert filled(x, torch.zeros(5, dtype=torch.bool)).flatten().tolist() == [1] * 5
     assert torch.equal(filled(x, torch.ones(5, dtype=torch.bool)), x)
+
+
+def test_a_modality_that_no_row_has_takes_nothing_from_the_others():
+    """Where it is asked all the same it sees ones: of zeros a logarithm and a norm have derivatives that are no numbers, and zero times those is none either."""
+
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.out(x / x.norm(dim=-1, keepdim=True)), torch.ones(len(x), 2)
+
+    def amount(raw, x):
+        return torch.distributions.LogNormal(raw, 1.0).log_prob(x).sum(-1)
+
+    torch.manual_seed(0)
+    both = {"a": Modality(Unit(), nn.Linear(2, 3), amount), "b": Modality(Unit(), nn.Linear(2, 3), amount)}
+    vae = MultimodalVAE(both, 2, "mopoe", "siwae", 2, "pqs", mf.MGDA)
+    x, nowhere = {name: torch.rand(5, 3) + 0.1 for name in both}, {"b": torch.zeros(5, dtype=torch.bool)}
+    vae.loss(x, nowhere).backward()
+    assert all((p.grad == 0).all() for p in vae.modalities["b"].parameters())
+    assert all(p.grad.isfinite().all() and (p.grad != 0).any() for p in vae.modalities["a"].parameters())
 
 
 # What is refused
@@ -111,6 +134,9 @@ GOOD = {"encoder": lambda x: (x[:, :2], x[:, :2].exp()), "decoder": nn.Linear(2,
         ({"blocks": "p", "resolver": mf.MGDA()}, TypeError, r"resolver is MGDA\(.*expected a function that makes"),
         ({"blocks": "p", "resolver": "mgad"}, ValueError, "there is no resolver 'mgad'; did you mean"),
         ({"resolver": mf.MGDA}, ValueError, "blocks is ''"),
+        ({"blocks": None}, TypeError, "blocks is None, expected a string of the letters p, q and s"),
+        ({"blocks": "p", "resolver": "krum"}, TypeError, "Krum needs arguments; expected .*lambda: mf.Krum"),
+        ({"blocks": "p", "resolver": mf.Krum}, TypeError, "Krum needs arguments; expected .*lambda: mf.Krum"),
         ({"modalities": {}}, TypeError, "modalities is not as expected"),
         ({"modalities": {"a": nn.Linear(2, 2)}}, TypeError, "modalities is not as expected"),
         ({"modalities": {"a.b": Modality(**GOOD)}}, ValueError, "modalities has 'a.b', expected names without a dot or a plus"),
@@ -173,3 +199,5 @@ def test_bad_inputs():
     ]:
         with pytest.raises(error, match=message):
             call()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="terms are made of gradients, which inference mode has none of"):
+        vae.terms(x)

@@ -164,6 +164,37 @@ def test_a_prediction_that_is_no_number_is_an_infinite_error():
         assert found[column].item() == pytest.approx(1 / int(seen[:, column].sum()) if parts.columns[column].discrete else float("inf"))
 
 
+@pytest.mark.parametrize(
+    "column, value, expected",
+    [
+        (0, math.inf, "column 'real0' of made, which is real, has inf in row 5, expected a finite number, or NaN where it is missing"),
+        (1, -0.5, "'positive1' .* has -0.5 in row 5, expected a number from 0 on"),
+        (2, 1.5, "'count2' .* has 1.5 in row 5, expected a whole number from 0 on"),
+        (3, -1.0, "'count3' .* has -1 in row 5"),
+        (4, 2.0, "'binary4' .* has 2 in row 5, expected 0 or 1"),
+        (5, 4.0, "'categorical5' .* has 4 in row 5, expected the number of a class, 0 to 3"),
+        (5, 0.5, "'categorical5' .* has 0.5 in row 5"),
+    ],
+)
+def test_a_cell_that_is_not_of_its_kind_is_named(column, value, expected):
+    made = table()
+    made.x[5, column] = value
+    with pytest.raises(DataError, match=expected):
+        prepare(made, 0)
+    made.x[5, column] = math.nan
+    prepare(made, 0)
+
+
+def test_a_table_that_does_not_fit_its_columns():
+    made = table()
+    with pytest.raises(DataError, match=r"the cells of made are torch.float64 of shape \(200, 5\), expected a float64 tensor \[rows, 6\]"):
+        prepare(Table("made", made.columns, made.x[:, 1:]), 0)
+    with pytest.raises(DataError, match="the cells of made are a ndarray"):
+        prepare(Table("made", made.columns, made.x.numpy()), 0)
+    with pytest.raises(DataError, match="made has several columns named 'real0', expected each name once"):
+        prepare(Table("made", [made.columns[0], *made.columns[:5]], made.x), 0)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="positive is 'sqrt', expected one of log, log1p"):
         prepare(table(), 0, "sqrt")

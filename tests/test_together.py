@@ -166,3 +166,81 @@ def test_powers_that_leave_the_range_of_float32_and_every_kind_are_scaled(scale,
         expected = model.loss(x[e], seen[e])
         assert expected.isfinite()
         torch.testing.assert_close(losses[e], expected.detach(), rtol=1e-5, atol=1e-3)
+
+
+def test_models_in_double_precision_are_theirs_alone():
+    ours, theirs = ([model.double() for model in models([mf.PCGrad(order="fixed"), None], "iwae", 3)] for _ in range(2))
+    x, seen = (t.double() for t in data(2))
+    found = train(Together(ours, [4, 5]), x, seen, 5)
+    for e in range(2):
+        torch.testing.assert_close(found[e], alone(theirs[e], 4 + e, x[e], seen[e], 5, 1e-3), rtol=1e-10, atol=0)
+
+
+def frozen(made):
+    made[1].decoder.requires_grad_(False)
+
+
+def dropped(made):
+    made[1].encoder[0].p = 0.0
+
+
+def averaged(made):
+    made[0].encoder[1].momentum = made[1].encoder[1].momentum = None
+
+
+def halved(made):
+    made[1].bfloat16()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (frozen, r"models\[1\].decoder.body.0.weight has requires_grad=False, but Together trains all parameters"),
+        (dropped, r"models\[1\] begins with dropout of 0.0 .*, expected dropout of 0.1"),
+        (averaged, "models have a batch norm of momentum None"),
+        (halved, r"models\[1\] is of torch.bfloat16 on cpu, expected float32 or float64 on the CPU, all models alike"),
+    ],
+)
+def test_models_that_it_would_train_otherwise_are_refused(change, message):
+    made = models([None, None])
+    change(made)
+    with pytest.raises(ValueError, match=message):
+        Together(made, [0, 1])
+
+
+def assigned(model):
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda model: model.mean.requires_grad_(False), r"models\[1\].mean.weight has requires_grad=False"),
+        (assigned, r"models\[1\] got another tensor for encoder.1.weight, which is not trained here"),
+        (lambda model: model.double(), r"models\[1\] got another tensor"),
+    ],
+)
+def test_models_that_were_changed_later_are_refused(change, message):
+    made, (x, seen) = models([None, mf.MGDA()]), data(2)
+    together = Together(made, [0, 1])
+    made[1].load_state_dict({name: t.clone() for name, t in made[1].state_dict().items()})  # into the same tensors
+    together.step(x, seen)
+    change(made[1])
+    before = together.flat.clone()
+    with pytest.raises(ValueError, match=message):
+        together.step(x, seen)
+    assert torch.equal(together.flat, before)
+
+
+def test_a_value_that_a_likelihood_does_not_take_is_refused():
+    made, (x, seen) = models([None, None]), data(2)
+    together, before = Together(made, [0, 1]), [p.clone() for model in made for p in model.parameters()]
+    x[1, 3, 1] = -0.5
+    seen[1, 3, 1] = 1
+    with pytest.raises(
+        RuntimeError, match=r"x of models\[1\] has a value in feature 1 that its likelihood, LogNormal, does not take, expected"
+    ):
+        together.step(x, seen)
+    assert all(torch.equal(a, b) for a, b in zip(before, (p for model in made for p in model.parameters()), strict=True))
+    seen[1, 3, 1] = 0
+    assert together.step(x, seen).isfinite().all()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmfast.data.table import Column, DataError, Table
+from mmfast.data.table import Column, DataError, Table, check
 
 POSITIVE = ("log", "log1p")
 
@@ -48,11 +48,12 @@ def prepare(table: Table, seed: int, positive: str = "log") -> Prepared:
         A `Prepared` with float32 parts on the CPU.
 
     Raises:
-        DataError: too few rows to split.
+        DataError: too few rows to split, or a cell that is not of its column's kind.
         ValueError: `positive` is neither.
     """
     if positive not in POSITIVE:
         raise ValueError(f"positive is {positive!r}, expected one of {', '.join(POSITIVE)}")
+    check(table)
     rows, k = table.x.shape
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     a, b = round(0.7 * rows), round(0.8 * rows)

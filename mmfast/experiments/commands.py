@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmfast.experiments.grid import Experiment
 
 EXTRAS = {"rich": "rich", "scipy": "scipy"}
-RULES = ["none", "GradNorm", "PCGrad", "MGDA", "IMTLG", "GradNorm(alpha=1.0)", "GradNorm+PCGrad", "GradNorm(alpha=1.0)+PCGrad"]
+RULES = ["none", "GradNorm", "GradNorm(alpha=1.0)", "PCGrad", "IMTLG", "MGDA(cap=0.001)", "GradNorm+PCGrad"]
 
 train = typer.Typer(help="Trains a reference model; `mmfast train table1` trains the grid of a table.", invoke_without_command=True)
 report = typer.Typer(help="Shows what the runs of a grid came to.", invoke_without_command=True)
@@ -209,7 +209,7 @@ def report_table1(
         if not table:
             fail(
                 f"{record} has no model and data set with a run without a block and one with a rule; "
-                f"{shlex.join(['mmfast', 'train', '--rule', 'none', '--out', str(out)])} adds one without (and --model, --data, --seed as in the others)"
+                f"{shlex.join(['mmfast', 'train', '--rule', 'none', '--out', str(out)])} adds one without (and --model, --data, --seed, --epochs, --batch and --samples as in the others)"
             )
         for path in page or []:
             write(path, found)

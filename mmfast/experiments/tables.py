@@ -12,7 +12,7 @@ NO_RUNS = "no runs"
 
 LEGEND = f"""Mean test error over features: the paper's, and ours as the median over seeds. The rule is the one with the least median validation error (the test error
 is never looked at for it). **Bold**: better than without a block by the corrected paired t-test, p below .1; "worse", "diverged": a loss; neither: no
-difference shown. "?": ten times below plain, perhaps for a digit lost where it was read. "{NO_RUNS}": no seed was run both with and without a block."""
+difference shown. "?": ten times below plain, perhaps for a digit lost where it was read. "{NO_RUNS}": no seed was run both with and without a block for the paper's number of epochs."""
 
 
 def paper(table: Sequence[Cell]) -> str:

@@ -274,11 +274,30 @@ class Joint(Keeping):
                 such a value gives NaN instead, but for a class that does not exist (IndexError, or a RuntimeError of torch).
         """
         raw, x = wide(raw), wide(x)
+        seen = self._like(x, seen)
         if self._known and x.dim() > 1 and x.shape[:-1] == raw.shape[-x.dim() : -1]:
-            found = fused.log_prob(raw, x, seen, self._kinds, self.w, self.in_torch)
+            found = self._fused(raw, x, seen)
             if found is not None:
                 return found
         return self.in_torch(raw, x, seen)
+
+    def _fused(self, raw: Tensor, x: Tensor, seen: Tensor | None) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            return fused.log_prob(raw, x, seen, self._kinds, self.w, self.in_torch)
+        try:
+            return fused.log_prob(raw, x, seen, self._kinds, self.w, self.in_torch)
+        except RuntimeError as error:
+            _, _, said = str(error).partition("mmfast::log_prob: ")  # before it stands where in the compiled code
+            raise (RuntimeError(said) if said else error) from None
+
+    def _like(self, x: Tensor, seen: Tensor | None) -> Tensor | None:
+        """seen, for each cell of x."""
+        if seen is None or seen.shape == x.shape:
+            return seen
+        try:
+            return seen.expand_as(x)
+        except RuntimeError:
+            raise ValueError(f"seen has shape {tuple(seen.shape)}, expected {tuple(x.shape)} as x, or what broadcasts to it") from None
 
     def in_torch(self, raw: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """`log_prob` in plain torch."""

@@ -96,15 +96,17 @@ class Together:
 
     The models stay what they are: their parameters, running means and rules' states become views of what is trained here, so that one may be evaluated
     or saved at any time. The numbers are those of single runs with `torch.optim.Adam` up to the rounding of other matrix products.
-    Only the ELBO and IWAE.
+    Only the ELBO and IWAE; always as in training mode; all parameters are trained.
 
     Args:
-        models: `VAE`s with equal features, sizes, objective and samples, on the CPU; neighbours with equal rules share one call of the solver.
+        models: `VAE`s with equal features, sizes, dropout, objective and samples, in float32 or float64 on the CPU; neighbours with equal rules share one call of the
+            solver.
         seeds: one for each; with `torch.manual_seed(seed)` before it, a single run has the same batches and noise.
         lr: Adam's learning rate, one for all or one for each.
 
     Raises:
-        TypeError, ValueError: there is no model, another than a `VAE`, one twice, or models that differ in what must be equal; not as many seeds or rates as models.
+        TypeError, ValueError: there is no model, another than a `VAE`, one twice, or models that differ in what must be equal or have frozen parameters; not as many
+            seeds or rates as models.
 
     Example:
         >>> from mmfast.models.likelihoods import Joint, Normal
@@ -133,12 +135,30 @@ class Together:
             same = model.joint.likelihoods == first.joint.likelihoods and shapes == {name: p.shape for name, p in first.named_parameters()}
             if not same or (model.objective, model.samples) != (first.objective, first.samples):
                 raise ValueError(f"models[{e}] is of another shape, objective or number of samples than models[0]")
+            if _input_layers(model) != _input_layers(first):
+                raise ValueError(f"models[{e}] begins with {_input_layers(model)}, expected {_input_layers(first)} as models[0] does")
+            kinds = {(p.dtype, p.device.type) for p in model.parameters()}
+            if (
+                len(kinds) > 1
+                or kinds != {(first.mean.weight.dtype, "cpu")}
+                or first.mean.weight.dtype not in (torch.float32, torch.float64)
+            ):
+                found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+                raise ValueError(f"models[{e}] is of {found}, expected float32 or float64 on the CPU, all models alike")
         self.models, self.samples = list(models), first.samples
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         rates = [lr] * len(models) if isinstance(lr, (int, float)) else list(lr)
         if len(rates) != len(models):
             raise ValueError(f"lr has {len(rates)} numbers, expected one or one for each of {len(models)} models")
         self._share()
+        self._own = [
+            (e, f"{path}.{own}", p, p.data_ptr(), module._parameters, own)
+            for e, model in enumerate(models)
+            for path, module in model.named_modules()
+            for own, p in module._parameters.items()
+            if p is not None
+        ]
+        self._check_models()
         # a tensor for each model: where its numbers lie in the processor's vectors, and so their rounding, is the same in every group
         self.rows = list(self.flat)
         of_rate = {rate: [row for row, own in zip(self.rows, rates, strict=True) if own == rate] for rate in dict.fromkeys(rates)}
@@ -173,6 +193,18 @@ class Together:
         for name, running in zip(("running_mean", "running_var"), self.running, strict=True):
             for norm, part in zip(norms, running.chunk(len(norms)), strict=True):
                 setattr(norm, name, part)
+
+    def _check_models(self) -> None:
+        """Raises where a model has other parameters by now (`load_state_dict(assign=True)`, `double()`), or one that is not to be trained."""
+        for e, name, p, place, of_module, own in self._own:
+            if of_module[own] is not p or p.data_ptr() != place:
+                raise ValueError(
+                    f"models[{e}] got another tensor for {name}, which is not trained here; load with assign=False, change its dtype before, or make a new Together"
+                )
+            if not p.requires_grad:
+                raise ValueError(
+                    f"models[{e}].{name} has requires_grad=False, but Together trains all parameters; train such a model by itself"
+                )
 
     def _blocks(self) -> Any:
         """(which models, their block or None)"""
@@ -213,12 +245,14 @@ class Together:
         """One step of training on x and seen [E, rows, K]; returns the losses [E] from before it. `stats()` of the models' blocks does not see it, nor does autocast.
 
         Raises:
-            ValueError: x or seen is of another shape.
+            ValueError: x or seen is of another shape, or a model's parameters were frozen or replaced.
+            RuntimeError: x has a value that its likelihood does not take.
         """
         n, k = len(self.models), len(self.joint.sizes)
         for name, given in (("x", x), ("seen", seen)):
             if given.dim() != 3 or (given.shape[0], given.shape[2]) != (n, k):
                 raise ValueError(f"{name} has shape {tuple(given.shape)}, expected ({n}, rows, {k}): a batch for each model")
+        self._check_models()
         with torch.autocast("cpu", enabled=False):  # the products are in float32
             losses = self._losses(x, seen)
             grads = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
@@ -232,7 +266,7 @@ class Together:
     def _losses(self, x: Tensor, seen: Tensor) -> Tensor:
         mean, std = self._posterior(x, seen)
         n, rows, latent = mean.shape
-        noise = torch.stack([torch.randn(self.samples, rows, latent, generator=g) for g in self.generators])
+        noise = torch.stack([torch.randn(self.samples, rows, latent, generator=g, dtype=mean.dtype) for g in self.generators])
         mean, std = mean.unsqueeze(1), std.unsqueeze(1)
         z = mean + std * noise
         h = z.view(n, -1, latent)
@@ -251,7 +285,12 @@ class Together:
         scaled = torch.where(self._times, self._scale * x, torch.where(self._positive, x**self._scale, x))
         powers, joint, volume = scaled[..., self._positive], self.joint, torch.zeros(())
         if not bool(((powers > 1e-20) & (powers < torch.inf)).all()):  # float32 does not hold those of a narrow column
-            logs = self._scale * torch.where(x < 0, torch.nan, x).clamp_min(1e-20).log()
+            wrong = (~(x >= 0) & self._positive).nonzero()
+            if len(wrong):
+                raise RuntimeError(
+                    f"x of models[{wrong[0, 0]}] has a value in feature {wrong[0, 2]} that its likelihood, LogNormal, does not take, expected a number from 0 on"
+                )
+            logs = self._scale * x.clamp_min(1e-20).log()
             scaled, joint = torch.where(self._positive, logs, scaled), self.joint_of_logs
             volume = (
                 torch.where(self._positive & (seen != 0), logs, 0).sum(-1).unsqueeze(1)
@@ -265,7 +304,7 @@ class Together:
         assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.BatchNorm1d) and norm.momentum is not None
         h = torch.where(seen != 0, x, 0)
         if dropout.p > 0:
-            kept = [torch.empty(rows, k).bernoulli_(1 - dropout.p, generator=g) for g in self.generators]
+            kept = [torch.empty(rows, k, dtype=h.dtype).bernoulli_(1 - dropout.p, generator=g) for g in self.generators]
             h = h * torch.stack(kept).div_(1 - dropout.p)
         side_by_side = h.movedim(0, 1).reshape(rows, n * k)  # a batch norm of each model's features is one of all
         weight, bias = (self.parameters[f"encoder.1.{name}"].flatten() for name in ("weight", "bias"))
@@ -277,6 +316,15 @@ class Together:
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return torch.baddbmm(self.parameters[f"{name}.bias"].unsqueeze(1), x, self.parameters[f"{name}.weight"].mT)
+
+
+def _input_layers(model: VAE) -> str:
+    """What is done to the inputs, in words: a dropout and a batch norm, which have no shape that would tell."""
+    dropout, norm = model.encoder[0], model.encoder[1]
+    assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.BatchNorm1d)
+    if norm.momentum is None:
+        raise ValueError("models have a batch norm of momentum None, a mean over all batches; expected a number")
+    return f"dropout of {dropout.p} and a batch norm of momentum {norm.momentum} and eps {norm.eps}"
 
 
 def _rule(heads: nn.Module) -> str | None:

@@ -124,7 +124,7 @@ class VAE(nn.Module):
         nn.init.constant_(heads.bias, 0.01)  # type: ignore[arg-type]
         if objective == "dreg":  # decodes a second time, with the same parameters
             self.through = decoders[1]
-            self.through.heads.weight, self.through.heads.bias = heads.weight, heads.bias
+            self._tie()
 
     def posterior(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(z | x), [rows, latent], in float32 at least; missing cells enter as zero."""
@@ -154,11 +154,20 @@ class VAE(nn.Module):
         return surrogate - (surrogate + self._bound(log_w)).detach()  # of its gradient, and of the value of what it trains
 
     def _bound(self, log_w: Tensor) -> Tensor:
-        """That of Burda et al. from log-weights [samples, rows], the ELBO for one sample, summed over the rows."""
+        """That of Burda et al. from log-weights [samples, rows], or the ELBO, summed over the rows."""
+        if self.objective == "elbo":
+            return log_w.mean(0).sum()
         return (log_w.logsumexp(0) - math.log(self.samples)).sum()
+
+    def _tie(self) -> None:
+        """The second decoder's heads have the first one's parameters: `load_state_dict(assign=True)` and `to_empty` give each its own."""
+        heads, through = self.decoder.heads, self.through.heads
+        if through.weight is not heads.weight or through.bias is not heads.bias:
+            through.weight, through.bias = heads.weight, heads.bias
 
     def _decodes(self, z: Tensor, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """DReG's log p(x | z), whose gradient goes to the decoder alone, and the same whose gradient goes to z alone."""
+        self._tie()
         if torch.compiler.is_compiling() or transforms.active():  # no transformation sees a backward pass inside of a backward pass
             return self._decode_twice(z, x, seen)
         heads = self.decoder.heads, self.through.heads

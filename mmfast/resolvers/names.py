@@ -51,7 +51,8 @@ def _make(rule: type[Resolver], what: str, kwargs: dict[str, Any]) -> Resolver:
     ]
     if needed:
         raise TypeError(
-            f"resolver is {what}, and {rule.__name__} needs arguments; expected an instance: mf.{rule.__name__}({', '.join(needed)})"
+            f"resolver is {what}, and {rule.__name__} needs arguments; expected an instance: mf.{rule.__name__}({', '.join(needed)}), "
+            f"or, where each block makes its own, lambda: mf.{rule.__name__}({', '.join(needed)})"
         )
     return rule(**kwargs)
 

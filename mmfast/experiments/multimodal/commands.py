@@ -26,7 +26,7 @@ def train_table5(
         list[str] | None, typer.Option(help="pq, pqs: trained with the rule that is best on p; repeatable, both by default; p: neither.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on.")] = 3,
-    size: Annotated[str, typer.Option(help="small, for laptops, or full, as published.")] = "small",
+    size: Annotated[str, typer.Option(help="small, for laptops, full, as published, or tiny, to see in a minute that it works.")] = "small",
     data: Annotated[
         str | None,
         typer.Option(help="MNIST-SVHN-Text, or MNIST-SVHN*-Text with a stand-in for SVHN; by default the real one if it is here."),

@@ -24,11 +24,12 @@ class Batch:
 
 
 def filled(x: Tensor, present: Tensor) -> Tensor:
-    """x with each absent row replaced by a present one in turn, by zeros where none is: what it held is not read, and what stands there suits every likelihood."""
+    """x with each absent row replaced by a present one in turn, by ones where none is: what it held is not read, and what stands there suits a likelihood, a zero
+    not every one's (the logarithm or the norm of one has no derivative, and zero times that is NaN)."""
     places = torch.arange(x.shape[0], device=x.device)
     present_first = (~present).to(torch.uint8).argsort(stable=True)
     rows = torch.where(present, places, present_first[places % present.sum().clamp(min=1)])
-    return torch.where(present.any(), x[rows], torch.zeros_like(x))
+    return torch.where(present.any(), x[rows], torch.ones_like(x))
 
 
 def check_part(what: str, name: object, marks: str = ".") -> None:

@@ -1,14 +1,14 @@
 """Junction: a block whose branches are not modules, but the places that one tensor, or a list of them, goes to."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from mmfast.blocks.fork import Plan, fork_by, fork_several
 from mmfast.blocks.impartial import Impartial
 from mmfast.resolvers.base import Resolver
-from mmfast.resolvers.names import ResolverLike
+from mmfast.resolvers.names import ResolverLike, made_of
 
 Factory = Callable[[], ResolverLike] | str  # what makes the rule of each block
 
@@ -21,7 +21,7 @@ def rule_of(factory: Factory | None) -> ResolverLike:
         raise TypeError(
             f"resolver is {factory!r}, expected a function that makes the rule of each block, such as a class or lambda: mf.CAGrad(c=0.4)"
         )
-    return factory()
+    return made_of(cast(ResolverLike, factory)) if isinstance(factory, type) else factory()
 
 
 class Junction(Impartial):

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmfast.models.multimodal.inputs import Batch
 
 MIXTURES = ("poe", "moe", "mopoe")
-NEGLIGIBLE = 50.0  # exp(-50) is 2e-22: half a million of those are less than float64 sees beside 1
+_NEGLIGIBLE = {torch.float32: 50.0, torch.float64: 370.0}  # exp of minus it has a square at the end of what the type holds
 
 
 def components_of(names: Sequence[str], mixture: str) -> list[tuple[str, ...]]:
@@ -76,12 +76,13 @@ def log_expert(z: Tensor, away: Tensor, std: Tensor) -> Tensor:
 def log_mean_exp(x: Tensor, valid: Tensor | None, dims: tuple[int, ...]) -> Tensor:
     """Along some dimensions, over the entries that are valid (a mask that broadcasts against x); all of them for None.
 
-    What lies NEGLIGIBLE below the largest is left out: it changes no digit, and a gradient that small would make denormal numbers of a whole backward pass, which
-    a CPU is slow with: the log-weights of images lie hundreds apart, and a step took up to twice as long.
+    What lies so far below the largest that the square of its share vanishes is left out: it changes no digit, and a rule, to which small gradients may count as much as large
+    ones, takes it as missing, as it takes every gradient whose squares vanish. Shares that small would make denormal numbers of a whole backward pass, which a CPU is
+    slow with: the log-weights of images lie hundreds apart, and a step took up to twice as long.
     """
     if valid is not None:
         x = x.masked_fill(~valid, -torch.inf)
-    total = x.masked_fill(x < x.detach().amax(dims, keepdim=True) - NEGLIGIBLE, -torch.inf).logsumexp(dims)
+    total = x.masked_fill(x < x.detach().amax(dims, keepdim=True) - _NEGLIGIBLE[x.dtype], -torch.inf).logsumexp(dims)
     if valid is None:
         return total - math.log(math.prod([x.shape[dim] for dim in dims]))  # torch.compile takes no generator there
     return total - valid.expand_as(x).sum(dims).to(x.dtype).log()

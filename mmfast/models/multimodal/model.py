@@ -42,7 +42,7 @@ class MultimodalVAE(nn.Module):
 
     A sample has the components whose modalities are all present for it, so that MoPoE is the mixture over the subsets of what is there, each once. With nothing
     present the posterior is the prior and the sample adds 0 to the loss. What an absent cell holds is never read: an encoder and a likelihood see a present row
-    of the batch in its place (zeros where there is none), whose results are left out; a batch norm counts it. A modality that is not in `inputs` costs nothing.
+    of the batch in its place (ones where there is none), whose results are left out; a batch norm counts it. A modality that is not in `inputs` costs nothing.
 
     Javaloy, Meghdadi, Valera, "Mitigating modality collapse in multimodal VAEs via impartial optimization", ICML 2022. MVAE: Wu and Goodman, NeurIPS 2018; MMVAE: Shi et al.,
     NeurIPS 2019; MoPoE: Sutter et al., ICLR 2021.
@@ -53,10 +53,10 @@ class MultimodalVAE(nn.Module):
         mixture: "poe" (MVAE: one component, the product of all experts and of the prior), "moe" (MMVAE: a component for each modality) or "mopoe" (MoPoE: one for
             each non-empty subset).
         objective: "elbo" (the mean over components and samples), "iwae" (the mean over samples within the logarithm) or "siwae" (that over components, too).
-        samples: of z from each component, K.
+        samples: of z from each component, K; with one "iwae" is "elbo".
         blocks: which blocks resolve conflicts, any of the letters "p" (one for each component: the gradients that the D decoders send to its z), "q" (one for each
             component: those that the components' densities send to its z) and "s" (one for each decoder: its parameters' gradients from the components; decodes
-            component by component). They lie in `vae.blocks[letter][name]`, with `stats()`; their rules' states are in the `state_dict`.
+            component by component). At "q" and "s" the one component of "poe" meets no other. They lie in `vae.blocks[letter][name]`, with `stats()`; their rules' states are in the `state_dict`.
         resolver: makes the rule of each block, a function without arguments or a rule's class or name; only with blocks.
 
     Raises:
@@ -95,6 +95,8 @@ class MultimodalVAE(nn.Module):
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")
         _check_number("latent", latent)
         _check_number("samples", samples)
+        if not isinstance(blocks, str):
+            raise TypeError(f"blocks is {blocks!r}, expected a string of the letters p, q and s, such as 'pq', or '' for none")
         if not set(blocks) <= set("pqs") or len(set(blocks)) < len(blocks):
             raise ValueError(f"blocks is {blocks!r}, expected some of the letters p, q and s, such as 'pq', or '' for none")
         if not blocks and resolver is not None:
@@ -142,7 +144,13 @@ class MultimodalVAE(nn.Module):
 
         One for each modality given, under its name: where these meet blocks "p" can stand; one for each component's density, under names such as
         "q(image+text)": blocks "q"; and "prior". Their values are no parts of the loss's.
+
+        Raises:
+            TypeError, ValueError: as `loss`.
+            RuntimeError: in inference mode, where nothing has a gradient.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("terms are made of gradients, which inference mode has none of; call it outside of torch.inference_mode()")
         q = self._encode(inputs, present)
         each = self._densities(q, q.draw(self.samples), apart=True)
         experts = {f"q({'+'.join(subset)})": part for subset, part in zip(q.components, each.log_q, strict=True)}
