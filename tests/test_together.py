@@ -204,8 +204,20 @@ def halved(made):
 def test_models_that_it_would_train_otherwise_are_refused(change, message):
     made = models([None, None])
     change(made)
+    before = [p.data_ptr() for model in made for p in model.parameters()]
     with pytest.raises(ValueError, match=message):
         Together(made, [0, 1])
+    assert before == [p.data_ptr() for model in made for p in model.parameters()]  # they are as they were
+
+
+def test_scales_that_are_loaded_later_are_seen():
+    made, (x, seen) = models([None, None]), data(2)
+    together, other = Together(made, [0, 1]), models([None, None])[0].state_dict()
+    made[1].load_state_dict(other)
+    twin = models([None, None])
+    assert not torch.equal(twin[1].joint.w, other["joint.w"])
+    twin[1].load_state_dict(other)
+    assert torch.equal(together.step(x, seen), Together(twin, [0, 1]).step(x, seen))
 
 
 def assigned(model):

@@ -17,6 +17,8 @@ from mmfast.ops.weights import solve_checked
 from mmfast.resolvers.base import Resolver
 from mmfast.resolvers.solve import precision_of
 
+_ALL = "but Together trains all parameters; train such a model by itself"
+
 
 class _Block:
     """The rule of some of the models, which are neighbours: one instance that keeps the state of each; of a rule that draws, each model's own."""
@@ -145,6 +147,8 @@ class Together:
             ):
                 found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
                 raise ValueError(f"models[{e}] is of {found}, expected float32 or float64 on the CPU, all models alike")
+            if frozen := next((name for name, p in model.named_parameters() if not p.requires_grad), None):
+                raise ValueError(f"models[{e}].{frozen} has requires_grad=False, {_ALL}")
         self.models, self.samples = list(models), first.samples
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         rates = [lr] * len(models) if isinstance(lr, (int, float)) else list(lr)
@@ -158,7 +162,6 @@ class Together:
             for own, p in module._parameters.items()
             if p is not None
         ]
-        self._check_models()
         # a tensor for each model: where its numbers lie in the processor's vectors, and so their rounding, is the same in every group
         self.rows = list(self.flat)
         of_rate = {rate: [row for row, own in zip(self.rows, rates, strict=True) if own == rate] for rate in dict.fromkeys(rates)}
@@ -170,6 +173,8 @@ class Together:
         self.joint = Joint(first.joint.likelihoods)  # of features that are scaled beforehand
         self.joint_of_logs = Joint([Normal() if isinstance(part, LogNormal) else part for part in first.joint.likelihoods])
         self._scale = torch.stack([model.joint.w for model in models]).unsqueeze(1)
+        for model, w in zip(models, self._scale, strict=True):
+            model.joint.w = w[0]  # so that one that is loaded later is seen
         self._times = torch.tensor([isinstance(part, (Normal, Gamma, Exponential)) for part in first.joint.likelihoods])
         self._positive = torch.tensor([isinstance(part, LogNormal) for part in first.joint.likelihoods])
 
@@ -202,9 +207,7 @@ class Together:
                     f"models[{e}] got another tensor for {name}, which is not trained here; load with assign=False, change its dtype before, or make a new Together"
                 )
             if not p.requires_grad:
-                raise ValueError(
-                    f"models[{e}].{name} has requires_grad=False, but Together trains all parameters; train such a model by itself"
-                )
+                raise ValueError(f"models[{e}].{name} has requires_grad=False, {_ALL}")
 
     def _blocks(self) -> Any:
         """(which models, their block or None)"""
