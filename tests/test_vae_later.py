@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_vae import batch, vae
+from test_vae import batch, hivae, vae
 
 from mmfast.models.vae import VAE
 
@@ -35,3 +35,21 @@ def test_the_elbo_of_more_samples_is_their_mean():
     assert many.item() == pytest.approx(sum(model.loss(x, seen).item() for _ in range(500)) / 500, rel=0.01)
     model.samples, model.objective = 500, "iwae"
     assert model.loss(x, seen) < 0.97 * many  # which is another bound
+
+
+@pytest.mark.parametrize("make", [vae, lambda: vae("dreg", 3), hivae])
+def test_inputs_of_another_shape_or_kind_are_refused(make):
+    model, (x, seen) = make(), batch()
+    k, rows = x.shape[1], len(x)
+    for given, error, message in [
+        ((x[:, 1:], seen[:, 1:]), ValueError, rf"x has shape \({rows}, {k - 1}\), expected \(rows, {k}\): a column for each likelihood"),
+        ((x[0], seen[0]), ValueError, rf"x has shape \({k},\), expected \(rows, {k}\)"),
+        ((x.expand(2, *x.shape), seen.expand(2, *x.shape)), ValueError, "x has shape"),
+        ((x, seen[1:]), ValueError, rf"seen has shape \({rows - 1}, {k}\), expected \({rows}, {k}\) as x"),
+        ((x, None), TypeError, rf"seen is a NoneType, expected a tensor \[rows, {k}\]"),
+        ((x.numpy(), seen), TypeError, "x is a ndarray"),
+        ((x.long(), seen), TypeError, "x is torch.int64, expected floating-point numbers"),
+    ]:
+        for call in (model.loss, model.reconstruct):
+            with pytest.raises(error, match=message):
+                call(*given)

@@ -75,8 +75,10 @@ def autocasts(x: Tensor) -> bool:
 
 def looks(x: Tensor) -> bool:
     """Whether numbers can be looked at as they come: no device is waited for, nothing traces, batches or stands in for a device (a dispatch mode)."""
-    plain = x.is_cpu and type(x) is Tensor and not torch._C._len_torch_dispatch_stack()
-    return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return False
+    plain = x.is_cpu and type(x) is Tensor
+    return plain and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
 
 
 def product(x: Tensor) -> Tensor:

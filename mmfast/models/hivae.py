@@ -98,6 +98,7 @@ class HIVAE(nn.Module):
 
     def inputs(self, x: Tensor, seen: Tensor) -> Tensor:
         """What the encoder sees, [rows, inputs]: standardised numbers, log(1 + count), classes one-hot, zeros where a cell is missing."""
+        self.joint.check_rows(x, seen)
         there = seen != 0
         real, positive, count = torch.where(there, x, 1)[:, self._numeric].split(self._counts, 1)
         w = self.joint.w[self._numeric].split(self._counts)

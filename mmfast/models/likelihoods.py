@@ -290,6 +290,19 @@ class Joint(Keeping):
             _, _, said = str(error).partition("mmfast::log_prob: ")  # before it stands where in the compiled code
             raise (RuntimeError(said) if said else error) from None
 
+    def check_rows(self, x: Tensor, seen: Tensor) -> None:
+        """Raises where x and seen are not what a model of these features takes: float tensors [rows, K], seen bool or of any kind of number."""
+        k = len(self.sizes)
+        for name, given in (("x", x), ("seen", seen)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name} is a {type(given).__name__}, expected a tensor [rows, {k}]")
+        if x.dim() != 2 or x.shape[1] != k:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (rows, {k}): a column for each likelihood")
+        if seen.shape != x.shape:
+            raise ValueError(f"seen has shape {tuple(seen.shape)}, expected {tuple(x.shape)} as x")
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}, expected floating-point numbers")
+
     def _like(self, x: Tensor, seen: Tensor | None) -> Tensor | None:
         """seen, for each cell of x."""
         if seen is None or seen.shape == x.shape:

@@ -128,6 +128,7 @@ class VAE(nn.Module):
 
     def posterior(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(z | x), [rows, latent], in float32 at least; missing cells enter as zero."""
+        self.joint.check_rows(x, seen)
         h = self.encoder(torch.where(seen != 0, x, 0))
         return wide(self.mean(h)), F.softplus(wide(self.std(h))) + 1e-6
 
