@@ -242,4 +242,4 @@ class BlockStats:
         for name, w, d, c, m in zip(self.names, *columns, strict=True):
             lines.append(f"{name:<{width}}  {w:>10.4g}  {d:>10.4g}  {c:>8.3f}  {m:>7.0%}")
         rate = mean(self.conflict_rate)
-        return "\n".join([*lines, "no pair of branches to compare" if rate.isnan() else f"conflicting pairs: {rate:.0%}"])
+        return "\n".join([*lines, f"conflicting pairs: {'none to compare' if rate.isnan() else f'{rate:.0%}'}"])

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+import mmfast as mf
 from mmfast import stats
 
 
@@ -99,3 +101,9 @@ def test_errors(function):
 def test_conflict_of_what_is_no_number_is_not_known():
     G = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]])
     assert stats.conflict_rate(G).isnan() and stats.conflict_rate(torch.eye(2)) == 0
+
+
+def test_one_branch_has_no_pairs():
+    block = mf.ImpartialityBlock([nn.Linear(3, 2)], mf.UPGrad())
+    block(torch.randn(4, 3, requires_grad=True))[0].sum().backward()
+    assert str(block.stats()).endswith("conflicting pairs: none to compare")
