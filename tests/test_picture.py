@@ -41,6 +41,8 @@ def test_the_worst_feature_is_that_of_the_lines():
     found = picture.worst()
     assert len(found) == len({name for name, _, _ in found}) > 0
     for (model, data), rules in errors.items():
+        if "none" not in rules or len(rules) < 2:  # nothing to compare yet
+            continue
         largest = {
             rule: max(
                 statistics.median(r["test_errors"][name] for r in runs) for name, e in runs[0]["test_errors"].items() if e is not None
