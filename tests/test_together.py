@@ -244,8 +244,11 @@ def test_models_that_were_changed_later_are_refused(change, message):
     assert torch.equal(together.flat, before)
 
 
-def test_a_value_that_a_likelihood_does_not_take_is_refused():
+@pytest.mark.parametrize("scale", [0.7, 1.0, 2.0])
+def test_a_value_that_a_likelihood_does_not_take_is_refused(scale):
     made, (x, seen) = models([None, None]), data(2)
+    for model in made:
+        model.joint.w[1] = scale  # the square of a negative number is one that a log-normal takes
     together, before = Together(made, [0, 1]), [p.clone() for model in made for p in model.parameters()]
     x[1, 3, 1] = -0.5
     seen[1, 3, 1] = 1

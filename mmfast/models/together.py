@@ -140,11 +140,8 @@ class Together:
             if _input_layers(model) != _input_layers(first):
                 raise ValueError(f"models[{e}] begins with {_input_layers(model)}, expected {_input_layers(first)} as models[0] does")
             kinds = {(p.dtype, p.device.type) for p in model.parameters()}
-            if (
-                len(kinds) > 1
-                or kinds != {(first.mean.weight.dtype, "cpu")}
-                or first.mean.weight.dtype not in (torch.float32, torch.float64)
-            ):
+            dtype = first.mean.weight.dtype
+            if kinds != {(dtype, "cpu")} or dtype not in (torch.float32, torch.float64):
                 found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
                 raise ValueError(f"models[{e}] is of {found}, expected float32 or float64 on the CPU, all models alike")
             if frozen := next((name for name, p in model.named_parameters() if not p.requires_grad), None):
@@ -287,7 +284,8 @@ class Together:
         x = torch.where(seen != 0, x, 1)  # which has every power and logarithm
         scaled = torch.where(self._times, self._scale * x, torch.where(self._positive, x**self._scale, x))
         powers, joint, volume = scaled[..., self._positive], self.joint, torch.zeros(())
-        if not bool(((powers > 1e-20) & (powers < torch.inf)).all()):  # float32 does not hold those of a narrow column
+        held = (powers > 1e-20) & (powers < torch.inf) & (x[..., self._positive] > 0)  # that of a negative number may be positive
+        if not bool(held.all()):  # float32 does not hold those of a narrow column
             wrong = (~(x >= 0) & self._positive).nonzero()
             if len(wrong):
                 raise RuntimeError(
