@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mmfast import contract
 from mmfast.models.likelihoods import Bernoulli, Categorical, Likelihood, LogNormal, Normal, Poisson
 
 KINDS = ("real", "positive", "count", "binary", "categorical", "ordinal")
@@ -61,7 +62,7 @@ def check(table: Table) -> None:
     if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != len(names) or not x.is_floating_point():
         found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise DataError(
-            f"the cells of {table.name} are {found}, expected a float64 tensor [rows, {len(names)}], a column for each of {', '.join(names)}"
+            f"the cells of {table.name} are {found}, expected a float64 tensor [rows, {len(names)}], a column for each of {contract.shortened(names)}"
         )
     if twice := {name for name in names if names.count(name) > 1}:
         raise DataError(f"{table.name} has several columns named {', '.join(map(repr, sorted(twice)))}, expected each name once")

@@ -5,10 +5,8 @@ import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names of what mallopt sets
-_KEPT, _MAPPED = (
-    1 << 30,
-    1 << 25,
-)  # bytes that may lie free, and from which on a tensor is memory of its own; glibc takes no more for the latter
+_KEPT = 1 << 30  # bytes that may lie free
+_MAPPED = 1 << 25  # bytes from which on a tensor is memory of its own; glibc takes no more
 
 
 def keep_memory() -> bool:

@@ -177,14 +177,14 @@ def solve(
     rows = rows.contiguous()
     if not preserve_norm:
         return functions.weights(G, rows, bound, False, precision), None
-    first, second = _copied(bound), bound
+    before = _copied(bound)
     if looks:
-        second = _copied(bound)
         w = functions.weights(G, rows, bound, True, precision)
         if bool(told(G, rows, w, precision).all()):
             return w, None
-    moved = functions.weights(shifted(G, precision).contiguous(), rows, first, False, precision)
-    w = functions.weights(G, rows, second, False, precision)
+        bound = _copied(before)
+    moved = functions.weights(shifted(G, precision).contiguous(), rows, before, False, precision)
+    w = functions.weights(G, rows, bound, False, precision)
     flat_rows, shape = rows.reshape(-1, k), w.shape[:-1]
     norm = norm_of(G.reshape(-1, k, k), flat_rows, w.reshape(-1, k), moved.reshape(-1, k), precision)
     return w, type(norm)(*(x.reshape(shape) for x in norm))
